@@ -1,0 +1,54 @@
+"""What can go wrong outside of our control, and the exit code each failure ends with.
+
+| code | meaning |
+|---|---|
+| 0 | accepted |
+| 1 | a bug in qdeploy (the only case that shows a traceback) |
+| 2 | bad input, bad usage, or a missing capability of this machine |
+| 3 | rejected by the gate |
+| 4 | no verdict: something the recipe requires could not be measured |
+| 130 | interrupted |
+"""
+
+from __future__ import annotations
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class QdeployError(Exception):
+    """A failure that its reader can act on: where, what was found, what was needed, a hint."""
+
+    exit_code = EXIT_BAD_INPUT
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(QdeployError):
+    """Options that contradict each other or name something that does not exist."""
+
+
+class InputError(QdeployError):
+    """A file that is damaged, hostile, or not what it was taken for."""
+
+
+class PlanError(QdeployError):
+    """A model that cannot be quantized as the recipe and the device ask."""
+
+
+class ProviderError(QdeployError):
+    """An execution provider that this machine does not have, or that cannot run the file."""
+
+
+class OutputError(QdeployError):
+    """A place that cannot be written to."""
+
+
+class ShapeError(QdeployError):
+    """Arrays whose sizes or values do not fit each other."""
+
+
+class DivergedError(QdeployError):
+    """An optimisation that left the finite numbers; the caller records a degraded layer."""
