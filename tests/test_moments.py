@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qdeploy.core.moments import FloatInputMoments, PairedMoments
+
+
+@pytest.fixture
+def layer(rng):
+    """Weights, rounded weights, float inputs and the inputs a quantized prefix gives instead."""
+    weight = rng.normal(size=(2, 3, 5)).astype(np.float32)
+    rounded = np.round(weight * 2) / 2
+    x = rng.normal(1.0, 1.0, size=(2, 400, 5)).astype(np.float32)
+    return weight, rounded.astype(np.float64), x, x + rng.normal(0, 0.1, x.shape).astype(np.float32)
+
+
+def outputs(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return np.einsum("grk,gsk->gsr", weight, x)
+
+
+def test_the_quadratic_is_the_mean_squared_output_error(layer):
+    weight, rounded, x, _ = layer
+    moments = FloatInputMoments(weight)
+    for part in np.split(x, 4, axis=1):
+        moments.update(part)
+    want = ((outputs(rounded, x) - outputs(weight, x)) ** 2).mean(axis=1)
+    np.testing.assert_allclose(moments.quadratic(centred=False).error(rounded), want, rtol=1e-4)
+
+
+def test_the_centred_quadratic_is_the_error_left_after_the_best_bias(layer):
+    weight, rounded, x, _ = layer
+    moments = FloatInputMoments(weight)
+    moments.update(x)
+    difference = outputs(rounded, x) - outputs(weight, x)
+    np.testing.assert_allclose(
+        moments.quadratic(centred=True).error(rounded), difference.var(axis=1), rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        moments.bias_correction(rounded), -difference.mean(axis=1), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_with_quantized_inputs_the_wanted_output_is_still_the_float_one(layer, centred):
+    weight, rounded, x, x_quantized = layer
+    wanted = outputs(weight, x).astype(np.float32)
+    moments = PairedMoments(*weight.shape)
+    for rows, want in zip(np.split(x_quantized, 4, 1), np.split(wanted, 4, 1), strict=True):
+        moments.update(rows, want)
+    difference = outputs(rounded, x_quantized) - wanted
+    error = difference.var(axis=1) if centred else (difference**2).mean(axis=1)
+    np.testing.assert_allclose(moments.quadratic(centred=centred).error(rounded), error, rtol=1e-3)
+    np.testing.assert_allclose(
+        moments.bias_correction(rounded), -difference.mean(axis=1), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_both_kinds_agree_where_the_prefix_changes_nothing(layer):
+    weight, rounded, x, _ = layer
+    alone, paired = FloatInputMoments(weight), PairedMoments(*weight.shape)
+    alone.update(x)
+    paired.update(x, outputs(weight, x).astype(np.float32))
+    np.testing.assert_allclose(
+        alone.quadratic(centred=True).error(rounded), paired.quadratic(centred=True).error(rounded),
+        rtol=1e-3,
+    )  # fmt: skip
+
+
+def test_quadratics_of_several_uses_add_up(layer):
+    weight, rounded, x, _ = layer
+    moments = FloatInputMoments(weight)
+    moments.update(x)
+    one = moments.quadratic(centred=True)
+    np.testing.assert_allclose((one + one).error(rounded), 2 * one.error(rounded))
