@@ -1,0 +1,68 @@
+"""Rates with their uncertainty."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64
+
+Z95 = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A measured value in percent or percentage points, with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+    samples: int
+
+
+def rate(hits: Bool[np.ndarray, " samples"]) -> Estimate:
+    """Share of true values in percent, with Wilson's score interval.
+
+    Wilson, "Probable inference", JASA 1927: unlike the textbook interval it stays inside
+    [0, 100] and does not shrink to a point at 0 or 100.
+    """
+    n = hits.size
+    if n == 0:
+        return Estimate(math.nan, 0.0, 100.0, 0)
+    p = float(np.count_nonzero(hits)) / n
+    centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
+    return Estimate(100 * p, 100 * max(centre - half, 0.0), 100 * min(centre + half, 1.0), n)
+
+
+def paired_difference(
+    first: Bool[np.ndarray, " samples"], second: Bool[np.ndarray, " samples"]
+) -> Estimate:
+    """Share of `first` minus share of `second` on the same samples, in percentage points.
+
+    The interval is that of the mean of the paired differences (each -1, 0 or 1), which is much
+    narrower than that of two independent rates, because both models see the same images. Two
+    pseudo-observations, one of each sign, keep it open when the models never differ (Agresti and
+    Min, Statistics in Medicine 2005).
+    """
+    n = first.size
+    if n == 0:
+        return Estimate(math.nan, -100.0, 100.0, 0)
+    difference = first.astype(np.int8) - second.astype(np.int8)
+    mean = float(difference.mean())
+    plus, minus = (difference > 0).sum() + 1, (difference < 0).sum() + 1
+    adjusted = (plus - minus) / (n + 2)
+    half = Z95 * math.sqrt(((plus + minus) / (n + 2) - adjusted**2) / (n + 2))
+    return Estimate(100 * mean, 100 * max(mean - half, -1.0), 100 * min(mean + half, 1.0), n)
+
+
+def per_class_accuracy(
+    predicted: Int32[np.ndarray, " samples"], labels: Int64[np.ndarray, " samples"], classes: int
+) -> tuple[float, ...]:
+    """Accuracy in percent over the samples of each class; nan for a class without samples."""
+    return tuple(
+        100 * float((predicted[labels == c] == c).mean()) if (labels == c).any() else math.nan
+        for c in range(classes)
+    )

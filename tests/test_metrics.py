@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from qdeploy.core.metrics import paired_difference, per_class_accuracy, rate
+
+hits = arrays(np.bool_, st.integers(1, 300))
+
+
+@given(hits=hits)
+def test_the_interval_holds_the_rate_and_stays_within_0_and_100(hits):
+    estimate = rate(hits)
+    assert 0 <= estimate.low <= estimate.value + 1e-9
+    assert estimate.value - 1e-9 <= estimate.high <= 100
+    assert estimate.high > estimate.low
+
+
+def test_wilson_interval_of_a_known_case():
+    estimate = rate(np.arange(100) < 10)  # Newcombe 1998: 10 of 100 gives 0.0552 to 0.1744
+    assert (estimate.low, estimate.high) == pytest.approx((5.52, 17.44), abs=0.01)
+
+
+def test_no_hit_in_many_is_not_certainty():
+    assert rate(np.zeros(600, bool)).high == pytest.approx(0.636, abs=0.01)
+
+
+def test_nothing_sampled_is_nothing_known():
+    estimate = rate(np.zeros(0, bool))
+    assert math.isnan(estimate.value)
+    assert (estimate.low, estimate.high, estimate.samples) == (0, 100, 0)
+    assert math.isnan(paired_difference(np.zeros(0, bool), np.zeros(0, bool)).value)
+
+
+def test_a_paired_difference_of_the_same_answers_is_zero_but_open():
+    same = np.arange(1000) % 3 == 0
+    estimate = paired_difference(same, same)
+    assert estimate.value == 0
+    assert -1 < estimate.low < 0 < estimate.high < 1
+
+
+def test_pairing_narrows_the_interval():
+    first = np.arange(1000) < 800
+    second = np.arange(1000) < 790
+    paired = paired_difference(first, second)
+    assert paired.value == pytest.approx(1)
+    assert paired.high - paired.low < rate(first).high - rate(first).low
+
+
+def test_accuracy_by_class_counts_only_that_class():
+    labels = np.array([0, 0, 1, 1, 1])
+    predicted = np.array([0, 1, 1, 1, 0], np.int32)
+    first, second, third = per_class_accuracy(predicted, labels, 3)
+    assert (first, second) == pytest.approx((50, 200 / 3))
+    assert math.isnan(third)
