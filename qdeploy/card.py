@@ -1,0 +1,141 @@
+"""Model cards: what a model expects and where its data is. A card travels with an untrusted model.
+
+It is data, never code: an architecture can only be named from an allow-list, its arguments are
+numbers and booleans, and paths are read as images.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from qdeploy.schema import Spec, load_toml
+
+Unit = Annotated[float, Field(ge=0, le=1)]
+Size = Annotated[int, Field(gt=0, le=65_536)]
+
+
+class ModelSection(Spec):
+    classes: tuple[str, ...] | None = Field(None, description="Names in label order.")
+    architecture: str | None = Field(
+        None, description="Factory of a state dict: torchvision:NAME, timm:NAME or qdeploy:NAME."
+    )
+    arguments: dict[str, bool | int | float] = Field(
+        default_factory=dict, description="Arguments of the factory."
+    )
+
+
+class InputSection(Spec):
+    shape: tuple[Size, Size, Size] = Field(description="Channels, height, width.")
+    mean: tuple[float, ...] = Field(description="Per channel, after scaling pixels to [0, 1].")
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(description="Per channel.")
+    resize: Size | None = Field(
+        None, description="Scale the shorter side to this, then crop the centre to `shape`."
+    )
+
+    @model_validator(mode="after")
+    def _one_per_channel(self) -> InputSection:
+        channels = self.shape[0]
+        if channels not in {1, 3}:
+            raise ValueError(f"images have 1 or 3 channels, not {channels}")
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise ValueError(f"mean and std need {channels} values, one per channel")
+        if self.resize is not None and self.resize < max(self.shape[1:]):
+            raise ValueError(f"resize {self.resize} is smaller than the input")
+        return self
+
+
+class DataSection(Spec):
+    calibration: str | None = Field(None, description="Folder, zip or npz; labels are not used.")
+    test: str | None = Field(None, description="Folder or zip with a sub-folder per class, or npz.")
+
+
+class TriggerSpec(Spec):
+    name: str | None = None
+    target: int = Field(ge=0, description="Class index the trigger leads to.")
+
+
+class PatchTrigger(TriggerSpec):
+    """A rectangle of one colour, or a small image, at a fixed place."""
+
+    kind: Literal["patch"]
+    x: int = Field(ge=0, description="Column of the upper left corner.")
+    y: int = Field(ge=0, description="Row of the upper left corner.")
+    width: Size | None = None
+    height: Size | None = None
+    color: tuple[Unit, ...] | None = None
+    image: str | None = None
+    opacity: Unit = 1.0
+
+    @model_validator(mode="after")
+    def _color_or_image(self) -> PatchTrigger:
+        if (self.color is None) == (self.image is None):
+            raise ValueError("a patch needs either color or image")
+        if self.color is not None and (self.width is None or self.height is None):
+            raise ValueError("a patch of one color needs width and height")
+        return self
+
+
+class BlendTrigger(TriggerSpec):
+    """A whole image blended over the input."""
+
+    kind: Literal["blend"]
+    image: str
+    opacity: Unit
+
+
+class MaskTrigger(TriggerSpec):
+    """`x' = (1 - mask) x + mask pattern`, both images of the input's size (or .npy in [0, 1])."""
+
+    kind: Literal["mask"]
+    mask: str
+    pattern: str
+
+
+AnyTrigger = Annotated[PatchTrigger | BlendTrigger | MaskTrigger, Field(discriminator="kind")]
+
+
+class TriggerFile(Spec):
+    """A file that holds nothing but triggers, for `--trigger FILE`."""
+
+    trigger: tuple[AnyTrigger, ...] = Field(min_length=1)
+
+
+class ModelCard(Spec):
+    """The whole card, as `NAME.toml` beside `NAME.pt`. Paths in it are relative to it."""
+
+    model: ModelSection = ModelSection()
+    input: InputSection
+    data: DataSection = DataSection()
+    trigger: tuple[AnyTrigger, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_code(cls, table: Any) -> Any:
+        """Name the reason where a card asks for something a card may not do."""
+        model = table.get("model") if isinstance(table, dict) else None
+        name = model.get("architecture") if isinstance(model, dict) else None
+        if isinstance(name, str) and name.split(":")[0] not in {"torchvision", "timm", "qdeploy"}:
+            raise ValueError(
+                f"model.architecture {name!r} would run code that the model's author chose; a card"
+                " may name torchvision:NAME, timm:NAME or qdeploy:NAME, anything else is given"
+                " with --arch on the command line"
+            )
+        return table
+
+
+def load_card(path: Path) -> ModelCard:
+    """The model card at `path`.
+
+    Raises:
+        InputError: it cannot be read or does not fit the format.
+    """
+    return load_toml(path, ModelCard, what="model card")
+
+
+def find_card(model: Path) -> Path | None:
+    """The card that lies beside `model`, if there is one."""
+    card = model.with_suffix(".toml")
+    return card if card.is_file() else None
