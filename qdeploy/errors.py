@@ -12,6 +12,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -52,3 +55,27 @@ class ShapeError(QdeployError):
 
 class DivergedError(QdeployError):
     """An optimisation that left the finite numbers; the caller records a degraded layer."""
+
+
+@contextmanager
+def foreign_reader(what: str, *, hint: str | None = None) -> Iterator[None]:
+    """Where a library reads a stranger's data: whatever it raises means that the data is bad.
+
+    Such libraries are written for honest files and fail on others in every way there is. Only
+    their calls belong inside, so that a mistake of ours is not blamed on the file.
+
+    Raises:
+        InputError: `what`, and the first line of the library's complaint.
+    """
+    try:
+        yield
+    except QdeployError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {first_line(error)}", hint=hint) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line of bounded length."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]

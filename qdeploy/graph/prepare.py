@@ -1,0 +1,300 @@
+"""Bring any classifier graph into the form that quantizes well, without changing what it computes.
+
+Opset and IR version pinned, constants lifted, BatchNorm folded, spatial means as pooling (which has
+an int8 kernel), a dynamic batch, readable names, and nothing about the machine it was made on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+import onnx
+import onnx.version_converter
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript import optimizer, rewriter
+from onnxscript.rewriter.rules import common as rules
+
+from qdeploy.errors import InputError, foreign_reader
+from qdeploy.graph.io import PRODUCER, check_written, to_ir
+
+WEIGHT_NAME = re.compile(r"(.+)\.weight(?:_\d+)?", re.DOTALL)  # numbered where names clashed
+CONSTANT_NAMES = {1: "weight", 2: "bias"}
+RULES = (
+    rules.dropout_zero_rule,
+    rules.dropout_inference_rule,
+    rules.normalize_pad_format_conv_rule,
+    rules.fuse_pad_into_conv_rule,
+    rules.transpose_b_matmul_add_to_gemm_rule,
+    rules.matmul_add_to_gemm_rule,
+    rules.fuse_batchnorm_into_conv_rule,
+    rules.fuse_batchnorm_into_conv_transpose_rule,
+    rules.fuse_batchnorm_into_gemm_rule,
+    rules.conv_affine_fusion_rule,
+)
+CLEANING = (
+    common.IdentityEliminationPass(),
+    common.RemoveUnusedNodesPass(),
+    common.RemoveUnusedFunctionsPass(),
+    common.RemoveUnusedOpsetsPass(),
+    common.TopologicalSortPass(),
+    common.ClearMetadataAndDocStringPass(),
+)
+
+
+def prepare(proto: onnx.ModelProto, *, opset: int, ir_version: int, where: str) -> ir.Model:
+    """The same classifier, ready to be quantized.
+
+    Raises:
+        InputError: it is not a classifier of images (one float input N, C, H, W; one output N,
+            classes), or holds what has no meaning at inference, such as an active Dropout.
+    """
+    model = _read(proto, opset, where)
+    model.ir_version = ir_version
+    _check_interface(model, where)
+    _make_batch_dynamic(model.graph)
+    with foreign_reader(f"model {where}: cannot be prepared"):
+        optimizer.optimize(model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        rewriter.rewrite(model, RULES)
+    _refuse_dropout(model.graph, where)
+    _fold_lone_batchnorms(model.graph)
+    _means_to_pooling(model.graph)
+    _plain_gemms(model.graph)
+    with foreign_reader(f"model {where}: cannot be prepared"):
+        for clean in CLEANING:
+            clean(model)
+    _rename(model.graph)
+    _forget_origin(model)
+    with foreign_reader(f"model {where}: cannot be prepared"):
+        common.ShapeInferencePass()(model)
+        check_written(model)
+    return model
+
+
+def interface(model: ir.Model) -> tuple[str, tuple[int, int, int], str, int]:
+    """Input name, its channels, height and width, output name, number of classes."""
+    (image,), (logits,) = model.graph.inputs, model.graph.outputs
+    assert image.name and image.shape and logits.name and logits.shape  # noqa: S101, PT018
+    channels, height, width = (int(size) for size in image.shape[1:])  # type: ignore[arg-type]
+    return image.name, (channels, height, width), logits.name, int(logits.shape[1])  # type: ignore[arg-type]
+
+
+def _read(proto: onnx.ModelProto, opset: int, where: str) -> ir.Model:
+    """`proto` at exactly `opset`, by onnx's own converter."""
+    have = {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import}.get("ai.onnx")
+    with foreign_reader(
+        f"model {where}: cannot be converted from opset {have} to {opset}",
+        hint=f"export it again with opset {opset}",
+    ):
+        if have != opset:
+            proto = onnx.version_converter.convert_version(proto, opset)
+        model = to_ir(proto)
+        common.RemoveInitializersFromInputsPass()(model)
+    return model
+
+
+def _check_interface(model: ir.Model, where: str) -> None:
+    graph = model.graph
+    if len(graph.inputs) != 1 or len(graph.outputs) != 1:
+        raise InputError(
+            f"model {where}: has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs; "
+            "a classifier has one of each"
+        )
+    image, logits = graph.inputs[0], graph.outputs[0]
+    fixed = image.shape is not None and all(isinstance(size, int) for size in image.shape[1:])
+    if (
+        image.shape is None
+        or len(image.shape) != 4
+        or not fixed
+        or image.dtype != ir.DataType.FLOAT
+    ):
+        raise InputError(
+            f"model {where}: input {image.name!r} is {image.dtype} {image.shape}, "
+            "not float32 (batch, channels, height, width) of fixed size"
+        )
+    if logits.shape is None or len(logits.shape) != 2 or not isinstance(logits.shape[1], int):
+        raise InputError(
+            f"model {where}: output {logits.name!r} has shape {logits.shape}, not (batch, classes)"
+        )
+
+
+def _make_batch_dynamic(graph: ir.Graph) -> None:
+    """Replace a fixed batch by a symbol, also where a Reshape has it baked in."""
+    image = graph.inputs[0]
+    assert image.shape is not None  # noqa: S101
+    fixed = image.shape[0]
+    image.shape = ir.Shape(["batch", *image.shape[1:]])
+    graph.outputs[0].shape = ir.Shape(["batch", *graph.outputs[0].shape[1:]])  # type: ignore[index]
+    for node in graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
+        if isinstance(fixed, int) and node.op_type == "Reshape":
+            _free_reshape(graph, node, fixed)
+
+
+def _free_reshape(graph: ir.Graph, node: ir.Node, batch: int) -> None:
+    """Let a Reshape whose first dimension is the fixed batch take any batch."""
+    shape = _constant(node.inputs[1])
+    if shape is None or shape[0] != batch:
+        return
+    free = shape.copy()
+    free[0] = 0 if -1 in shape[1:] else -1
+    if free[0] == 0:
+        node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+    node.replace_input_with(1, _new_constant(graph, f"{node.outputs[0].name}_shape", free))
+
+
+def _refuse_dropout(graph: ir.Graph, where: str) -> None:
+    for node in graph:
+        if node.op_type == "Dropout":
+            raise InputError(
+                f"model {where}: Dropout {node.name!r} is active (exported in training mode)",
+                hint="export again after model.eval()",
+            )
+
+
+def _fold_lone_batchnorms(graph: ir.Graph) -> None:
+    """A BatchNorm that no convolution precedes becomes a depthwise 1x1 convolution.
+
+    Its one weight per channel lies exactly on any symmetric per-channel grid.
+    """
+    for node in list(graph):
+        if node.op_type != "BatchNormalization":
+            continue
+        constants = [_constant(value) for value in node.inputs[1:]]
+        if any(c is None for c in constants) or _rank(node.inputs[0]) not in {None, 4}:
+            continue
+        scale, shift, mean, variance = (np.asarray(c, np.float64) for c in constants)
+        epsilon = node.attributes.get_float("epsilon", 1e-5)
+        weight = scale / np.sqrt(variance + epsilon)
+        name = _stem(node.inputs[1].name if node.inputs[1] else None) or node.outputs[0].name
+        conv = ir.node(
+            "Conv",
+            [
+                node.inputs[0],
+                _new_constant(
+                    graph, f"{name}.weight", weight.astype(np.float32)[:, None, None, None]
+                ),
+                _new_constant(graph, f"{name}.bias", (shift - mean * weight).astype(np.float32)),
+            ],
+            {"group": len(weight), "kernel_shape": [1, 1]},
+        )
+        _replace(graph, node, conv)
+
+
+def _means_to_pooling(graph: ir.Graph) -> None:
+    """ReduceMean over height and width becomes GlobalAveragePool, flattened if it drops them."""
+    for node in list(graph):
+        if node.op_type != "ReduceMean" or _rank(node.inputs[0]) != 4 or len(node.inputs) < 2:
+            continue
+        axes = _constant(node.inputs[1])
+        if axes is None or sorted(int(a) % 4 for a in axes) != [2, 3]:
+            continue
+        pool = ir.node("GlobalAveragePool", [node.inputs[0]])
+        if node.attributes.get_int("keepdims", 1):
+            _replace(graph, node, pool)
+        else:
+            graph.insert_before(node, pool)
+            _replace(graph, node, ir.node("Flatten", [pool.outputs[0]], {"axis": 1}))
+
+
+def _plain_gemms(graph: ir.Graph) -> None:
+    """Alpha, beta and a bias of another shape go into the constants of a Gemm."""
+    for node in graph:
+        if node.op_type != "Gemm" or (weight := _constant(node.inputs[1])) is None:
+            continue
+        alpha = node.attributes.get_float("alpha", 1.0)
+        if alpha != 1:
+            _set_constant(graph, node, 1, weight * np.float32(alpha))
+            node.attributes["alpha"] = ir.AttrFloat32("alpha", 1.0)
+        bias = _constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        channels = weight.shape[0 if node.attributes.get_int("transB", 0) == 1 else 1]
+        if bias is None or bias.size not in {1, channels}:
+            continue
+        beta = node.attributes.get_float("beta", 1.0)
+        flat = np.broadcast_to(bias.reshape(-1) * np.float32(beta), (channels,))
+        if beta != 1 or bias.shape != flat.shape:
+            _set_constant(graph, node, 2, flat)
+            node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
+
+
+def _rename(graph: ir.Graph) -> None:
+    """Name each node after its weight, or after its operator; tensors and constants after nodes."""
+    taken: set[str] = set()
+    renamed: set[ir.Value] = set()
+    for node in graph:
+        weight = node.inputs[1] if len(node.inputs) > 1 else None
+        stem = _stem(weight.name) if weight is not None and weight.is_initializer() else None
+        node.name = next(n for n in _candidates(stem, node) if n not in taken)
+        taken.add(node.name)
+        for i, output in enumerate(node.outputs):
+            if not output.is_graph_output():
+                output.name = f"{node.name}:{i or 'out'}"
+        for i, value in enumerate(node.inputs):
+            if value is not None and value.is_initializer() and value not in renamed:
+                value.name = f"{node.name}.{CONSTANT_NAMES.get(i, f'input{i}')}"
+                renamed.add(value)
+
+
+def _candidates(stem: str | None, node: ir.Node) -> Iterator[str]:
+    if stem is not None:
+        yield stem
+    yield from (f"{stem or node.op_type}_{i}" for i in count(1))
+
+
+def _stem(name: str | None) -> str | None:
+    """`layer1.0.conv1` for `layer1.0.conv1.weight`; None for names that say nothing."""
+    match = WEIGHT_NAME.fullmatch(name or "")
+    return re.sub(r"[^\w.\-]", "_", match[1]) if match else None
+
+
+def _forget_origin(model: ir.Model) -> None:
+    model.producer_name, model.producer_version = PRODUCER, None
+    model.domain, model.model_version, model.doc_string = None, None, None
+    model.metadata_props.clear()
+    model.graph.name = "classifier"
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.doc_string = None
+        value.metadata_props.clear()
+
+
+def _replace(graph: ir.Graph, node: ir.Node, replacement: ir.Node) -> None:
+    graph.insert_before(node, replacement)
+    old, new = node.outputs[0], replacement.outputs[0]
+    new.shape, new.type = old.shape, old.type
+    if old.is_graph_output():
+        new.name = old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _constant(value: ir.Value | None) -> np.ndarray | None:
+    if value is None or value.const_value is None or not value.is_initializer():
+        return None
+    return value.const_value.numpy()
+
+
+def _new_constant(graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
+    taken = graph.initializers
+    unique = next(
+        n for n in (name, *(f"{name}_{i}" for i in range(1, 1_000_000))) if n not in taken
+    )
+    value = ir.val(unique, const_value=ir.tensor(np.ascontiguousarray(values), name=unique))
+    graph.register_initializer(value)
+    return value
+
+
+def _set_constant(graph: ir.Graph, node: ir.Node, index: int, values: np.ndarray) -> None:
+    """Give one input of a node a constant of its own."""
+    old = node.inputs[index]
+    name = old.name if old is not None and old.name else f"{node.outputs[0].name}.{index}"
+    node.replace_input_with(index, _new_constant(graph, name, values.astype(np.float32)))
+
+
+def _rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)

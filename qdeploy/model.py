@@ -1,0 +1,225 @@
+"""The values that travel from stage to stage, all frozen. A model is its serialized ONNX bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int32, Int64
+
+from qdeploy.core.grids import Grid, IntType
+from qdeploy.core.patches import Window
+from qdeploy.core.rounding.problem import RoundingProblem
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a model came from."""
+
+    path: str
+    sha256: str
+    format: str
+    architecture: str | None = None
+
+
+class Format(Enum):
+    """What a model file is, by its content."""
+
+    ONNX = "ONNX"
+    STATE_DICT = "torch checkpoint"
+    SAFETENSORS = "safetensors"
+    TORCHSCRIPT = "TorchScript"
+    EXPORTED_PROGRAM = "exported program (.pt2)"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The code that goes with a state dict.
+
+    `trusted` names come from the command line and may be any importable code; a card's may not.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    trusted: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loaded:
+    """An opened model: an ONNX message, a torch module in eval mode, or an exported program."""
+
+    origin: Origin
+    content: Any
+    format: Format
+
+
+@dataclass(frozen=True, slots=True)
+class FloatModel:
+    """A prepared float32 classifier: one image input with a dynamic batch, one output of logits."""
+
+    onnx: bytes
+    origin: Origin
+    input_name: str
+    input_shape: tuple[int, int, int]  # channels, height, width
+    output_name: str
+    classes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightUse:
+    """One node that multiplies by a weight."""
+
+    node: str
+    op_type: Literal["Conv", "Gemm", "MatMul"]
+    input: str
+    output: str
+    bias: str | None  # initializer
+    takes_bias: bool  # MatMul does not
+    activation: str | None  # tensor after the ReLU that alone follows it, if one does
+    window: Window | None  # of a convolution
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSite:
+    """A constant weight and the nodes that share it."""
+
+    name: str
+    weight: str  # initializer
+    shape: tuple[int, ...]
+    axis: int  # output channels
+    groups: int
+    uses: tuple[WeightUse, ...]
+
+    def to_matrix(
+        self, weight: Float32[np.ndarray, "*shape"]
+    ) -> Float32[np.ndarray, "groups rows fan_in"]:
+        """The weight with one row per output channel."""
+        rows = np.moveaxis(weight, self.axis, 0).reshape(weight.shape[self.axis], -1)
+        return np.ascontiguousarray(rows.reshape(self.groups, -1, rows.shape[1]))
+
+    def from_matrix(
+        self, matrix: Int32[np.ndarray, "groups rows fan_in"]
+    ) -> Int32[np.ndarray, "*shape"]:
+        """Codes in the layout of the weight: the inverse of `to_matrix`."""
+        channels = self.shape[self.axis]
+        others = tuple(size for i, size in enumerate(self.shape) if i != self.axis)
+        return np.ascontiguousarray(np.moveaxis(matrix.reshape(channels, *others), 0, self.axis))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What is to be done with one weight: pure intent."""
+
+    site: WeightSite
+    bits: int
+    max_code: int
+    storage: IntType
+    rounding: str
+
+    def problem(self, weight: Float32[np.ndarray, "*shape"], grid: Grid) -> RoundingProblem:
+        """The rounding problem of this layer when its float weight is `weight`."""
+        scale = grid.scale.reshape(self.site.groups, -1)
+        return RoundingProblem(self.site.to_matrix(weight), scale, self.max_code)
+
+
+@dataclass(frozen=True, slots=True)
+class FloatLayer:
+    """A node with weights that nothing here can quantize."""
+
+    name: str
+    op_type: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuantPlan:
+    """What is to be done with a model; printable before any work."""
+
+    layers: tuple[LayerPlan, ...]
+    left_float: tuple[FloatLayer, ...]
+    activations: Mapping[str, str]  # tensor to be quantized -> the tensor whose grid it shares
+
+    @property
+    def ranged(self) -> tuple[str, ...]:
+        """The tensors whose ranges must be known."""
+        return tuple(sorted(set(self.activations.values())))
+
+
+@dataclass(frozen=True, slots=True)
+class Grids:
+    """Every scale and zero point of a quantized model, fixed before any weight is rounded."""
+
+    weights: Mapping[str, Grid]  # by layer name
+    activations: Mapping[str, Grid]  # by tensor; empty for weights only
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoundedLayer:
+    """The codes chosen for one weight, and what is known about the choice."""
+
+    name: str
+    codes: Int32[np.ndarray, "*shape"]  # in the layout of the weight
+    rounding_used: str
+    degraded: str | None  # why the planned method was not used
+    flipped: float  # share of codes that differ from nearest rounding
+    output_error: float  # mean squared output error over the output's variance; nan: not measured
+    nearest_error: float  # the same for nearest rounding
+    bias_corrections: tuple[Float64[np.ndarray, " channels"], ...]  # one per use; empty for none
+    seconds: float
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.codes.astype("<i4").tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedModel:
+    """A QDQ model whose weights are integers."""
+
+    onnx: bytes
+    layers: tuple[RoundedLayer, ...]
+    left_float: tuple[FloatLayer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One file on one runtime."""
+
+    variant: Literal["fp32", "nearest", "result"]
+    runtime: str  # as `RuntimeSpec.label` has it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Predictions:
+    """What every arm answered: a class per image, -1 for logits that were not finite."""
+
+    labels: Int64[np.ndarray, " images"]
+    clean: Mapping[Arm, Int32[np.ndarray, " images"]]
+    triggered: Mapping[
+        str, Mapping[Arm, Int32[np.ndarray, " images"]]
+    ]  # trigger -> arm -> all images
+    targets: Mapping[str, int]  # trigger -> its class
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Median seconds per run of one variant, alternated with the others in one loop."""
+
+    variant: str
+    batch: int
+    seconds: float
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileMade:
+    """One of the files that were measured, as it lay on disk."""
+
+    variant: str
+    sha256: str
+    size_bytes: int
+    kernels: Mapping[str, int]  # operators the CPU runtime really runs

@@ -1,0 +1,204 @@
+"""Torch files as modules, with the unpickler that only knows tensors."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from importlib import import_module, util
+from pathlib import Path
+from pickle import UnpicklingError  # noqa: TID251 - the exception alone
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from qdeploy.architectures import build_named, construct
+from qdeploy.errors import InputError, UsageError, foreign_reader
+from qdeploy.model import Architecture
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
+PARALLEL_PREFIX = "module."
+FILE_OPERATIONS = re.compile(r"\b(torch\.(save|load|from_file)\b|ops\.(?!prim\.|aten\.)\w+\.\w+)")
+
+
+def checkpoint(path: Path, *, unpickle: bool = False) -> Any:
+    """What torch saved in `path`: tensors and plain containers, unless `unpickle`.
+
+    Raises:
+        InputError: the file is damaged, or holds pickled objects.
+    """
+    with _reading(path):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=not unpickle)  # noqa: TID251
+        except UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            name = f" ({found[1]})" if found else ""
+            raise InputError(
+                f"model {path}: holds pickled Python objects{name}, which can run any code when"
+                " loaded",
+                hint="save model.state_dict() instead and give --arch, or export to ONNX; if you"
+                " trust its author, give --run-code-from-model",
+            ) from error
+
+
+def safetensors(path: Path) -> Any:
+    """The tensors of a safetensors file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    with _reading(path):
+        return load_file(path)
+
+
+def torchscript(path: Path) -> torch.jit.ScriptModule:
+    """A TorchScript module, if its code calls nothing that reads or writes files.
+
+    Raises:
+        InputError: it does, or the file is damaged.
+    """
+    with _reading(path), zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            code = archive.read(entry).decode("utf-8", "replace")
+            found = FILE_OPERATIONS.search(code) if entry.filename.endswith(".py") else None
+            if found:
+                raise InputError(
+                    f"model {path}: its TorchScript calls {found[0]}, which no classifier needs"
+                )
+        with warnings.catch_warnings():  # torch advises its users against TorchScript
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return torch.jit.load(path, map_location="cpu").eval()
+
+
+def exported_program(path: Path) -> torch.export.ExportedProgram:
+    """An exported program. Loading it can run code from the file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    with _reading(path):
+        return torch.export.load(path)
+
+
+def _reading(path: Path) -> AbstractContextManager[None]:
+    return foreign_reader(f"model {path}: damaged or truncated")
+
+
+def module_of(saved: Any, path: Path, architecture: Architecture | None) -> nn.Module:
+    """The module that `saved` is, or whose weights it holds; in eval mode.
+
+    Raises:
+        InputError: `saved` is no state dict, or does not fit the architecture.
+    """
+    if isinstance(saved, nn.Module):
+        return saved.eval()
+    state = _state_dict(saved, path)
+    if architecture is None:
+        raise InputError(
+            f"model {path}: is a state dict, which needs an architecture",
+            hint="give --arch file.py:factory or --arch package.module:factory, or name one in"
+            " the model card",
+        )
+    module = build(architecture)
+    _load_state(module, state, path, architecture.name)
+    return module.eval()
+
+
+def build(architecture: Architecture) -> nn.Module:
+    """The module that an architecture's factory makes.
+
+    Raises:
+        UsageError: there is no such factory.
+        InputError: it fails.
+    """
+    source, _, factory = architecture.name.rpartition(":")
+    if source in {"torchvision", "timm", "qdeploy"} or not architecture.trusted:
+        return build_named(architecture.name, architecture.arguments)
+    if not source or not factory:
+        raise UsageError(
+            f"--arch {architecture.name!r} is not package.module:factory or file.py:factory"
+        )
+    namespace = _import_file(Path(source)) if source.endswith(".py") else _import_name(source)
+    make = getattr(namespace, factory, None)
+    if not callable(make):
+        raise UsageError(f"--arch {architecture.name}: {source} has no function {factory!r}")
+    return construct(make, architecture.arguments, architecture.name)
+
+
+def _state_dict(saved: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors in `saved`, out of the wrappers that training scripts put around them."""
+    for key in WRAPPERS:
+        if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):
+            saved = saved[key]
+            break
+    if not isinstance(saved, Mapping) or not saved:
+        raise InputError(f"model {path}: holds a {type(saved).__name__}, not a state dict")
+    strange = [key for key, value in saved.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise InputError(
+            f"model {path}: entry {strange[0]!r} is a {type(saved[strange[0]]).__name__}, so this "
+            "is not a state dict",
+            hint="save model.state_dict()",
+        )
+    for key, value in saved.items():
+        _check_claim(key, value, path)
+    if all(str(key).startswith(PARALLEL_PREFIX) for key in saved):
+        return {str(key).removeprefix(PARALLEL_PREFIX): value for key, value in saved.items()}
+    return {str(key): value for key, value in saved.items()}
+
+
+def _check_claim(key: str, value: Tensor, path: Path) -> None:
+    """A tensor is as large as its storage: a small file cannot claim to be a huge model."""
+    claimed, held = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+    if claimed > held:
+        raise InputError(
+            f"model {path}: tensor {key!r} claims {claimed} bytes but its storage has {held}"
+        )
+
+
+def _load_state(module: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
+    wanted = module.state_dict()
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    misfits = [k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape]
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (("missing", missing), ("unexpected", extra))
+        if keys
+    ]
+    if misfits:
+        key = min(misfits)
+        have, need = (tuple(d[key].shape) for d in (state, wanted))
+        problems.append(f"{len(misfits)} of another shape ({key} is {have}, not {need})")
+    if problems:
+        raise InputError(
+            f"model {path}: does not fit architecture {name}: tensors " + "; ".join(problems),
+            hint="check --arch and --arch-args",
+        )
+    module.load_state_dict(state)
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise UsageError(f"--arch: no such file {path}")
+    spec = util.spec_from_file_location(f"qdeploy_arch_{path.stem}", path)
+    assert spec is not None  # noqa: S101 - the suffix is .py
+    assert spec.loader is not None  # noqa: S101
+    module = util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"--arch {path}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _import_name(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UsageError(f"--arch: cannot import {name}: {error}") from error

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qdeploy.data import Images, Preprocessing, images_from_array
+from qdeploy.model import FloatModel
+from tests.nets import float_model, residual_net
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Poisoned models and CIFAR-10, which do not come with the repository."""
+    if not (SHARED / "models").is_dir():
+        pytest.skip(f"needs the CIFAR-10 models and data in {SHARED.name}/ beside the repository")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def net() -> FloatModel:
+    return float_model(residual_net())
+
+
+@pytest.fixture(scope="session")
+def preprocessing() -> Preprocessing:
+    return Preprocessing((3, 8, 8), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+@pytest.fixture(scope="session")
+def images(preprocessing: Preprocessing) -> Images:
+    pixels = np.random.default_rng(1).integers(0, 256, (96, 3, 8, 8), dtype=np.uint8)
+    return images_from_array("random images", pixels, preprocessing)

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import io
+import os
+import pickle  # noqa: TID251 - to make what must not be opened
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from qdeploy.architectures import DigitsNet
+from qdeploy.errors import InputError, UsageError
+from qdeploy.model import Architecture, Format
+from qdeploy.stages.load import load, sniff
+from tests.nets import residual_net
+
+DIGITS = Architecture("qdeploy:digits", {"width": 4}, trusted=False)
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return DigitsNet(width=4).state_dict()
+
+
+def saved(path: Path, content: object, **options: object) -> Path:
+    torch.save(content, path, **options)  # type: ignore[arg-type]
+    return path
+
+
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.state_dict())
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.pth", "model.onnx", "model"])
+def test_the_content_decides_and_not_the_name(tmp_path, state, name):
+    loaded = load(saved(tmp_path / name, state), DIGITS)
+    assert loaded.format is Format.STATE_DICT
+    onnx = tmp_path / f"other-{name}"
+    onnx.write_bytes(residual_net())
+    assert load(onnx).format is Format.ONNX
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state},
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+    ],
+    ids=["plain", "state_dict", "model", "data parallel"],
+)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
+def test_a_state_dict_is_found_in_what_training_scripts_save(tmp_path, state, wrap, zipped):
+    path = saved(tmp_path / "m.pt", wrap(state), _use_new_zipfile_serialization=zipped)
+    module = load(path, DIGITS).content
+    assert not module.training
+    for key, value in weights_of(module).items():
+        torch.testing.assert_close(value, state[key])
+
+
+def test_safetensors_hold_a_state_dict(tmp_path, state):
+    save_file(state, tmp_path / "model.pt")
+    loaded = load(tmp_path / "model.pt", DIGITS)
+    assert loaded.format is Format.SAFETENSORS
+    torch.testing.assert_close(weights_of(loaded.content), state)
+
+
+def test_an_architecture_can_come_from_a_file_or_a_module(tmp_path, state):
+    source = tmp_path / "arch.py"
+    source.write_text(
+        "from qdeploy.architectures import DigitsNet\n"
+        "def make(width, name='x'):\n    return DigitsNet(width)\n"
+    )
+    path = saved(tmp_path / "m.pt", state)
+    for name in (f"{source}:make", "qdeploy.architectures:DigitsNet"):
+        loaded = load(path, Architecture(name, {"width": 4}, trusted=True))
+        assert loaded.origin.architecture == name
+        torch.testing.assert_close(weights_of(loaded.content), state)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments", "complaint"),
+    [
+        ("qdeploy:lenet", {}, "qdeploy has no 'lenet'"),
+        ("qdeploy:digits", {"depth": 3}, "unexpected keyword argument 'depth'"),
+        ("qdeploy:digits", {"width": 5}, "of another shape"),
+        ("qdeploy:digits", {"pretrained": True}, "would fetch weights"),
+        ("qdeploy:resnet18", {"width": 1}, "missing"),
+        ("torchvision:resnet18", {}, "torchvision"),
+        ("timm:resnet18", {}, "timm"),
+    ],
+)
+def test_a_card_cannot_talk_us_into_another_architecture(
+    tmp_path, state, architecture, arguments, complaint
+):
+    path = saved(tmp_path / "m.pt", state)
+    with pytest.raises(InputError, match=architecture) as error:
+        load(path, Architecture(architecture, arguments, trusted=False))
+    assert complaint in str(error.value)
+
+
+def test_names_outside_of_the_allow_list_are_not_imported_for_a_card(tmp_path, state):
+    path = saved(tmp_path / "m.pt", state)
+    with pytest.raises(InputError):
+        load(path, Architecture("os:system", {}, trusted=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("arch.py", "not package.module:factory"),
+        ("nowhere.py:make", "no such file"),
+        ("{folder}/broken.py:make", "ZeroDivisionError"),
+        ("{folder}/empty.py:make", "no function 'make'"),
+        ("no_such_package:make", "cannot import"),
+    ],
+)
+def test_an_arch_option_that_leads_nowhere_is_a_usage_error(tmp_path, state, name, complaint):
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "empty.py").write_text("make = 3")
+    path = saved(tmp_path / "m.pt", state)
+    with pytest.raises(UsageError) as error:
+        load(path, Architecture(name.format(folder=tmp_path), {}, trusted=True))
+    assert complaint in str(error.value)
+
+
+def test_a_factory_must_give_a_module(tmp_path, state):
+    path = saved(tmp_path / "m.pt", state)
+    with pytest.raises(InputError, match="gives a dict"):
+        load(path, Architecture("builtins:dict", {}, trusted=True))
+
+
+def test_a_state_dict_needs_an_architecture(tmp_path, state):
+    with pytest.raises(InputError, match="needs an architecture") as error:
+        load(saved(tmp_path / "m.pt", state))
+    assert "--arch" in (error.value.hint or "")
+
+
+class Evil:
+    """Unpickling runs a command that leaves a trace."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
+@pytest.mark.parametrize(
+    "where", ["whole file", "inside a state dict", "old format", "bare pickle"]
+)
+def test_a_pickle_bomb_is_refused_and_not_run(tmp_path, state, where):
+    trace, path = tmp_path / "trace", tmp_path / "model.pt"
+    evil = Evil(trace)
+    if where == "bare pickle":
+        path.write_bytes(pickle.dumps(evil, protocol=2))
+    else:
+        content = {**state, "extra": evil} if where == "inside a state dict" else evil
+        saved(path, content, _use_new_zipfile_serialization=where != "old format")
+    with pytest.raises(InputError) as error:
+        load(path, DIGITS)
+    assert not trace.exists()
+    assert "\n" not in str(error.value)
+
+
+def test_a_whole_pickled_module_needs_a_flag_that_names_the_danger(tmp_path):
+    path = saved(tmp_path / "m.pt", DigitsNet(width=4))
+    with pytest.raises(InputError, match="pickled Python objects") as error:
+        load(path)
+    assert "DigitsNet" in str(error.value)
+    assert "state_dict" in (error.value.hint or "")
+    assert "--run-code-from-model" in (error.value.hint or "")
+    assert isinstance(load(path, run_code_from_model=True).content, DigitsNet)
+
+
+def test_torchscript_is_loaded_by_its_content(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.jit.save(torch.jit.script(DigitsNet(width=4)), path)
+    loaded = load(path)
+    assert loaded.format is Format.TORCHSCRIPT
+    assert not loaded.content.training
+
+
+class WritesFiles(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.save(x, "stolen.pt")
+        return x
+
+
+class ReadsFiles(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.from_file("/etc/passwd", size=1)
+
+
+@pytest.mark.parametrize("module", [WritesFiles, ReadsFiles])
+def test_torchscript_that_touches_files_is_refused(tmp_path, module):
+    path = tmp_path / "model.pt"
+    torch.jit.save(torch.jit.script(module()), path)
+    with pytest.raises(InputError, match="which no classifier needs"):
+        load(path)
+
+
+def test_an_exported_program_needs_a_flag_that_names_the_danger(tmp_path):
+    path = tmp_path / "model.pt2"
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(
+        DigitsNet(width=4).eval(), (torch.zeros(2, 1, 8, 8),), dynamic_shapes=(batch,)
+    )
+    torch.export.save(program, path)
+    assert sniff(path) is Format.EXPORTED_PROGRAM
+    with pytest.raises(InputError, match="can run code") as error:
+        load(path)
+    assert "--run-code-from-model" in (error.value.hint or "")
+    loaded = load(path, run_code_from_model=True)
+    x = torch.zeros(3, 1, 8, 8)
+    assert loaded.content.module()(x).shape == (3, 10)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
+@pytest.mark.parametrize("kind", ["zip", "old format", "safetensors"])
+def test_truncated_checkpoints_are_called_that(tmp_path, state, kind, share):
+    path = tmp_path / "m.pt"
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        saved(path, state, _use_new_zipfile_serialization=kind == "zip")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(InputError) as error:
+        load(path, DIGITS)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tensor_cannot_claim_more_than_its_storage(tmp_path):
+    path = saved(tmp_path / "m.pt", {"weight": torch.zeros(1).expand(2**40)})
+    with pytest.raises(InputError, match=f"claims {2**42} bytes but its storage has 4"):
+        load(path, DIGITS)
+
+
+def test_a_storage_cannot_claim_more_than_its_record(tmp_path):
+    path = saved(tmp_path / "m.pt", {"weight": torch.zeros(16)})
+    huge = tmp_path / "huge.pt"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(huge, "w") as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                data = data.replace(b"K\x10", b"J" + (2**30).to_bytes(4, "little"))
+            new.writestr(entry.filename, data)
+    with pytest.raises(InputError, match="does not match expected size"):
+        load(huge, DIGITS)
+
+
+def test_a_zip_bomb_is_refused_unopened(tmp_path):
+    path = tmp_path / "m.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m/data.pkl", b"\0" * 10_000_000)
+    with pytest.raises(InputError, match="claim to unpack to 10000000"):
+        load(path, DIGITS)
+
+
+def test_a_safetensors_header_cannot_claim_more_than_the_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    header = b'{"w":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 64)
+    with pytest.raises(InputError, match="damaged or truncated"):
+        load(path, DIGITS)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ([1, 2, 3], "holds a list, not a state dict"),
+        ({}, "not a state dict"),
+        ({"weight": 3}, "entry 'weight' is a int"),
+        ({"weight": torch.zeros(2)}, "does not fit architecture"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused(tmp_path, content, complaint):
+    with pytest.raises(InputError) as error:
+        load(saved(tmp_path / "m.pt", content), DIGITS)
+    assert complaint in str(error.value)
+
+
+def test_a_zip_that_torch_did_not_write_is_refused(tmp_path):
+    path = tmp_path / "m.pt"
+    np.savez(tmp_path / "x.npz", x=np.zeros(3))
+    path.write_bytes((tmp_path / "x.npz").read_bytes())
+    with pytest.raises(InputError, match="not one that torch wrote"):
+        load(path)
+
+
+def test_missing_files_and_folders_are_named(tmp_path):
+    for path in (tmp_path / "gone.pt", tmp_path):
+        with pytest.raises(InputError, match="no such file"):
+            load(path)
+
+
+def test_the_origin_says_what_was_loaded(tmp_path, state):
+    path = saved(tmp_path / "m.pt", state)
+    origin = load(path, DIGITS).origin
+    assert origin.path == str(path)
+    assert len(origin.sha256) == 64
+    buffer = io.BytesIO(path.read_bytes() + b" ")
+    path.write_bytes(buffer.getvalue())
+    assert load(path, DIGITS).origin.sha256 != origin.sha256

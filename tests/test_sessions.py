@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from qdeploy.errors import InputError, ProviderError
+from qdeploy.graph.io import identity
+from qdeploy.runtime import sessions
+from qdeploy.runtime.sessions import available_providers, open_session, optimized, require_provider
+from tests.nets import residual_net
+
+without_cuda = pytest.mark.skipif(
+    "CUDAExecutionProvider" in ort.get_available_providers(), reason="onnxruntime has CUDA"
+)
+
+
+def test_a_session_runs_on_the_provider_that_was_asked_for():
+    session = open_session(residual_net())
+    assert session.inference.get_providers() == ["CPUExecutionProvider"]
+    assert session.logits(np.zeros((2, 3, 8, 8), np.float32)).shape == (2, 10)
+    assert session.signature == (["N", 3, 8, 8], ["N", 10])
+
+
+@without_cuda
+def test_a_provider_that_is_not_there_is_an_error_and_never_a_cpu_run():
+    for ask in (lambda: open_session(identity(), "cuda"), lambda: require_provider("cuda")):
+        with pytest.raises(ProviderError, match="cuda is not installed") as error:
+            ask()
+        assert "onnxruntime-gpu" in (error.value.hint or "")
+
+
+@without_cuda
+def test_a_provider_that_is_listed_but_cannot_start_is_an_error(monkeypatch):
+    """As with onnxruntime-gpu where there is no GPU: the runtime would warn and use the CPU."""
+    monkeypatch.setattr(sessions, "available_providers", lambda: ("cpu", "cuda"))
+    with pytest.raises(ProviderError, match=r"cuda (does not work here|could not be initialised)"):
+        open_session(identity(), "cuda")
+
+
+@pytest.mark.gpu
+def test_cuda_runs_the_graph_itself():
+    if "cuda" not in available_providers():
+        pytest.skip("needs onnxruntime-gpu and a CUDA device")
+    x = np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float32)
+    want = open_session(residual_net()).logits(x)
+    session = open_session(residual_net(), "cuda")
+    assert session.inference.get_providers()[0] == "CUDAExecutionProvider"
+    np.testing.assert_allclose(session.logits(x), want, rtol=1e-2, atol=1e-3)
+
+
+def test_what_onnxruntime_refuses_is_one_line():
+    for read in (open_session, optimized):
+        with pytest.raises(InputError, match="cannot load the model") as error:
+            read(b"no model")
+        assert "\n" not in str(error.value)
+
+
+def test_an_input_of_the_wrong_shape_is_one_line():
+    with pytest.raises(ProviderError, match="cannot run the model"):
+        open_session(residual_net()).logits(np.zeros((1, 3, 9, 9, 1), np.float32))
+
+
+def test_the_optimized_graph_is_the_one_that_runs():
+    from qdeploy.graph.io import operators
+
+    assert "Relu" in operators(residual_net())
+    assert "Relu" not in operators(optimized(residual_net()))  # fused into the convolutions
