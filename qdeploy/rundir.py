@@ -1,0 +1,205 @@
+"""Files that are whole or not there, and the directory in which a run keeps what it makes."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qdeploy.errors import OutputError, UsageError
+
+MANIFEST = "manifest.json"
+REPORT = "report.json"
+PARTIAL = "partial"
+LOCK = ".lock"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Put `data` at `path`: a reader sees the old file or the whole new one, whatever happens.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o666 & ~_umask())
+            Path(temporary).replace(path)
+        except BaseException:  # also when interrupted: nothing half-written stays
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def require_writable(path: Path) -> None:
+    """Find out before the work, rather than after it, that a result has no place to go.
+
+    Raises:
+        OutputError: `path` is a folder, or its folder is missing or not writable.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: is a folder")
+    if not folder.is_dir():
+        raise OutputError(f"cannot write {path}: folder {folder} does not exist")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".qdeploy-"):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def set_aside(path: Path) -> Path | None:
+    """Move a file out of the way, so that nobody takes it for the result of this run."""
+    if not path.exists():
+        return None
+    aside = path.with_name(f"{path.stem}.previous{path.suffix}")
+    try:
+        path.replace(aside)
+    except OSError as error:
+        raise OutputError(f"cannot rename {path}: {error.strerror}") from error
+    return aside
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """`<root>/<run id>/`: everything a run made, with a manifest of sha256 sums."""
+
+    path: Path
+
+    def write(self, name: str, data: bytes) -> Path:
+        """Put a file into the directory; it is in the manifest once `seal` is called."""
+        target = self.path / name
+        write_atomically(target, data)
+        return target
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def seal(self) -> None:
+        """Write the manifest and drop what was kept for resuming: the run is complete."""
+        files = sorted(
+            p for p in self.path.iterdir() if p.is_file() and p.name not in {MANIFEST, LOCK}
+        )
+        sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+        self.write(MANIFEST, (json.dumps(sums, indent=2) + "\n").encode())
+        shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
+
+    @property
+    def layers(self) -> StoredLayers:
+        return StoredLayers(self.path / PARTIAL / "layers")
+
+    @property
+    def predictions(self) -> StoredPredictions:
+        return StoredPredictions(self.path / PARTIAL / "predictions.npz")
+
+
+@contextmanager
+def open_run(root: Path, run_id: str) -> Iterator[RunDir]:
+    """The directory of a run, for this process alone while the context is open.
+
+    A run that was interrupted finds what it had; one that was complete starts anew.
+
+    Raises:
+        OutputError: it cannot be written.
+        UsageError: another process is at the same run.
+    """
+    path = root / run_id
+    try:
+        (path / PARTIAL).mkdir(parents=True, exist_ok=True)
+        lock = (path / LOCK).open("w")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"run {run_id} is under way in another process ({path})",
+                hint="wait for it, or give another --artifacts",
+            ) from error
+        if (path / MANIFEST).exists():
+            (path / MANIFEST).unlink()
+            shutil.rmtree(path / PARTIAL, ignore_errors=True)
+        yield RunDir(path)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayers:
+    """Solved layers of an interrupted run, one file each."""
+
+    folder: Path
+
+    def load(self, layer: str) -> dict[str, np.ndarray] | None:
+        return _load_arrays(self._file(layer))
+
+    def save(self, layer: str, arrays: Mapping[str, np.ndarray]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._file(layer), _packed(arrays))
+
+    def _file(self, layer: str) -> Path:
+        digest = hashlib.sha256(layer.encode()).hexdigest()[:8]
+        readable = re.sub(r"[^\w.-]", "_", layer)[:80]
+        return self.folder / f"{readable}-{digest}.npz"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPredictions:
+    """The answers an interrupted measurement already has."""
+
+    file: Path
+
+    def load(self) -> tuple[int, dict[str, np.ndarray]] | None:
+        arrays = _load_arrays(self.file)
+        return None if arrays is None else (int(arrays.pop("done")), arrays)
+
+    def save(self, done: int, arrays: Mapping[str, np.ndarray]) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.file, _packed({**arrays, "done": np.array(done)}))
+
+
+def _packed(arrays: Mapping[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays in `path`; None if there is no such file or it is damaged."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError):
+        return None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

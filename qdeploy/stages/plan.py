@@ -1,0 +1,62 @@
+"""Decide what happens to each layer, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from qdeploy.core.grids import IntType
+from qdeploy.device import DeviceProfile
+from qdeploy.errors import PlanError
+from qdeploy.graph.io import parse
+from qdeploy.graph.sites import find_activations, find_sites
+from qdeploy.model import FloatModel, LayerPlan, QuantPlan, WeightSite
+from qdeploy.recipe import Override, Recipe
+
+LARGEST_4_BIT_CODE = 7
+
+
+def plan_layers(model: FloatModel, recipe: Recipe, device: DeviceProfile) -> QuantPlan:
+    """The plan for `model`: every constant weight of a convolution or matrix product.
+
+    Raises:
+        PlanError: there are no such weights, or a pattern of the recipe matches none of them.
+    """
+    graph = parse(model.onnx)
+    sites, left_float = find_sites(graph)
+    if not sites:
+        raise PlanError(
+            f"model {model.origin.path}: has no convolution or matrix product to quantize"
+        )
+    names = [site.name for site in sites]
+    for override in recipe.overrides:
+        _must_match(override.layers, names, "overrides")
+    for pattern in (*recipe.gate.allow_float, *recipe.gate.allow_degraded):
+        _must_match(pattern, [*names, *(layer.name for layer in left_float)], "gate")
+    layers = tuple(_layer(site, recipe, device) for site in sites)
+    activations = find_activations(graph, sites) if recipe.activations.bits == 8 else {}
+    return QuantPlan(layers, left_float, activations)
+
+
+def _layer(site: WeightSite, recipe: Recipe, device: DeviceProfile) -> LayerPlan:
+    bits = _bits(site.name, recipe.bits, recipe.overrides)
+    key: Literal["4", "8"] = "4" if bits == 4 else "8"
+    storage = IntType(device.weights.storage[key])
+    max_code = LARGEST_4_BIT_CODE if bits == 4 else device.weights.max_code
+    solver = getattr(recipe.rounding, "solver", None)
+    rounding = recipe.rounding.kind if solver is None else f"{recipe.rounding.kind}-{solver}"
+    return LayerPlan(site, bits, max_code, storage, rounding)
+
+
+def _bits(name: str, default: int, overrides: Sequence[Override]) -> int:
+    """The bit width of the last override that matches."""
+    return next((o.bits for o in reversed(overrides) if fnmatchcase(name, o.layers)), default)
+
+
+def _must_match(pattern: str, names: list[str], where: str) -> None:
+    if not any(fnmatchcase(name, pattern) for name in names):
+        raise PlanError(
+            f"recipe: {where}: pattern {pattern!r} matches no layer",
+            hint=f"layers are {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}",
+        )

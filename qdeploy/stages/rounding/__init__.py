@@ -1,0 +1,32 @@
+"""Choose the integers of every layer."""
+
+from __future__ import annotations
+
+from qdeploy.model import RoundedLayer
+from qdeploy.progress import SILENT, Progress
+from qdeploy.recipe import EfrapDescent, Nearest, Rounding, Stochastic
+from qdeploy.stages.rounding.layer_by_layer import round_layer_by_layer
+from qdeploy.stages.rounding.one_pass import round_in_one_pass, round_without_images
+from qdeploy.stages.rounding.task import FORGETFUL, LayerStore, RoundingTask
+
+__all__ = ["FORGETFUL", "LayerStore", "RoundingTask", "round_layers", "round_to_nearest"]
+
+
+def round_layers(
+    task: RoundingTask,
+    spec: Rounding,
+    *,
+    store: LayerStore = FORGETFUL,
+    progress: Progress = SILENT,
+) -> tuple[RoundedLayer, ...]:
+    """The codes of every planned layer, in order. A layer that `store` has is not solved again."""
+    if isinstance(spec, Nearest | Stochastic):
+        return round_without_images(task, spec)
+    if isinstance(spec, EfrapDescent) and spec.inputs == "float":
+        return round_in_one_pass(task, spec, store, progress)
+    return round_layer_by_layer(task, spec, store, progress)
+
+
+def round_to_nearest(task: RoundingTask) -> tuple[RoundedLayer, ...]:
+    """What any other quantizer would have made of the same grids: the model under attack."""
+    return round_without_images(task, Nearest())

@@ -1,0 +1,109 @@
+"""Layers fitted to the float model's own activations: independent, so one stream serves all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from qdeploy.core.moments import FloatInputMoments
+from qdeploy.core.rounding.nearest import nearest
+from qdeploy.core.rounding.problem import RoundingProblem
+from qdeploy.core.rounding.stochastic import stochastic
+from qdeploy.model import LayerPlan, RoundedLayer
+from qdeploy.progress import Progress
+from qdeploy.recipe import EfrapDescent, Nearest, Stochastic
+from qdeploy.stages.rounding.task import (
+    LayerStore,
+    RoundingTask,
+    descend,
+    keep,
+    outcome,
+    positions,
+    rows,
+    stored,
+)
+from qdeploy.tap import open_tap
+
+MOMENT_BYTES = 384 << 20  # of second moments held at a time
+
+
+def round_without_images(
+    task: RoundingTask, spec: Nearest | Stochastic
+) -> tuple[RoundedLayer, ...]:
+    """Rounding that looks at nothing but the weights."""
+    problems = task.problems()
+
+    def solve(layer: LayerPlan) -> RoundedLayer:
+        started, problem = time.perf_counter(), problems[layer.site.name]
+        if isinstance(spec, Nearest):
+            codes = nearest(problem)
+        else:
+            codes = stochastic(problem, np.random.default_rng(task.layer_seed(layer)))
+        return outcome(layer, problem, codes, started=started)
+
+    return tuple(solve(layer) for layer in task.plan.layers)
+
+
+def round_in_one_pass(
+    task: RoundingTask, spec: EfrapDescent, store: LayerStore, progress: Progress
+) -> tuple[RoundedLayer, ...]:
+    """EFRAP by descent with the float model's inputs."""
+    problems = task.problems()
+    done = {layer.site.name: stored(store, layer) for layer in task.plan.layers}
+    unsolved = [layer for layer in task.plan.layers if done[layer.site.name] is None]
+    for chunk in _chunks(unsolved, problems):
+        moments = _moments(task, spec, chunk, problems, progress)
+        for layer in progress.track(chunk, "solve", len(chunk)):
+            name = layer.site.name
+            result = descend(task, spec, layer, problems[name], moments.pop(name))
+            keep(store, result)
+            done[name] = result
+    return tuple(result for result in done.values() if result is not None)
+
+
+def _chunks(
+    layers: list[LayerPlan], problems: Mapping[str, RoundingProblem]
+) -> Iterator[list[LayerPlan]]:
+    """Runs of layers whose moments fit into memory together; each costs a pass over the images."""
+    chunk: list[LayerPlan] = []
+    held = 0
+    for layer in layers:
+        groups, _, fan_in = problems[layer.site.name].weight.shape
+        size = 8 * groups * fan_in**2 * len(layer.site.uses)
+        if chunk and held + size > MOMENT_BYTES:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(layer)
+        held += size
+    if chunk:
+        yield chunk
+
+
+def _moments(
+    task: RoundingTask,
+    spec: EfrapDescent,
+    layers: list[LayerPlan],
+    problems: Mapping[str, RoundingProblem],
+    progress: Progress,
+) -> dict[str, list[FloatInputMoments]]:
+    """Second moments of the inputs of each use of each layer's weight."""
+    moments = {
+        layer.site.name: [
+            FloatInputMoments(problems[layer.site.name].weight) for _ in layer.site.uses
+        ]
+        for layer in layers
+    }
+    pairs = [
+        pair
+        for layer in layers
+        for pair in zip(layer.site.uses, moments[layer.site.name], strict=True)
+    ]
+    tap = open_tap(task.model.onnx, task.model.input_name, (use.input for use, _ in pairs))
+    generator = np.random.default_rng(task.seed)
+    for values in tap.stream(task.calibration(), progress, "moments"):
+        for use, moment in pairs:
+            x = values[use.input]
+            moment.update(rows(use, x, positions(use, x, spec.positions, generator)))
+    return moments
