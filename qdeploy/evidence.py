@@ -1,0 +1,72 @@
+"""From answers to rates: clean accuracy, attack success, agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qdeploy.core.metrics import Estimate, paired_difference, per_class_accuracy, rate
+from qdeploy.model import Arm, Predictions
+
+
+@dataclass(frozen=True, slots=True)
+class ArmRates:
+    """How one file did on one runtime. Percent, and percentage points against the float model."""
+
+    arm: Arm
+    accuracy: Estimate  # CDA
+    accuracy_drop: Estimate
+    class_accuracy: tuple[float, ...]  # nan: no images of that class
+    class_drop: Estimate  # of the class that lost most
+    agreement: Estimate  # share of images with the float model's answer
+    attack_success: Mapping[str, Estimate]  # ASR by trigger; images of the target class excluded
+    attack_success_rise: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeAgreement:
+    """Share of images on which one runtime gives the answer of the profile's first runtime."""
+
+    runtime: str
+    agreement: Estimate
+
+
+def rates(predictions: Predictions, classes: int) -> tuple[ArmRates, ...]:
+    """The rates of every arm, each against the float model's answers to the same images."""
+    reference = next(arm for arm in predictions.clean if arm.variant == "fp32")
+    return tuple(_rates(predictions, arm, reference, classes) for arm in predictions.clean)
+
+
+def runtime_agreement(predictions: Predictions) -> tuple[RuntimeAgreement, ...]:
+    """How far the runtimes agree with each other about the result."""
+    arms = [arm for arm in predictions.clean if arm.variant == "result"]
+    first = predictions.clean[arms[0]]
+    return tuple(
+        RuntimeAgreement(arm.runtime, rate(predictions.clean[arm] == first)) for arm in arms[1:]
+    )
+
+
+def _rates(predictions: Predictions, arm: Arm, reference: Arm, classes: int) -> ArmRates:
+    labels = predictions.labels
+    answers, expected = predictions.clean[arm], predictions.clean[reference]
+    drops = [
+        paired_difference(expected[of_class] == label, answers[of_class] == label)
+        for label in range(classes)
+        if (of_class := labels == label).any()
+    ]
+    hits, rises = {}, {}
+    for name, answered in predictions.triggered.items():
+        target = predictions.targets[name]
+        asked = labels != target
+        hit, hit_float = answered[arm][asked] == target, answered[reference][asked] == target
+        hits[name], rises[name] = rate(hit), paired_difference(hit, hit_float)
+    return ArmRates(
+        arm=arm,
+        accuracy=rate(answers == labels),
+        accuracy_drop=paired_difference(expected == labels, answers == labels),
+        class_accuracy=per_class_accuracy(answers, labels, classes),
+        class_drop=max(drops, key=lambda drop: drop.value),
+        agreement=rate((answers == expected) & (answers >= 0)),
+        attack_success=hits,
+        attack_success_rise=rises,
+    )

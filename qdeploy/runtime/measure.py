@@ -1,0 +1,135 @@
+"""Run files over images: which class they answer, and how long they take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from qdeploy.data import Images
+from qdeploy.model import Arm, Latency, Predictions
+from qdeploy.progress import SILENT, Progress
+from qdeploy.runtime.sessions import Session, open_session
+from qdeploy.triggers import Trigger
+
+BATCH_VALUES = 1 << 20  # of one input batch
+LARGEST_BATCH = 250
+LATENCY_BATCHES = (1, 32)
+LATENCY_TURNS = 3
+SAVE_EVERY_SECONDS = 10.0
+CLEAN = ""
+
+
+@runtime_checkable
+class PredictionStore(Protocol):
+    """Keeps answers, so that an interrupted measurement can go on where it stopped."""
+
+    def load(self) -> tuple[int, Mapping[str, np.ndarray]] | None: ...
+    def save(self, done: int, arrays: Mapping[str, np.ndarray]) -> None: ...
+
+
+class _Forgetful:
+    def load(self) -> None:
+        """Nothing is kept."""
+
+    def save(self, done: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep nothing."""
+
+
+FORGETFUL: PredictionStore = _Forgetful()
+
+
+def predict(
+    sessions: Mapping[Arm, Session],
+    images: Images,
+    triggers: Sequence[Trigger],
+    *,
+    store: PredictionStore = FORGETFUL,
+    progress: Progress = SILENT,
+) -> Predictions:
+    """Every arm's answer to every image, clean and with each trigger in it.
+
+    The images are read once: each batch goes through all arms before the next one is decoded.
+    Images of a trigger's own target class are not asked about; their answers stay -1.
+
+    Args:
+        images: Labelled.
+    """
+    if images.labels is None:
+        raise ValueError("images without labels cannot be judged")
+    keys = {
+        (arm, name): f"{arm.variant}|{arm.runtime}|{name}"
+        for arm in sessions
+        for name in (CLEAN, *(t.name for t in triggers))
+    }
+    saved = store.load()
+    done, answers = (0, {}) if saved is None else (saved[0], dict(saved[1]))
+    complete = {answer.shape for answer in answers.values()} == {(len(images),)}
+    if set(answers) != set(keys.values()) or not complete:
+        done, answers = 0, {key: np.full(len(images), -1, np.int32) for key in keys.values()}
+    size = int(np.clip(BATCH_VALUES // np.prod(images.preprocessing.shape), 1, LARGEST_BATCH))
+    last_save = time.monotonic()
+    remaining = images.skip(done)
+    for batch in progress.track(remaining.batches(size), "images", -(-len(remaining) // size)):
+        at = slice(done, done + len(batch.pixels))
+        labels = images.labels[at]
+        for trigger in (None, *triggers):
+            asked = np.ones(len(labels), bool) if trigger is None else labels != trigger.target
+            pixels = batch.pixels if trigger is None else trigger.apply(batch.pixels[asked])
+            x = images.preprocessing.normalise(pixels)
+            for arm, session in sessions.items():
+                if len(x):
+                    key = keys[arm, CLEAN if trigger is None else trigger.name]
+                    answers[key][at][asked] = argmax(session.logits(x))
+        done = at.stop
+        if time.monotonic() - last_save > SAVE_EVERY_SECONDS:
+            store.save(done, answers)
+            last_save = time.monotonic()
+    store.save(done, answers)
+    return Predictions(
+        labels=images.labels,
+        clean={arm: answers[keys[arm, CLEAN]] for arm in sessions},
+        triggered={t.name: {arm: answers[keys[arm, t.name]] for arm in sessions} for t in triggers},
+        targets={t.name: t.target for t in triggers},
+    )
+
+
+def argmax(logits: np.ndarray) -> np.ndarray:
+    """Predicted class of each row; -1 where the logits are not finite, which is never right."""
+    finite = np.isfinite(logits).all(axis=1)
+    return np.where(finite, logits.argmax(axis=1), -1).astype(np.int32)
+
+
+def measure_latency(
+    models: Iterable[tuple[str, bytes]], shape: tuple[int, int, int], *, provider: str, runs: int
+) -> tuple[Latency, ...]:
+    """Median time of each model at batch 1 and 32, the models taking turns.
+
+    One session is open at a time, since idle ones keep the cores busy. Only the ratios mean
+    something on a machine that does other work.
+    """
+    seconds: dict[tuple[str, int], list[float]] = {}
+    contestants = tuple(models)
+    for _ in range(LATENCY_TURNS if runs else 0):
+        for name, data in contestants:
+            session = open_session(data, provider)
+            for size in LATENCY_BATCHES:
+                times = _run_times(session, (size, *shape), runs)
+                seconds.setdefault((name, size), []).extend(times)
+    return tuple(
+        Latency(name, size, median(times), len(times)) for (name, size), times in seconds.items()
+    )
+
+
+def _run_times(session: Session, shape: tuple[int, ...], runs: int) -> list[float]:
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    session.logits(x)  # warms up
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        session.logits(x)
+        times.append(time.perf_counter() - started)
+    return times

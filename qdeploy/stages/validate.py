@@ -1,0 +1,99 @@
+"""Measure the files themselves, as they lie on disk, on every runtime of the device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qdeploy.data import Images
+from qdeploy.device import DeviceProfile
+from qdeploy.errors import InputError
+from qdeploy.evidence import ArmRates, RuntimeAgreement, rates, runtime_agreement
+from qdeploy.graph.io import operators
+from qdeploy.model import Arm, FileMade, FloatModel, Latency
+from qdeploy.progress import SILENT, Progress
+from qdeploy.runtime.measure import FORGETFUL, PredictionStore, measure_latency, predict
+from qdeploy.runtime.sessions import Session, open_session, optimized
+from qdeploy.triggers import Trigger
+
+Variant = Literal["fp32", "nearest", "result"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What is measured: the bytes of each variant, read back from disk, and what to ask them."""
+
+    model: FloatModel
+    files: Mapping[Variant, bytes]  # has fp32 and result
+    images: Images | None  # labelled; None: nothing but latency can be measured
+    triggers: Sequence[Trigger]
+    latency_runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    files: tuple[FileMade, ...]
+    rates: tuple[ArmRates, ...] = ()
+    runtimes: tuple[RuntimeAgreement, ...] = ()
+    latencies: tuple[Latency, ...] = ()
+
+
+def validate(
+    trial: Trial,
+    device: DeviceProfile,
+    *,
+    store: PredictionStore = FORGETFUL,
+    progress: Progress = SILENT,
+) -> Measured:
+    """Rates of every variant; of the result on every runtime that the device profile names.
+
+    Raises:
+        ProviderError: a runtime of the profile is not there, or cannot run the file.
+        InputError: a file is no classifier like the float model.
+    """
+    files = tuple(_file(variant, data) for variant, data in trial.files.items())
+    first = device.runtimes[0]
+    latencies = measure_latency(
+        trial.files.items(),
+        trial.model.input_shape,
+        provider=first.provider,
+        runs=trial.latency_runs,
+    )
+    if trial.images is None:
+        return Measured(files, latencies=latencies)
+    sessions = _sessions(trial, device)
+    _check_interface(sessions, trial.model)
+    predictions = predict(sessions, trial.images, trial.triggers, store=store, progress=progress)
+    return Measured(
+        files, rates(predictions, trial.model.classes), runtime_agreement(predictions), latencies
+    )
+
+
+def _sessions(trial: Trial, device: DeviceProfile) -> dict[Arm, Session]:
+    """The references on the first runtime, the result on all of them."""
+    sessions: dict[Arm, Session] = {}
+    for variant, data in trial.files.items():
+        for runtime in device.runtimes if variant == "result" else device.runtimes[:1]:
+            sessions[Arm(variant, runtime.label)] = open_session(
+                data, runtime.provider, optimizations=runtime.optimizations, spinning=False
+            )
+    return sessions
+
+
+def _check_interface(sessions: Mapping[Arm, Session], model: FloatModel) -> None:
+    for arm, session in sessions.items():
+        image, logits = session.signature
+        channels_and_size, classes = tuple(image[1:]), logits[-1] if len(logits) == 2 else None
+        if channels_and_size != model.input_shape or classes != model.classes:
+            raise InputError(
+                f"the {arm.variant} file maps {image} to {logits}, the float model maps "
+                f"(N, {', '.join(map(str, model.input_shape))}) to (N, {model.classes})"
+            )
+
+
+def _file(variant: str, data: bytes) -> FileMade:
+    kernels = dict(sorted(Counter(operators(optimized(data))).items()))
+    return FileMade(variant, hashlib.sha256(data).hexdigest(), len(data), kernels)
