@@ -26,7 +26,8 @@ def check_rates(rates: Sequence[ArmRates], gate: GateSpec) -> Iterator[Check]:
         runtime = arm.arm.runtime
         yield drop.check(arm.accuracy_drop, runtime)
         if gate.max_class_drop is not None:
-            limit = Limit("class_drop", "<=", gate.max_class_drop, "points", needed)
+            few = gate.min_class_images
+            limit = Limit("class_drop", "<=", gate.max_class_drop, "points", few)
             yield limit.check(arm.class_drop, runtime)
         yield agreement.check(arm.agreement, runtime)
         for trigger, estimate in arm.attack_success.items():

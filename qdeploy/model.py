@@ -223,3 +223,14 @@ class FileMade:
     sha256: str
     size_bytes: int
     kernels: Mapping[str, int]  # operators the CPU runtime really runs
+
+
+@dataclass(frozen=True, slots=True)
+class DataUsed:
+    """A set of images, or the triggers, that a run relied on."""
+
+    role: str
+    name: str
+    images: int | None
+    sha256: str | None
+    given_by: str  # "model card", "command line" or how it was made

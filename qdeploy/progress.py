@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
@@ -38,3 +41,20 @@ class _Silent:
 
 
 SILENT: Progress = _Silent()
+
+
+@dataclass(slots=True)
+class Clock:
+    """Tells the progress which stage is under way, and keeps how long each one took."""
+
+    progress: Progress
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    times: list[tuple[str, float]] = field(default_factory=list)  # name, seconds
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A stage whose time is taken while the context is open."""
+        began = time.perf_counter()
+        with self.progress.stage(name):
+            yield
+        self.times.append((name, time.perf_counter() - began))

@@ -118,6 +118,7 @@ class GateSpec(Spec):
     max_attack_success_rise: float = 1.0
     min_runtime_agreement: float = 99.0
     min_images: int = Field(200, gt=0, description="A rate over fewer images is no evidence.")
+    min_class_images: int = Field(50, gt=0, description="The same for the rate of one class.")
     allow_float: tuple[str, ...] = Field((), description="Layers that may stay float (patterns).")
     allow_degraded: tuple[str, ...] = Field((), description="Layers that may lose their method.")
 

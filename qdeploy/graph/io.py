@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
-from onnx.external_data_helper import load_external_data_for_model, uses_external_data
+from onnx.external_data_helper import load_external_data_for_model
 from onnx_ir.passes import common
 
 from qdeploy.errors import InputError, foreign_reader
@@ -65,6 +65,26 @@ def read_untrusted(path: Path) -> onnx.ModelProto:
     _load_external_data(proto, path)
     check(proto, where)
     return proto
+
+
+def read_single_file(path: Path) -> bytes:
+    """The bytes of a model, checked like any untrusted one, that keeps everything in one file.
+
+    Raises:
+        InputError: as `read_untrusted`, or it keeps tensors in other files.
+    """
+    where = str(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"model {where}: {error.strerror}") from error
+    proto = parse_proto(data, where)
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _all_tensors(proto)):
+        raise InputError(
+            f"model {where}: keeps tensors in other files; what is judged must be one file"
+        )
+    check(proto, where)
+    return data
 
 
 def check(proto: onnx.ModelProto, where: str) -> None:
@@ -157,7 +177,7 @@ def check_written(model: ir.Model) -> None:
 def _load_external_data(proto: onnx.ModelProto, path: Path) -> None:
     folder = path.resolve().parent
     for tensor in _all_tensors(proto):
-        if not uses_external_data(tensor):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")

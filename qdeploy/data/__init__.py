@@ -1,0 +1,21 @@
+"""Images from a folder, a zip or an npz. Nothing here holds a data set in memory."""
+
+from qdeploy.data.decode import read_picture
+from qdeploy.data.images import (
+    Batch,
+    Images,
+    Preprocessing,
+    images_from_array,
+    open_images,
+    open_labelled_images,
+)
+
+__all__ = [
+    "Batch",
+    "Images",
+    "Preprocessing",
+    "images_from_array",
+    "open_images",
+    "open_labelled_images",
+    "read_picture",
+]

@@ -1,0 +1,208 @@
+"""Selections of images: streamed, seeded, digested, in the form that a model takes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from jaxtyping import Float32, Int64, UInt8
+from PIL import Image
+
+from qdeploy.data.containers import ArrayContainer, Container, NpzContainer, open_container
+from qdeploy.errors import InputError
+from qdeploy.progress import SILENT, Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """From pixels to what the model takes: `(pixel / 255 - mean) / std` per channel."""
+
+    shape: tuple[int, int, int]  # channels, height, width
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int | None = None  # shorter side before the centre crop
+
+    def normalise(
+        self, pixels: Float32[np.ndarray, "images channels height width"]
+    ) -> Float32[np.ndarray, "images channels height width"]:
+        """Model input for pixels in [0, 1]."""
+        mean = np.array(self.mean, np.float32)[:, None, None]
+        std = np.array(self.std, np.float32)[:, None, None]
+        return (pixels - mean) / std
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    pixels: Float32[np.ndarray, "images channels height width"]  # in [0, 1]
+    labels: Int64[np.ndarray, " images"] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Images:
+    """A selection of images, in the order of `indices`, ready to be streamed."""
+
+    source: Container
+    preprocessing: Preprocessing
+    indices: Int64[np.ndarray, " images"]
+    labels: Int64[np.ndarray, " images"] | None  # of the selection
+    classes: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def name(self) -> str:
+        return str(self.source.path)
+
+    def sample(self, count: int | None, seed: int) -> Images:
+        """At most `count` of the images, drawn without replacement; all of them for None."""
+        if count is None or count >= len(self):
+            return self
+        chosen = np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False))
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, indices=self.indices[chosen], labels=labels)
+
+    def skip(self, count: int) -> Images:
+        """All but the first `count` images."""
+        labels = None if self.labels is None else self.labels[count:]
+        return replace(self, indices=self.indices[count:], labels=labels)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """The images, at most `size` at a time, as pixels in [0, 1]."""
+        pixels: list[np.ndarray] = []
+        done = 0
+        for image in self._decoded():
+            pixels.append(image)
+            if len(pixels) == size:
+                yield self._batch(pixels, done)
+                done, pixels = done + len(pixels), []
+        if pixels:
+            yield self._batch(pixels, done)
+
+    def fingerprints(self, progress: Progress = SILENT) -> tuple[bytes, ...]:
+        """A hash of each image's decoded pixels: equal for equal pictures, however stored.
+
+        Raises:
+            InputError: an image is damaged or of the wrong size.
+        """
+        images = progress.track(self._decoded(), f"read {self.source.path.name}", len(self))
+        return tuple(hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)
+
+    def digest(self, fingerprints: tuple[bytes, ...]) -> str:
+        """sha256 over the selection's pictures and labels, in hex."""
+        labels = b"" if self.labels is None else self.labels.astype("<i8").tobytes()
+        return hashlib.sha256(b"".join(fingerprints) + labels).hexdigest()
+
+    def _batch(self, pixels: list[np.ndarray], first: int) -> Batch:
+        labels = None if self.labels is None else self.labels[first : first + len(pixels)]
+        return Batch(np.stack(pixels).astype(np.float32) / np.float32(255), labels)
+
+    def _decoded(self) -> Iterator[UInt8[np.ndarray, "channels height width"]]:
+        for key, image in self.source.read(self.indices):
+            yield _to_input(image, self.preprocessing, where=f"{self.source.path}: {key}")
+
+
+def open_images(path: Path, preprocessing: Preprocessing) -> Images:
+    """All images under `path`, unlabelled: sub-folders mean nothing here.
+
+    Raises:
+        InputError: it does not exist, is damaged, or holds no images.
+    """
+    source = open_container(path)
+    return Images(source, preprocessing, np.arange(len(source.keys)), None, None)
+
+
+def open_labelled_images(
+    path: Path, preprocessing: Preprocessing, classes: tuple[str, ...] | None
+) -> Images:
+    """All images under `path` with their labels.
+
+    In folders and zips a label is the position of the sub-folder's name in `classes`, or in the
+    sorted names if `classes` is None. In an npz it is `y`.
+
+    Raises:
+        InputError: as `open_images`; or there are no labels, or a folder is not a class.
+    """
+    source = open_container(path)
+    indices = np.arange(len(source.keys))
+    if isinstance(source, NpzContainer):
+        return Images(source, preprocessing, indices, source.labels(), classes)
+    names = _class_folders(path, source.keys)
+    known = classes if classes is not None else tuple(sorted(set(names)))
+    position = {name: i for i, name in enumerate(known)}
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise InputError(
+            f"data {path}: folder {unknown[0]!r} is none of the model card's {len(known)} classes",
+            hint="name the folders as model.classes does, or remove model.classes to sort by name",
+        )
+    labels = np.array([position[name] for name in names], np.int64)
+    return Images(source, preprocessing, indices, labels, known)
+
+
+def images_from_array(
+    name: str,
+    pixels: UInt8[np.ndarray, "images channels height width"],
+    preprocessing: Preprocessing,
+) -> Images:
+    """Images that were made rather than read."""
+    source = ArrayContainer(Path(name), pixels)
+    return Images(source, preprocessing, np.arange(len(pixels)), None, None)
+
+
+def _class_folders(path: Path, keys: tuple[str, ...]) -> list[str]:
+    """The first folder below the one all images share, image by image."""
+    parts = [PurePosixPath(key).parts[:-1] for key in keys]
+    if not all(parts):
+        raise InputError(
+            f"data {path}: image {keys[0]!r} lies in no class folder, so it has no label",
+            hint="test data needs one sub-folder per class, or an npz with x and y",
+        )
+    shared = 0
+    while all(len(p) > shared + 1 for p in parts) and len({p[shared] for p in parts}) == 1:
+        shared += 1
+    return [p[shared] for p in parts]
+
+
+def _to_input(
+    image: Image.Image | np.ndarray, spec: Preprocessing, *, where: str
+) -> UInt8[np.ndarray, "channels height width"]:
+    """`image` in the model's channels and size.
+
+    Raises:
+        InputError: it has another size and the card names no resize.
+    """
+    channels, height, width = spec.shape
+    if isinstance(image, np.ndarray) and spec.resize is None:
+        pixels = image
+    else:
+        picture = image if isinstance(image, Image.Image) else _as_picture(image)
+        picture = picture.convert("L" if channels == 1 else "RGB")
+        if spec.resize is not None:
+            picture = _resize_and_crop(picture, spec.resize, height, width)
+        pixels = np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
+    if pixels.shape != spec.shape:
+        raise InputError(
+            f"image {where}: {_size(pixels)}, but the model takes {channels}x{height}x{width}",
+            hint="set input.resize in the model card to scale and crop images of other sizes",
+        )
+    return np.ascontiguousarray(pixels)
+
+
+def _as_picture(pixels: UInt8[np.ndarray, "channels height width"]) -> Image.Image:
+    return Image.fromarray(pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0))
+
+
+def _resize_and_crop(picture: Image.Image, shorter: int, height: int, width: int) -> Image.Image:
+    scale = shorter / min(picture.size)
+    size = (max(round(picture.width * scale), width), max(round(picture.height * scale), height))
+    picture = picture.resize(size, Image.Resampling.BILINEAR)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def _size(pixels: np.ndarray) -> str:
+    return "x".join(map(str, pixels.shape))
