@@ -1,0 +1,125 @@
+"""What a run is asked to do, and the images and triggers it does it with."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from qdeploy.data import Images
+from qdeploy.device import DeviceProfile
+from qdeploy.errors import InputError, UsageError
+from qdeploy.model import DataUsed, Loaded, QuantPlan
+from qdeploy.progress import Progress
+from qdeploy.recipe import Nearest, Recipe, Stochastic
+from qdeploy.sources import Sources
+from qdeploy.stages.synthesize import synthesize
+from qdeploy.triggers import Trigger
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user wants done."""
+
+    sources: Sources
+    recipe: Recipe
+    device: DeviceProfile
+    artifacts: Path
+    command: str = ""
+    report: Path | None = None
+    synthetic_calibration: bool = False
+    run_code_from_model: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """The images that scales and integers are fitted to."""
+
+    images: Images | None  # None: weights only, by a method that looks at no images
+    prints: frozenset[bytes]
+    used: tuple[DataUsed, ...]
+    synthetic: str | None  # how the images were made, if nobody gave any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evidence:
+    """The images and triggers that the file is judged by."""
+
+    images: Images | None
+    triggers: tuple[Trigger, ...]
+    used: tuple[DataUsed, ...]
+
+
+def open_calibration(
+    request: Request, loaded: Loaded, plan: QuantPlan, progress: Progress
+) -> Calibration:
+    """The calibration images, read once to prove that they are whole.
+
+    Raises:
+        UsageError: nobody named any, though they are needed.
+        InputError: an image is damaged or of the wrong size.
+    """
+    images, given_by, synthetic = _calibration_images(request, loaded, plan, progress)
+    if images is None:
+        return Calibration(None, frozenset(), (), None)
+    prints = images.fingerprints(progress)
+    used = DataUsed("calibration", images.name, len(images), images.digest(prints), given_by)
+    return Calibration(images, frozenset(prints), (used,), synthetic)
+
+
+def open_evidence(
+    request: Request, classes: int, fitted: frozenset[bytes], progress: Progress
+) -> Evidence:
+    """The test images and triggers, read once to prove that they can be trusted.
+
+    Args:
+        fitted: Fingerprints of the images that the model is fitted to.
+
+    Raises:
+        InputError: an image is damaged or among those `fitted`, a label is no class, or a trigger
+            does not fit into the image.
+    """
+    sources, recipe = request.sources, request.recipe
+    triggers = sources.triggers(classes) if sources.trigger_specs else ()
+    used = tuple(
+        DataUsed("trigger", trigger.name, None, _digest(trigger), sources.triggers_given_by)
+        for trigger in triggers
+    )
+    images = sources.test_images(recipe.validation.images, recipe.seed, classes)
+    if images is None or sources.test is None:
+        return Evidence(None, triggers, used)
+    prints = images.fingerprints(progress)
+    shared = len(fitted.intersection(prints))
+    if shared and sources.calibration is not None:
+        raise InputError(
+            f"data: {shared} images are in both the calibration data {sources.calibration.path} and"
+            f" the test data {sources.test.path}",
+            hint="a model must be judged on images that it was not fitted to",
+        )
+    test = DataUsed("test", images.name, len(images), images.digest(prints), sources.test.given_by)
+    return Evidence(images, triggers, (test, *used))
+
+
+def _calibration_images(
+    request: Request, loaded: Loaded, plan: QuantPlan, progress: Progress
+) -> tuple[Images | None, str, str | None]:
+    """The images, who gave them, and how they were made if nobody did."""
+    sources, recipe = request.sources, request.recipe
+    if isinstance(recipe.rounding, Nearest | Stochastic) and not plan.activations:
+        return None, "", None
+    preprocessing = sources.preprocessing
+    images = sources.calibration_images(recipe.calibration.images, recipe.seed)
+    if images is not None and sources.calibration is not None:
+        return images, sources.calibration.given_by, None
+    if request.synthetic_calibration:
+        made = synthesize(loaded.content, preprocessing, recipe.seed, progress)
+        return made.images, "synthetic", made.method
+    raise UsageError(
+        f"model {sources.model}: no calibration images are known",
+        hint="give --calibration FOLDER_OR_ZIP (a few hundred unlabelled images), name them in the"
+        " model card, or use --synthetic-calibration, which gets no verdict",
+    )
+
+
+def _digest(trigger: Trigger) -> str:
+    return hashlib.sha256(trigger.mask.tobytes() + trigger.pattern.tobytes()).hexdigest()

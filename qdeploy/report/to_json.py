@@ -1,0 +1,108 @@
+"""report.json: the whole report for machines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from qdeploy.evidence import ArmRates
+from qdeploy.model import LayerPlan, RoundedLayer
+from qdeploy.report.values import Report
+
+SCHEMA_VERSION = 1
+
+
+def to_json(report: Report) -> bytes:
+    """The report as UTF-8 JSON. What was not measured (nan) is null."""
+    rounded = {layer.name: layer for layer in report.layers}
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "outcome": report.outcome.value,
+        "reasons": report.reasons,
+        "not_measured": report.not_measured,
+        "notes": report.notes,
+        "output": report.output,
+        "run_id": report.run_id,
+        "started": report.started,
+        "command": report.command,
+        "versions": report.versions,
+        "origin": _fields(report.origin),
+        "checks": [
+            {**_fields(c), "within": c.within, "conclusive": c.conclusive,
+             "required": c.name in report.required}
+            for c in report.checks
+        ],
+        "required": sorted(report.required),
+        "measurements": [_rates(r, report.classes) for r in report.rates],
+        "runtime_agreement": [
+            {"runtime": r.runtime, "agreement": _fields(r.agreement)} for r in report.runtimes
+        ],
+        "latency": [_fields(latency) for latency in report.latencies],
+        "files": [_fields(f) for f in report.files],
+        "layers": [_layer(plan, rounded.get(plan.site.name)) for plan in report.plan],
+        "left_float": [_fields(layer) for layer in report.left_float],
+        "data": [_fields(d) for d in report.data],
+        "stages": [_fields(s) for s in report.stages],
+        "recipe": report.recipe,
+        "device": report.device,
+    }  # fmt: skip
+    return (json.dumps(_plain(document), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _rates(rates: ArmRates, classes: tuple[str, ...]) -> dict[str, Any]:
+    named = zip(classes, rates.class_accuracy, strict=True)
+    return {
+        "variant": rates.arm.variant,
+        "runtime": rates.arm.runtime,
+        "accuracy": _fields(rates.accuracy),
+        "accuracy_drop": _fields(rates.accuracy_drop),
+        "class_accuracy": [{"class": name, "accuracy": value} for name, value in named],
+        "class_drop": _fields(rates.class_drop),
+        "agreement": _fields(rates.agreement),
+        "attack_success": {name: _fields(e) for name, e in rates.attack_success.items()},
+        "attack_success_rise": {name: _fields(e) for name, e in rates.attack_success_rise.items()},
+    }
+
+
+def _layer(plan: LayerPlan, rounded: RoundedLayer | None) -> dict[str, Any]:
+    planned = {
+        "name": plan.site.name,
+        "operators": [use.op_type for use in plan.site.uses],
+        "shape": plan.site.shape,
+        "bits": plan.bits,
+        "max_code": plan.max_code,
+        "storage": plan.storage.value,
+        "rounding_planned": plan.rounding,
+    }
+    if rounded is None:
+        return planned
+    return planned | {
+        "rounding_used": rounded.rounding_used,
+        "degraded": rounded.degraded,
+        "flipped": rounded.flipped,
+        "output_error": rounded.output_error,
+        "nearest_output_error": rounded.nearest_error,
+        "codes_sha256": rounded.sha256,
+        "seconds": rounded.seconds,
+    }
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__slots__}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say: nan becomes null, enums their values, tuples lists."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list | frozenset | set):
+        items = sorted(value) if isinstance(value, frozenset | set) else value
+        return [_plain(item) for item in items]
+    return value

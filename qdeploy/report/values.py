@@ -1,0 +1,45 @@
+"""What a run found out, as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qdeploy.evidence import ArmRates, RuntimeAgreement
+from qdeploy.model import DataUsed, FileMade, FloatLayer, Latency, LayerPlan, Origin, RoundedLayer
+from qdeploy.verdict import Check, Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class StageTime:
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    run_id: str
+    started: str  # UTC, ISO 8601
+    versions: Mapping[str, str]
+    command: str
+    origin: Origin
+    recipe: Mapping[str, Any]
+    device: Mapping[str, Any]
+    data: tuple[DataUsed, ...]
+    stages: tuple[StageTime, ...]
+    plan: tuple[LayerPlan, ...]
+    layers: tuple[RoundedLayer, ...]
+    left_float: tuple[FloatLayer, ...]
+    files: tuple[FileMade, ...]
+    classes: tuple[str, ...]
+    rates: tuple[ArmRates, ...]
+    runtimes: tuple[RuntimeAgreement, ...]
+    latencies: tuple[Latency, ...]
+    checks: tuple[Check, ...]
+    required: frozenset[str]
+    outcome: Outcome
+    reasons: tuple[str, ...]  # why it is not ACCEPT
+    not_measured: tuple[str, ...]  # what an ACCEPT does not speak of
+    notes: tuple[str, ...]
+    output: str | None  # where the file was put
