@@ -1,0 +1,219 @@
+"""The command line: parse, call, exit."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from qdeploy import __version__
+from qdeploy.errors import EXIT_INTERRUPTED, QdeployError
+from qdeploy.options import (
+    ARTIFACTS,
+    CALIBRATION,
+    EVIDENCE,
+    METHOD,
+    MODEL,
+    RECIPE,
+    Options,
+    takes,
+)
+
+if TYPE_CHECKING:
+    from qdeploy.verdict import Outcome
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Quantize an untrusted classifier so that a quantization-conditioned backdoor does not"
+    " survive, and prove it on the file itself.",
+    epilog="Exit codes: 0 accepted, 1 bug, 2 bad input or usage, 3 rejected, 4 no verdict,"
+    " 130 interrupted.",
+)
+
+
+@app.command()
+@takes(
+    "model",
+    "out",
+    *MODEL,
+    *CALIBRATION,
+    *EVIDENCE,
+    *RECIPE,
+    *METHOD,
+    "report",
+    "artifacts",
+    "dry_run",
+)
+def sanitize(options: Options) -> None:
+    """Quantize without switching a backdoor on, measure the file, and judge it."""
+    from qdeploy import console, pipeline
+    from qdeploy.request import make_request
+
+    request, progress = make_request(options), console.TerminalProgress()
+    if options.dry_run:
+        model, plan = pipeline.make_plan(request, progress)
+        console.show_plan(model, plan, request.recipe, request.device)
+        return
+    report = pipeline.sanitize(request, options.out, progress)
+    console.show_report(report)
+    _exit(report.outcome)
+
+
+@app.command()
+@takes("model", "out", *MODEL, *CALIBRATION, *RECIPE, *METHOD, "artifacts")
+def quantize(options: Options) -> None:
+    """Quantize by any method. Nothing is measured and nothing is judged."""
+    from qdeploy import console, pipeline
+    from qdeploy.request import make_request
+
+    request = make_request(options)
+    quantized = pipeline.quantize(request, options.out, console.TerminalProgress())
+    console.show_quantized(quantized, options.out)
+
+
+@app.command()
+@takes("quantized", "reference", *MODEL, *EVIDENCE, *RECIPE, "report")
+def validate(options: Options) -> None:
+    """Measure a quantized file, whoever made it, against its float model, and judge it."""
+    from dataclasses import replace
+
+    from qdeploy import console, pipeline
+    from qdeploy.request import make_request
+
+    request = make_request(replace(options, model=options.reference))
+    report = pipeline.judge_file(request, options.quantized, console.TerminalProgress())
+    console.show_report(report)
+    _exit(report.outcome)
+
+
+@app.command()
+@takes("model", "out", *MODEL)
+def export(options: Options) -> None:
+    """Write the model as a prepared float32 ONNX graph, proved equal to what was loaded."""
+    from qdeploy import console, pipeline
+    from qdeploy.request import make_request
+
+    exported = pipeline.export_file(make_request(options), options.out, console.TerminalProgress())
+    console.show_exported(exported, options.out)
+
+
+@app.command()
+def devices(
+    name: Annotated[str | None, typer.Argument(help="Show this one.")] = None,
+) -> None:
+    """List the device profiles, or show one."""
+    from qdeploy import console
+    from qdeploy.device import load_device
+    from qdeploy.schema import bundled, find_bundled
+
+    if name is not None:
+        load_device(name)
+        console.show_text(find_bundled("devices", name).read_text("utf-8"))
+    else:
+        console.show_pairs((key, load_device(key).description) for key in bundled("devices"))
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this one.")] = None,
+) -> None:
+    """List the recipes, or show one."""
+    from qdeploy import console
+    from qdeploy.recipe import load_recipe
+    from qdeploy.schema import bundled, find_bundled
+
+    if name is not None:
+        load_recipe(name)
+        console.show_text(find_bundled("recipes", name).read_text("utf-8"))
+    else:
+        console.show_pairs((key, load_recipe(key).description) for key in bundled("recipes"))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do."""
+    from qdeploy import console
+    from qdeploy.doctor import describe
+
+    console.show_pairs(describe())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for model, data and report.")] = (
+        ARTIFACTS / "demo"
+    ),
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same model.")] = 0,
+) -> None:
+    """Plant a backdoor that rounding switches on in a small classifier, then sanitize it."""
+    from qdeploy import console
+    from qdeploy.redteam.demo import run_demo
+
+    report = run_demo(out, seed=seed, progress=console.TerminalProgress())
+    console.show_report(report)
+    _exit(report.outcome)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with the documented code."""
+    received: list[int] = []  # signals; a library may turn the interrupt into an error of its own
+
+    def interrupt(number: int, _frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, interrupt) for number in signals}
+    try:
+        app(args=arguments)
+    except KeyboardInterrupt:
+        _leave_interrupted()
+    except QdeployError as error:
+        if received:
+            _leave_interrupted()
+        from qdeploy import console
+
+        console.show_error(error)
+        raise SystemExit(error.exit_code) from None
+    except SystemExit as leaving:
+        if leaving.code == EXIT_INTERRUPTED:
+            _leave_interrupted()
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _leave_interrupted() -> NoReturn:
+    from qdeploy import console
+
+    console.show_interrupted()
+    raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def _exit(outcome: Outcome) -> None:
+    from qdeploy.verdict import EXIT_CODE
+
+    raise typer.Exit(EXIT_CODE[outcome])
+
+
+def _show_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"qdeploy {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None:
+    pass

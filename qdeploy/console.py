@@ -1,0 +1,254 @@
+"""Everything the terminal shows. Progress goes to stderr, results to stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from qdeploy.core.metrics import Estimate
+    from qdeploy.device import DeviceProfile
+    from qdeploy.errors import QdeployError
+    from qdeploy.evidence import ArmRates
+    from qdeploy.model import FloatModel, QuantizedModel, QuantPlan
+    from qdeploy.recipe import Recipe
+    from qdeploy.report.values import Report
+
+T = TypeVar("T")
+
+BAR_COLUMNS = (
+    TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+)  # fmt: skip
+OUTCOME_STYLES = {"ACCEPT": "bold green", "REJECT": "bold red", "NO VERDICT": "bold yellow"}
+VARIANT_NAMES = {"fp32": "FP32", "nearest": "nearest", "result": "this file"}
+
+
+def out() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+
+
+def err() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def clean(text: object) -> str:
+    """`text` without what a terminal would obey: names in a model are chosen by a stranger."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text)
+    )
+
+
+class TerminalProgress:
+    """Stages with their times, and a bar for what is under way if somebody is looking."""
+
+    def __init__(self) -> None:
+        self._console = err()
+        self._bars: Bars | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        if self._console.is_terminal:
+            with Bars(*BAR_COLUMNS, console=self._console, transient=True) as self._bars:
+                yield
+            self._bars = None
+        else:
+            yield
+        self._console.print(Text(f"  {name:<10} {time.perf_counter() - began:6.1f} s", style="dim"))
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        if self._bars is None:
+            yield from items
+            return
+        task = self._bars.add_task(clean(label), total=total)
+        try:
+            for item in items:
+                yield item
+                self._bars.advance(task)
+        finally:
+            if self._bars is not None:
+                self._bars.remove_task(task)
+
+    def note(self, text: str) -> None:
+        self._console.print(Text(f"  {clean(text)}", style="dim"))
+
+
+def show_error(error: QdeployError) -> None:
+    """One line of what is wrong, and what to do about it."""
+    console = err()
+    console.print(Text.assemble(("error: ", "bold red"), clean(error)))
+    if error.hint:
+        console.print(Text.assemble(("hint: ", "bold"), clean(error.hint)))
+
+
+def show_interrupted() -> None:
+    err().print(Text("interrupted; the same command goes on where it stopped", style="yellow"))
+
+
+def show_report(report: Report) -> None:
+    """The measured rates side by side, then the verdict and what it rests on."""
+    console = out()
+    if report.rates:
+        console.print(_rates_table(report))
+    for other in report.runtimes:
+        console.print(
+            f"  answers like {report.rates[0].arm.runtime} on {clean(other.runtime)}: "
+            f"{other.agreement.value:.2f} % of {other.agreement.samples} images"
+        )
+    if report.layers:
+        console.print(f"  {_layers_line(report)}")
+    outcome = report.outcome.value
+    console.print()
+    console.print(Text.assemble((outcome, OUTCOME_STYLES[outcome]), f"  {_verdict_line(report)}"))
+    for reason in report.reasons:
+        console.print(Text(f"  - {clean(reason)}"))
+    for note in report.notes:
+        console.print(Text(f"  note: {clean(note)}", style="dim"))
+
+
+def _rates_table(report: Report) -> Table:
+    triggers = list(report.rates[0].attack_success)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("")
+    table.add_column("CDA %", justify="right")
+    for name in triggers:
+        table.add_column(Text(f"ASR %\n{clean(name)}"), justify="right")
+    for column in ("agreement\n%", "size\nMB", "batch 1\nms", "", "batch 32\nms", ""):
+        table.add_column(column, justify="right", no_wrap=True)
+    first = report.rates[0].arm.runtime
+    for rates in report.rates:
+        variant, runtime = rates.arm.variant, rates.arm.runtime
+        main = runtime == first
+        table.add_row(
+            VARIANT_NAMES[variant] + ("" if main else f", {runtime}"),
+            _percent(rates.accuracy),
+            *(_attack(rates, name) for name in triggers),
+            "" if variant == "fp32" else f"{rates.agreement.value:.2f}",
+            _megabytes(report, variant) if main else "",
+            *(cell for batch in (1, 32) for cell in _latency(report, variant, batch) if main),
+        )
+    return table
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{estimate.value:.2f} \N{PLUS-MINUS SIGN}{(estimate.high - estimate.low) / 2:.2f}"
+
+
+def _attack(rates: ArmRates, trigger: str) -> Text:
+    estimate = rates.attack_success[trigger]
+    return Text(_percent(estimate), style="red" if estimate.value > 50 else "")
+
+
+def _megabytes(report: Report, variant: str) -> str:
+    size = next(f.size_bytes for f in report.files if f.variant == variant)
+    return f"{size / 1e6:.2f}"
+
+
+def _latency(report: Report, variant: str, batch: int) -> tuple[str, str]:
+    """Milliseconds, and how many times as fast as the float model."""
+    seconds = {x.variant: x.seconds for x in report.latencies if x.batch == batch}
+    if variant not in seconds:
+        return "", ""
+    times = "" if variant == "fp32" else f"{seconds['fp32'] / seconds[variant]:.1f}x"
+    return f"{seconds[variant] * 1e3:.2f}", times
+
+
+def _layers_line(report: Report) -> str:
+    weights = sum(layer.codes.size for layer in report.layers)
+    flipped = sum(layer.flipped * layer.codes.size for layer in report.layers) / weights
+    methods = ", ".join(sorted({layer.rounding_used for layer in report.layers}))
+    left = f", {len(report.left_float)} left float" if report.left_float else ""
+    return (
+        f"{len(report.layers)} layers, {weights:,} weights rounded by {methods}; "
+        f"{100 * flipped:.1f} % of the integers differ from nearest{left}"
+    )
+
+
+def _verdict_line(report: Report) -> str:
+    missing = "; ".join(report.not_measured)
+    return clean(report.output or "") + (f"  [not measured: {missing}]" if missing else "")
+
+
+def show_plan(model: FloatModel, plan: QuantPlan, recipe: Recipe, device: DeviceProfile) -> None:
+    """What would be done, layer by layer, and what would be checked."""
+    console = out()
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="bold")
+    for column in ("layer", "operator", "weight", "bits", "codes", "stored as", "rounding"):
+        table.add_column(column)
+    for layer in plan.layers:
+        table.add_row(
+            Text(clean(layer.site.name)), layer.site.uses[0].op_type,
+            "x".join(map(str, layer.site.shape)), str(layer.bits),
+            f"{-layer.max_code}..{layer.max_code}", layer.storage.value, layer.rounding,
+        )  # fmt: skip
+    for left in plan.left_float:
+        table.add_row(
+            Text(clean(left.name)), left.op_type, "", "32", "", "float32", clean(left.reason)
+        )
+    console.print(table)
+    gate = recipe.gate
+    runs = ", ".join(runtime.label for runtime in device.runtimes)
+    console.print(
+        f"\n  {len(plan.activations)} activation tensors in uint8"
+        if plan.activations else "\n  activations in float"
+    )  # fmt: skip
+    console.print(
+        f"  recipe {clean(recipe.name)}, device {clean(device.name)} ({runs}), seed {recipe.seed}"
+    )
+    console.print(
+        f"  accepted if CDA drops by at most {gate.max_accuracy_drop:g} points, agreement is at "
+        f"least {gate.min_agreement:g} %,\n  ASR at most {gate.max_attack_success:g} % and at most "
+        f"{gate.max_attack_success_rise:g} points above FP32's"
+    )
+    console.print(f"  required: {', '.join(sorted(gate.required))}")
+    console.print(
+        f"  required once a trigger is known: {', '.join(sorted(gate.required_with_trigger))}"
+    )
+    console.print(f"  model {clean(model.origin.path)}, {model.classes} classes")
+
+
+def show_quantized(quantized: QuantizedModel, path: Path) -> None:
+    weights = sum(layer.codes.size for layer in quantized.layers)
+    console = out()
+    console.print(
+        f"{clean(path)}: {len(quantized.layers)} layers, {weights:,} weights, "
+        f"{len(quantized.onnx) / 1e6:.2f} MB; not judged (qdeploy validate does)"
+    )
+    for layer in quantized.layers:
+        if layer.degraded is not None:
+            console.print(Text(f"  {clean(layer.name)}: {clean(layer.degraded)}", style="yellow"))
+    for left in quantized.left_float:
+        console.print(
+            Text(f"  {clean(left.name)} stays float: {clean(left.reason)}", style="yellow")
+        )
+
+
+def show_exported(model: FloatModel, path: Path) -> None:
+    out().print(
+        f"{clean(path)}: {model.input_name} (N, {', '.join(map(str, model.input_shape))}) to "
+        f"{model.output_name} (N, {model.classes}), {len(model.onnx) / 1e6:.2f} MB"
+    )
+
+
+def show_pairs(rows: Iterable[tuple[str, str]]) -> None:
+    """Two columns: a name and what there is to say about it."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2), show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, text in rows:
+        table.add_row(Text(clean(name)), Text(clean(text)))
+    out().print(table)
+
+
+def show_text(text: str) -> None:
+    out().print(Text(clean(text)))

@@ -1,0 +1,77 @@
+"""What this machine can do, for `qdeploy doctor`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from qdeploy.errors import ProviderError
+from qdeploy.graph.io import identity
+from qdeploy.runtime.sessions import PROVIDERS, available_providers, cores, open_session
+
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnx", "onnx-ir", "onnxscript", "torch", "numpy")
+VNNI = frozenset({"avx512_vnni", "avx_vnni"})
+
+
+def describe() -> Iterator[tuple[str, str]]:
+    """Names and findings, one per line."""
+    flags = processor_flags()
+    yield (
+        "machine",
+        f"{platform.machine()}, {cores()} cores, {_memory()}, Python {platform.python_version()}",
+    )
+    yield "int8", _int8(flags)
+    yield "device", f"--device {suggested_device(flags)}"
+    for package in PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            yield package, "not installed"
+    for provider in PROVIDERS:
+        yield f"{provider} provider", _provider(provider)
+
+
+def processor_flags() -> frozenset[str]:
+    """Instruction sets as Linux names them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    found = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
+    return frozenset(found.partition(":")[2].split())
+
+
+def suggested_device(flags: frozenset[str]) -> str:
+    """The bundled profile for this processor."""
+    return (
+        "x86-vnni" if flags & VNNI or platform.machine() not in {"x86_64", "AMD64"} else "x86-avx2"
+    )
+
+
+def _int8(flags: frozenset[str]) -> str:
+    if platform.machine() not in {"x86_64", "AMD64"}:
+        return "8-bit products are exact on this architecture"
+    if flags & VNNI:
+        return f"exact 8-bit dot products ({', '.join(sorted(flags & VNNI))})"
+    return "no VNNI: full 8-bit weights would saturate; x86-avx2 keeps codes within 64"
+
+
+def _provider(name: str) -> str:
+    if name not in available_providers():
+        return "not in this onnxruntime"
+    try:
+        open_session(identity(), name)
+    except ProviderError as error:
+        return f"does not work: {error}"
+    return "works"
+
+
+def _memory() -> str:
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return "memory unknown"
+    return f"{size / 2**30:.0f} GiB"

@@ -1,0 +1,160 @@
+"""Every option of the command line, described once; each command names the ones it takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Literal, get_type_hints
+
+import typer
+
+ARTIFACTS = Path("artifacts")
+
+
+def _option(flag: str, help_text: str, panel: str, *, at_least: int | None = None) -> object:
+    return typer.Option(flag, help=help_text, rich_help_panel=panel, min=at_least)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the user said. What was not said has its default."""
+
+    model: Annotated[
+        Path, typer.Argument(help="ONNX, torch checkpoint, safetensors, TorchScript or .pt2.")
+    ] = Path()
+    quantized: Annotated[Path, typer.Argument(help="Quantized ONNX file, whoever made it.")] = (
+        Path()
+    )
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the file goes.")] = Path()
+    reference: Annotated[
+        Path, typer.Option("--reference", help="The float model that it was made from.")
+    ] = Path()
+
+    card: Annotated[
+        Path | None, _option("--card", "Model card; else NAME.toml beside the model.", "Model")
+    ] = None
+    arch: Annotated[
+        str | None,
+        _option("--arch", "file.py:factory or package.module:factory, for state dicts.", "Model"),
+    ] = None
+    arch_args: Annotated[
+        list[str] | None,
+        _option("--arch-args", "Arguments of the factory, as width=16; repeatable.", "Model"),
+    ] = None
+    input_shape: Annotated[
+        str | None, _option("--input-shape", "Channels,height,width; else from the card.", "Model")
+    ] = None
+    run_code_from_model: Annotated[
+        bool,
+        _option(
+            "--run-code-from-model",
+            "Open pickled modules and .pt2 files, which can run any code on this machine.",
+            "Model",
+        ),
+    ] = False
+
+    calibration: Annotated[
+        Path | None,
+        _option("--calibration", "Folder, zip or npz of images; labels are not used.", "Data"),
+    ] = None
+    calibration_images: Annotated[
+        int | None,
+        _option("--calibration-images", "How many of them, at most.", "Data", at_least=1),
+    ] = None
+    synthetic_calibration: Annotated[
+        bool,
+        _option(
+            "--synthetic-calibration",
+            "Make calibration images from the model itself. Gets no verdict.",
+            "Data",
+        ),
+    ] = False
+    test: Annotated[
+        Path | None,
+        _option("--test", "Labelled images: sub-folder per class (folder or zip), or npz.", "Data"),
+    ] = None
+    trigger: Annotated[
+        list[str] | None,
+        _option(
+            "--trigger",
+            "TOML file, or 'patch target=0 x=27 y=27 width=4 height=4 color=[1,1,1]'; repeatable.",
+            "Data",
+        ),
+    ] = None
+
+    bits: Annotated[
+        Literal["4", "8"] | None, _option("--bits", "Bits of a weight.", "Quantization")
+    ] = None
+    recipe: Annotated[
+        str | None, _option("--recipe", "Name (see qdeploy recipes) or TOML file.", "Quantization")
+    ] = None
+    device: Annotated[
+        str | None, _option("--device", "Name (see qdeploy devices) or TOML file.", "Quantization")
+    ] = None
+    rounding: Annotated[
+        Literal["nearest", "stochastic", "efrap"] | None,
+        _option("--rounding", "Method; efrap unless the recipe says otherwise.", "Quantization"),
+    ] = None
+    solver: Annotated[
+        Literal["descent", "adam"] | None,
+        _option("--solver", "Solver of efrap; adam is the slow published one.", "Quantization"),
+    ] = None
+    weight_storage: Annotated[
+        Literal["int4", "int8"] | None,
+        _option(
+            "--weight-storage", "Type that holds 4-bit weights: smaller or faster.", "Quantization"
+        ),
+    ] = None
+    activation_bits: Annotated[
+        Literal["8", "none"] | None,
+        _option("--activation-bits", "none leaves activations in float.", "Quantization"),
+    ] = None
+    seed: Annotated[
+        int | None, _option("--seed", "Same seed, same bytes.", "Quantization", at_least=0)
+    ] = None
+
+    report: Annotated[
+        Path | None, _option("--report", "Also write report.json here.", "Output")
+    ] = None
+    artifacts: Annotated[
+        Path, _option("--artifacts", "Where run directories are kept.", "Output")
+    ] = ARTIFACTS
+    dry_run: Annotated[bool, _option("--dry-run", "Show the plan and stop.", "Output")] = False
+
+
+REQUIRED = frozenset({"model", "quantized", "out", "reference"})
+MODEL = ("card", "arch", "arch_args", "input_shape", "run_code_from_model")
+CALIBRATION = ("calibration", "calibration_images", "synthetic_calibration")
+EVIDENCE = ("test", "trigger")
+RECIPE = ("bits", "recipe", "device", "seed")
+METHOD = ("rounding", "solver", "weight_storage", "activation_bits")
+
+
+def takes(*names: str) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Make a typer command of a function of `Options` that takes the options called `names`."""
+    hints = get_type_hints(Options, include_extras=True)
+    defaults = {f.name: f.default for f in fields(Options)}
+    parameters = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if name in REQUIRED else defaults[name],
+            annotation=hints[name],
+        )
+        for name in names
+    ]
+    assert all(default is not MISSING for default in defaults.values())  # noqa: S101
+
+    def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
+        @wraps(function)
+        def command(**values: object) -> None:
+            function(Options(**values))  # type: ignore[arg-type]
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {name: hints[name] for name in names}
+        return command
+
+    return decorate

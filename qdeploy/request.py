@@ -1,0 +1,116 @@
+"""Options of the command line put over the model card, the recipe and the device profile."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+from qdeploy.device import DeviceProfile, load_device
+from qdeploy.errors import UsageError
+from qdeploy.inputs import Request
+from qdeploy.options import Options
+from qdeploy.recipe import Recipe, load_recipe
+from qdeploy.schema import validate
+from qdeploy.sources import Given, Sources, resolve
+
+
+def make_request(options: Options) -> Request:
+    """Everything a command needs to know, validated before any work.
+
+    Raises:
+        UsageError: options contradict each other or cannot be read.
+        InputError: a file that they name is not valid.
+    """
+    recipe = _recipe(options)
+    device = load_device(options.device or recipe.device)
+    return Request(
+        sources=_sources(options),
+        recipe=recipe,
+        device=_device(device, options, recipe),
+        artifacts=options.artifacts,
+        command=shlex.join(["qdeploy", *sys.argv[1:]]),
+        report=options.report,
+        synthetic_calibration=options.synthetic_calibration,
+        run_code_from_model=options.run_code_from_model,
+    )
+
+
+def _recipe(options: Options) -> Recipe:
+    recipe = load_recipe(options.recipe or f"int{options.bits or 4}")
+    table = recipe.model_dump()
+    if options.bits is not None:
+        table["bits"] = int(options.bits)
+    if options.seed is not None:
+        table["seed"] = options.seed
+    if options.calibration_images is not None:
+        table["calibration"] = {**table["calibration"], "images": options.calibration_images}
+    if options.activation_bits is not None:
+        bits = 8 if options.activation_bits == "8" else "none"
+        table["activations"] = {**table["activations"], "bits": bits}
+    table["rounding"] = _rounding(options, table["rounding"])
+    return validate(table, Recipe, where="options")
+
+
+def _rounding(options: Options, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The recipe's rounding, or another method with its own defaults."""
+    kind = options.rounding or given["kind"]
+    if options.solver is not None and kind != "efrap":
+        raise UsageError(f"--solver {options.solver} is a solver of efrap, not of {kind}")
+    solver = options.solver or given.get("solver", "descent")
+    if (kind, solver) == (given["kind"], given.get("solver", "descent")):
+        return given
+    return {"kind": kind, "solver": solver} if kind == "efrap" else {"kind": kind}
+
+
+def _device(device: DeviceProfile, options: Options, recipe: Recipe) -> DeviceProfile:
+    if options.weight_storage is None:
+        return device
+    if recipe.bits != 4 and options.weight_storage == "int4":
+        raise UsageError(f"--weight-storage int4 cannot hold {recipe.bits}-bit weights")
+    table = device.model_dump()
+    table["weights"]["storage"] = {**table["weights"]["storage"], "4": options.weight_storage}
+    return validate(table, DeviceProfile, where="options")
+
+
+def _sources(options: Options) -> Sources:
+    given = Given(
+        card=options.card,
+        architecture=options.arch,
+        arguments=_arguments(options.arch_args),
+        input_shape=_shape(options.input_shape),
+        calibration=options.calibration,
+        test=options.test,
+        triggers=tuple(options.trigger or ()),
+    )
+    return resolve(options.model, given)
+
+
+def _arguments(texts: list[str] | None) -> Mapping[str, Any] | None:
+    """`width=16` and `width=16,classes=10` as arguments; values as in TOML, else text."""
+    if not texts:
+        return None
+    arguments: dict[str, Any] = {}
+    for pair in (pair for text in texts for pair in text.split(",")):
+        key, separator, value = pair.partition("=")
+        if not separator or not key.strip().isidentifier():
+            raise UsageError(f"--arch-args {pair!r} is not name=value")
+        try:
+            arguments[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            arguments[key.strip()] = value.strip()
+    return arguments
+
+
+def _shape(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    try:
+        channels, height, width = (int(size) for size in text.split(","))
+    except ValueError:
+        raise UsageError(f"--input-shape {text!r} is not channels,height,width") from None
+    if min(channels, height, width) < 1:
+        raise UsageError(f"--input-shape {text!r} has a size below 1")
+    return channels, height, width

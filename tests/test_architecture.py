@@ -1,0 +1,143 @@
+"""Imports go one way, and each library has its room."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "qdeploy"
+
+# Lower rooms first; a module may import from its own line and from those above it.
+LEVELS = (
+    ("errors", "progress"),
+    ("schema", "card", "recipe", "device", "core"),
+    ("model", "data", "triggers", "rundir", "architectures"),
+    ("graph", "runtime"),
+    ("tap", "evidence", "verdict", "checks", "sources", "doctor"),
+    ("stages",),
+    ("inputs",),
+    ("report",),
+    ("pipeline",),
+    ("redteam",),
+    ("options", "request"),
+    ("console",),
+    ("cli", "__main__"),
+)
+
+# Which rooms a library may be used in.
+LIBRARIES = {
+    "typer": {"cli", "options"},
+    "rich": {"console"},
+    "pydantic": {"schema", "card", "recipe", "device"},
+    "onnxruntime": {"runtime"},
+    "onnx": {"graph"},
+    "onnx_ir": {"graph"},
+    "onnxscript": {"graph"},
+    "torch": {"core", "architectures", "redteam", "stages"},
+    "PIL": {"data"},
+}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of what a module imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def level(name: str) -> int:
+    return next(i for i, rooms in enumerate(LEVELS) if name in rooms)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_its_own_level_and_below(path):
+    own = room(path)
+    for name in imports(path):
+        first, _, rest = name.partition(".")
+        other = rest.split(".")[0]
+        if first != "qdeploy" or own == "__init__" or other in {"", "__version__"}:
+            continue
+        assert level(other) <= level(own), f"{own} imports {name}"
+        siblings = {"graph", "runtime"}
+        assert {own, other} != siblings, f"{own} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_library_is_used_only_in_its_rooms(path):
+    for name in imports(path):
+        library = name.split(".")[0]
+        if library in LIBRARIES:
+            assert room(path) in LIBRARIES[library], f"{path.name} imports {name}"
+
+
+def stages() -> list[Path]:
+    return [path for path in sorted((PACKAGE / "stages").iterdir()) if path.name[0] != "_"]
+
+
+@pytest.mark.parametrize("stage", stages(), ids=lambda path: path.stem)
+def test_stages_do_not_know_each_other(stage):
+    files = [stage] if stage.is_file() else sorted(stage.rglob("*.py"))
+    for file in files:
+        for name in imports(file):
+            if name.startswith("qdeploy.stages."):
+                assert name.split(".")[2] == stage.stem, f"{file.name} imports {name}"
+
+
+def test_only_the_command_line_knows_the_red_team():
+    users = {room(p) for p in modules() if any(n.startswith("qdeploy.redteam") for n in imports(p))}
+    assert users == {"redteam", "cli"}
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["sanitize", "--help"], ["devices"]])
+def test_help_imports_none_of_the_heavy_libraries(arguments):
+    code = (
+        "import sys\nfrom qdeploy.cli import app\n"
+        f"try:\n    app(args={arguments!r})\nexcept SystemExit:\n    pass\n"
+        "print('LOADED', sorted({'torch', 'onnxruntime', 'onnx', 'onnxscript'} & set(sys.modules)))"
+    )
+    assert python(code).splitlines()[-1] == "LOADED []"
+
+
+def test_help_answers_at_once():
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "qdeploy", "--help"], capture_output=True, check=False
+    )
+    assert done.returncode == 0
+    assert time.perf_counter() - started < 2  # 0.2 s here; the bound is for a busy machine
+
+
+def test_an_onnx_model_needs_no_torch():
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "import qdeploy.pipeline\nfrom qdeploy.stages.rounding import round_layers\n"
+        "print('torch' in sys.modules)"
+    )
+    assert python(code).strip() == "False"
+
+
+def test_no_file_is_too_long_for_one_idea():
+    long = {p.name: n for p in modules() if (n := len(p.read_text("utf-8").splitlines())) > 400}
+    assert long == {}
