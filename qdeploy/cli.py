@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -23,6 +23,8 @@ from qdeploy.options import (
 )
 
 if TYPE_CHECKING:
+    from qdeploy.device import DeviceProfile
+    from qdeploy.recipe import Recipe
     from qdeploy.verdict import Outcome
 
 app = typer.Typer(
@@ -102,36 +104,23 @@ def export(options: Options) -> None:
     console.show_exported(exported, options.out)
 
 
+BundledName = Annotated[str | None, typer.Argument(help="Show this one.")]
+
+
 @app.command()
-def devices(
-    name: Annotated[str | None, typer.Argument(help="Show this one.")] = None,
-) -> None:
+def devices(name: BundledName = None) -> None:
     """List the device profiles, or show one."""
-    from qdeploy import console
     from qdeploy.device import load_device
-    from qdeploy.schema import bundled, find_bundled
 
-    if name is not None:
-        load_device(name)
-        console.show_text(find_bundled("devices", name).read_text("utf-8"))
-    else:
-        console.show_pairs((key, load_device(key).description) for key in bundled("devices"))
+    _show_bundled("devices", name, load_device)
 
 
 @app.command()
-def recipes(
-    name: Annotated[str | None, typer.Argument(help="Show this one.")] = None,
-) -> None:
+def recipes(name: BundledName = None) -> None:
     """List the recipes, or show one."""
-    from qdeploy import console
     from qdeploy.recipe import load_recipe
-    from qdeploy.schema import bundled, find_bundled
 
-    if name is not None:
-        load_recipe(name)
-        console.show_text(find_bundled("recipes", name).read_text("utf-8"))
-    else:
-        console.show_pairs((key, load_recipe(key).description) for key in bundled("recipes"))
+    _show_bundled("recipes", name, load_recipe)
 
 
 @app.command()
@@ -200,6 +189,19 @@ def _exit(outcome: Outcome) -> None:
     from qdeploy.verdict import EXIT_CODE
 
     raise typer.Exit(EXIT_CODE[outcome])
+
+
+def _show_bundled(
+    kind: str, name: str | None, load: Callable[[str], DeviceProfile | Recipe]
+) -> None:
+    from qdeploy import console
+    from qdeploy.schema import bundled, find_bundled
+
+    if name is not None:
+        load(name)  # an error where it is not valid
+        console.show_text(find_bundled(kind, name).read_text("utf-8"))
+    else:
+        console.show_pairs((key, load(key).description) for key in bundled(kind))
 
 
 def _show_version(wanted: bool) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import zipfile
 from dataclasses import replace
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from qdeploy.data import (
@@ -282,3 +285,33 @@ def test_bad_data_is_named_in_one_line(folder, damage, complaint):
     assert complaint in str(error.value)
     assert str(path.name) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_flipped_bytes_never_end_in_a_traceback(tmp_path_factory, data):
+    """Damage anywhere either goes unnoticed or is an error of ours."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    pixels = np.zeros((2, 3, 4, 4), np.uint8)
+    if data.draw(st.booleans()):
+        path = saved(folder, x=pixels, y=np.zeros(2, int))
+    else:
+        path = folder / "data.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for i, image in enumerate(pixels):
+                archive.writestr(f"cat/{i}.png", png(image))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
+    with contextlib.suppress(InputError):
+        open_labelled_images(path, PRE, None).fingerprints()
+
+
+def test_a_zip_entry_without_a_name_is_no_traceback(tmp_path):
+    path = tmp_path / "data.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x", b"")
+    path.write_bytes(path.read_bytes().replace(b"x", b"\0"))
+    with pytest.raises(InputError):
+        open_images(path, PRE)

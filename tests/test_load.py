@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle  # noqa: TID251 - to make what must not be opened
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
@@ -293,6 +296,32 @@ def test_a_zip_that_torch_did_not_write_is_refused(tmp_path):
     path.write_bytes((tmp_path / "x.npz").read_bytes())
     with pytest.raises(InputError, match="not one that torch wrote"):
         load(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_flipped_bytes_never_end_in_a_traceback(tmp_path_factory, data):
+    """Damage anywhere either goes unnoticed or is an error of ours."""
+    path = tmp_path_factory.mktemp("fuzz") / "model.pt"
+    zipped = data.draw(st.sampled_from([True, False, None]))
+    state = DigitsNet(width=4).state_dict()
+    if zipped is None:
+        save_file(state, path)
+    else:
+        saved(path, state, _use_new_zipfile_serialization=zipped)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
+    with contextlib.suppress(InputError):
+        load(path, DIGITS)
+
+
+@pytest.mark.parametrize("content", [b"\x80", b"P", b"\x08"])
+def test_a_file_of_one_byte_is_no_model(tmp_path, content):
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(InputError):
+        load(tmp_path / "model.pt", DIGITS)
 
 
 def test_missing_files_and_folders_are_named(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-from qdeploy.errors import InputError
+from qdeploy.errors import InputError, foreign_reader
 
 LARGEST_IMAGE_PIXELS = 100_000_000
 
@@ -44,19 +43,8 @@ def decode(data: bytes) -> Image.Image:
 @contextmanager
 def decoding(where: str) -> Iterator[None]:
     """Turn what image and archive readers raise on damaged files into one line."""
-    try:
-        yield
-    except UnidentifiedImageError as error:
-        raise InputError(f"image {where}: not an image") from error
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        SyntaxError,
-        RuntimeError,
-        NotImplementedError,
-        zipfile.BadZipFile,
-        Image.DecompressionBombError,
-    ) as error:
-        raise InputError(f"data {where}: damaged: {error}") from error
+    with foreign_reader(f"data {where}: damaged"):
+        try:
+            yield
+        except UnidentifiedImageError as error:
+            raise InputError(f"image {where}: not an image") from error

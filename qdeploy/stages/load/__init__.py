@@ -70,7 +70,9 @@ def sniff(path: Path) -> Format:
         return _sniff_zip(path)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size:
         return Format.SAFETENSORS
-    if head[0] == 0x80 and head[1] <= 5:  # pickle protocol marker of torch's older format
+    if (
+        head[:1] == b"\x80" and head[1:2] <= b"\x05"
+    ):  # pickle protocol marker of torch's older format
         return Format.STATE_DICT
     return Format.ONNX  # a protobuf message has no signature; reading it decides
 
