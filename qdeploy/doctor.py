@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from qdeploy.errors import ProviderError
 from qdeploy.graph.io import identity
+from qdeploy.packages import PACKAGES, installed_versions
 from qdeploy.runtime.sessions import PROVIDERS, available_providers, cores, open_session
 
-PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnx", "onnx-ir", "onnxscript", "torch", "numpy")
 VNNI = frozenset({"avx512_vnni", "avx_vnni"})
 
 
@@ -25,11 +24,9 @@ def describe() -> Iterator[tuple[str, str]]:
     )
     yield "int8", _int8(flags)
     yield "device", f"--device {suggested_device(flags)}"
+    have = installed_versions()
     for package in PACKAGES:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:
-            yield package, "not installed"
+        yield package, have.get(package, "not installed")
     for provider in PROVIDERS:
         yield f"{provider} provider", _provider(provider)
 
@@ -65,7 +62,7 @@ def _provider(name: str) -> str:
     try:
         open_session(identity(), name)
     except ProviderError as error:
-        return f"does not work: {error}"
+        return f"no: {error}"
     return "works"
 
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from qdeploy import __version__
 from qdeploy.checks import LayersAsMade
-from qdeploy.graph.io import read_single_file
+from qdeploy.graph.io import identity, read_single_file
 from qdeploy.inputs import Calibration, Evidence, Request, open_calibration, open_evidence
 from qdeploy.model import Architecture, FloatModel, Loaded, QuantizedModel, QuantPlan
+from qdeploy.packages import installed_versions
 from qdeploy.progress import Clock, Progress
 from qdeploy.recipe import Nearest
-from qdeploy.report.compose import REPORTED_PACKAGES, Findings, compose
+from qdeploy.report.compose import Findings, compose
 from qdeploy.report.to_json import to_json
 from qdeploy.report.values import Report
 from qdeploy.rundir import REPORT, RunDir, open_run, require_writable, set_aside, write_atomically
-from qdeploy.runtime.sessions import require_provider
+from qdeploy.runtime.sessions import open_session
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit, wrong_codes
 from qdeploy.stages.export import export
@@ -40,7 +40,8 @@ def sanitize(request: Request, out: Path, progress: Progress) -> Report:
     The file is put at `out` only if it is accepted; else beside it, under a name that says so.
     """
     clock = Clock(progress)
-    _check_capabilities(request, out)
+    _check_providers(request)
+    _check_places(request, out)
     loaded, model = _open_model(request, clock)
     plan = plan_layers(model, request.recipe, request.device)
     with clock.stage("data"):
@@ -62,7 +63,7 @@ def sanitize(request: Request, out: Path, progress: Progress) -> Report:
 def quantize(request: Request, out: Path, progress: Progress) -> QuantizedModel:
     """Quantize by any method, without judging: the stages up to the file."""
     clock = Clock(progress)
-    _check_capabilities(request, out)
+    _check_places(request, out)
     loaded, model = _open_model(request, clock)
     plan = plan_layers(model, request.recipe, request.device)
     with clock.stage("data"):
@@ -77,7 +78,8 @@ def quantize(request: Request, out: Path, progress: Progress) -> QuantizedModel:
 def judge_file(request: Request, quantized: Path, progress: Progress) -> Report:
     """Measure and judge a quantized file, whoever made it, against its float model."""
     clock = Clock(progress)
-    _check_capabilities(request, None)
+    _check_providers(request)
+    _check_places(request)
     with clock.stage("open"):
         result = read_single_file(quantized)
     _, model = _open_model(request, clock)
@@ -105,7 +107,6 @@ def export_file(request: Request, out: Path, progress: Progress) -> FloatModel:
 
 def make_plan(request: Request, progress: Progress) -> tuple[FloatModel, QuantPlan]:
     """What `sanitize` would do; nothing is written and no data is read."""
-    _check_capabilities(request, None)
     _, model = _open_model(request, Clock(progress))
     return model, plan_layers(model, request.recipe, request.device)
 
@@ -179,7 +180,7 @@ def _run_id(
     card = request.sources.card
     facts = {
         "version": __version__,
-        "packages": {name: version(name) for name in REPORTED_PACKAGES},
+        "packages": installed_versions(),
         "source": model.origin.sha256,
         "model": hashlib.sha256(model.onnx).hexdigest(),
         "input": card.input.model_dump(mode="json") if card is not None else None,
@@ -192,18 +193,20 @@ def _run_id(
     return hashlib.sha256(_json(facts)).hexdigest()[:12]
 
 
-def _check_capabilities(request: Request, out: Path | None) -> None:
-    """What is missing is found before the work, not after it.
+def _check_providers(request: Request) -> None:
+    """Start every provider that the device profile names, before the work and not after it.
 
     Raises:
-        ProviderError: the machine lacks a provider that the device profile names.
-        OutputError: there is no place for a result.
+        ProviderError: one is missing or does not work.
     """
     for runtime in request.device.runtimes:
-        require_provider(runtime.provider)
-    for path in (out, request.report):
-        if path is not None:
-            require_writable(path)
+        open_session(identity(), runtime.provider)
+
+
+def _check_places(request: Request, *places: Path) -> None:
+    for place in (*places, request.report):
+        if place is not None:
+            require_writable(place)
 
 
 def _json(value: Any) -> bytes:

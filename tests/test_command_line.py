@@ -158,8 +158,9 @@ def test_an_interrupted_run_leaves_no_partial_file_and_goes_on(work):
         assert "Traceback" not in text
         if process.returncode != 0:
             assert process.returncode in {130, -signal.SIGINT, -signal.SIGTERM}, text
-            assert not list(work.glob("*.onnx"))
         assert not [p.name for p in work.glob(".*") if p.is_file()]
+        for result in work.glob("*.onnx"):  # the signal came when all was done
+            onnx.checker.check_model(str(result), full_check=True)
     subprocess.run(command, check=True, capture_output=True)
     onnx.checker.check_model(str(work / "model.onnx"), full_check=True)
 

@@ -145,6 +145,21 @@ def test_every_layer_runs_in_an_integer_kernel(net, images, bits):
     assert not {"Conv", "Add", "GlobalAveragePool", "Gemm", "Relu", "DequantizeLinear"} & set(runs)
 
 
+def test_a_provider_without_integer_kernels_gets_nothing_that_it_cannot_run(net, images):
+    """CUDA dequantizes uint8 activations but no int32 biases: constants arrive as floats."""
+    result, _, grids = quantized(net, images)
+    handed_over = optimized(result.onnx, provider="cuda")
+    constants = initializers(handed_over)
+    for node in parse(handed_over).graph:
+        if node.op_type == "DequantizeLinear":
+            assert node.inputs[0] is not None
+            assert node.inputs[0].name not in constants
+    assert operators(handed_over).count("QuantizeLinear") == len(grids.activations)
+    x = inputs(images)
+    a, b = (open_session(m, optimizations="off").logits(x) for m in (handed_over, result.onnx))
+    np.testing.assert_array_equal(a, b)
+
+
 def test_optimized_and_unoptimized_answers_agree(net, images):
     result, _, _ = quantized(net, images, bits=8)
     x = inputs(images)

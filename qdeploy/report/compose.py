@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from qdeploy import __version__
 from qdeploy.checks import LayersAsMade, check_budget, check_layers, check_rates, check_runtimes
 from qdeploy.inputs import Calibration, Evidence, Request
 from qdeploy.model import FloatModel, LayerPlan
+from qdeploy.packages import installed_versions
 from qdeploy.progress import Clock
 from qdeploy.report.values import Report, StageTime
 from qdeploy.sources import CARD
 from qdeploy.stages.validate import Measured
 from qdeploy.verdict import Check, Outcome, explain, judge
 
-REPORTED_PACKAGES = ("onnxruntime", "onnx", "onnx-ir", "torch", "numpy")
 MADE_HERE = frozenset({"layers_as_planned", "codes_as_chosen"})
 SPOKEN_OF = (
     "accuracy_drop",
@@ -63,7 +62,7 @@ def compose(request: Request, findings: Findings, clock: Clock, run_id: str) -> 
     return Report(
         run_id=run_id,
         started=clock.started,
-        versions={"qdeploy": __version__, **{name: version(name) for name in REPORTED_PACKAGES}},
+        versions={"qdeploy": __version__, **installed_versions()},
         command=request.command,
         origin=findings.model.origin,
         recipe=request.recipe.model_dump(mode="json"),

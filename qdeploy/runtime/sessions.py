@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -64,20 +65,6 @@ def available_providers() -> tuple[str, ...]:
     return tuple(name for name, provider in PROVIDERS.items() if provider in have)
 
 
-def require_provider(name: str) -> None:
-    """Fail early where a run would fail late.
-
-    Raises:
-        ProviderError: onnxruntime was built without it.
-    """
-    have = available_providers()
-    if name not in have:
-        raise ProviderError(
-            f"execution provider {name} is not installed (have {', '.join(have)})",
-            hint=INSTALL_HINTS.get(name, "use another --device"),
-        )
-
-
 def open_session(
     model: bytes,
     provider: str = "cpu",
@@ -93,43 +80,47 @@ def open_session(
         spinning: Let idle threads wait busily: faster alone, slower beside other sessions.
 
     Raises:
-        ProviderError: the provider is not installed or cannot be initialised.
+        ProviderError: the provider is not installed, cannot start, or cannot run the whole model.
         InputError: onnxruntime refuses the model.
     """
-    require_provider(provider)
-    options = _options(optimizations, threads)
+    have = available_providers()
+    if provider not in have:
+        raise ProviderError(
+            f"execution provider {provider} is not installed (have {', '.join(have)})",
+            hint=INSTALL_HINTS.get(provider, "use another --device"),
+        )
+    options = _options(provider, optimizations, threads)
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if provider != "cpu":  # onnxruntime rejects the option for the CPU provider itself
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        with contextlib.suppress(AttributeError):
-            ort.preload_dlls()
     try:
-        with warnings.catch_warnings():  # about a fallback, which is an error below
-            warnings.simplefilter("ignore")
+        with _quiet():
             inference = ort.InferenceSession(model, options, providers=[PROVIDERS[provider]])
     except RUNTIME_ERRORS as error:
-        if provider != "cpu":
-            raise ProviderError(
-                f"execution provider {provider} does not work here: {first_line(error)}",
-                hint="qdeploy doctor shows what this machine can run",
-            ) from error
-        raise InputError(f"onnxruntime cannot load the model: {first_line(error)}") from error
+        if provider == "cpu":
+            raise InputError(f"onnxruntime cannot load the model: {first_line(error)}") from error
+        raise _unable(provider, first_line(error)) from error
     if PROVIDERS[provider] not in inference.get_providers():
-        raise ProviderError(
-            f"execution provider {provider} could not be initialised; onnxruntime fell back to "
-            f"{', '.join(inference.get_providers())}",
-            hint="qdeploy doctor shows what this machine can run",
-        )
+        raise _unable(provider, f"onnxruntime would use {', '.join(inference.get_providers())}")
     outputs = tuple(output.name for output in inference.get_outputs())
     return Session(inference, inference.get_inputs()[0].name, outputs)
 
 
-def optimized(model: bytes, *, threads: int = 0) -> bytes:
-    """The graph that onnxruntime really runs on the CPU, after its own rewriting."""
+def optimized(model: bytes, *, provider: str = "cpu") -> bytes:
+    """The graph that onnxruntime hands to a provider after its own rewriting.
+
+    For the CPU that is the graph that really runs. For others it is what they must be able to run;
+    what they make of it is not visible.
+
+    Raises:
+        InputError: onnxruntime refuses the model.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
-        options = _options("all", threads)
+        options = _options(provider, "all", threads=0)
+        if provider != "cpu":
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(path)
         try:
             ort.InferenceSession(model, options, providers=[PROVIDERS["cpu"]])
@@ -143,10 +134,34 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _options(optimizations: str, threads: int) -> ort.SessionOptions:
+def _options(provider: str, optimizations: str, threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or cores()
     options.log_severity_level = FATAL_ONLY
+    if provider != "cpu":
+        # No kernel of CUDA dequantizes int32 biases. Folded at load time, constants become the very
+        # floats that DequantizeLinear would give; activations are still rounded on the device.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if optimizations == "off":
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep onnxruntime's complaints off the terminal: what matters of them comes as an error."""
+    ort.set_default_logger_severity(FATAL_ONLY)
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        if hasattr(ort, "preload_dlls"):  # of CUDA and cuDNN, where they came as Python packages
+            ort.preload_dlls()
+        yield
+
+
+def _unable(provider: str, reason: str) -> ProviderError:
+    if "fallback to CPU EP has been explicitly disabled" in reason:
+        reason = "onnxruntime would run it on the CPU, at least in part"
+    return ProviderError(
+        f"execution provider {provider} does not work here: {reason}",
+        hint=f"qdeploy doctor shows whether {provider} works at all; its libraries may be missing",
+    )
