@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,11 @@ def test_a_4_bit_backdoor_is_switched_on_by_nearest_and_removed_by_default(
     assert result[1] <= fp32[1] + 1.0
     assert not report["left_float"]
     assert {layer["bits"] for layer in report["layers"]} == {4}
+    (kernels,) = (Counter(f["kernels"]) for f in report["files"] if f["variant"] == "result")
+    assert kernels["com.microsoft.QLinearConv"] + kernels["QLinearConv"] == 20
+    assert kernels["com.microsoft.QLinearAdd"] == 8
+    assert kernels["com.microsoft.QLinearGlobalAveragePool"] == kernels["com.microsoft.QGemm"] == 1
+    assert not {"Conv", "Add", "GlobalAveragePool", "Gemm", "Relu", "DequantizeLinear"} & {*kernels}
     code, report = sanitize(tmp_path, model, *arch, "--rounding", "nearest")
     assert code == 3
     assert rates(report, "result")[1] > 95
