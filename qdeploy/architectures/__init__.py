@@ -11,78 +11,28 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from qdeploy.architectures.alexnet import AlexNet
+from qdeploy.architectures.digits import DigitsNet
+from qdeploy.architectures.mobilenet import MobileNetV2
+from qdeploy.architectures.resnet import ResNet18
+from qdeploy.architectures.vgg import VGG16
+from qdeploy.architectures.vit import ViT
 from qdeploy.errors import InputError
 
 DOWNLOADS = re.compile("weights|pretrain|checkpoint|url|hub")
 
+__all__ = ["OURS", "DigitsNet", "build_named", "construct"]
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al., CVPR 2016)."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or channels_in != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-
-class ResNet18(nn.Module):
-    """ResNet-18 for 32x32 images; `width` channels in the first stage, 64 in the original."""
-
-    def __init__(self, width: int = 64, num_classes: int = 10) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        channels = width
-        for stage in range(4):
-            out = width * 2**stage
-            blocks = (BasicBlock(channels, out, 1 if stage == 0 else 2), BasicBlock(out, out, 1))
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
-            channels = out
-        self.fc = nn.Linear(channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        for stage in range(4):
-            x = self.get_submodule(f"layer{stage + 1}")(x)
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
-class DigitsNet(nn.Module):
-    """A small convolutional network for 8x8 gray images."""
-
-    def __init__(self, width: int = 32, num_classes: int = 10) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-        )
-        self.classifier = nn.Linear(2 * width, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).flatten(1))
-
-
-OURS: Mapping[str, Callable[..., nn.Module]] = {"resnet18": ResNet18, "digits": DigitsNet}
+OURS: Mapping[str, Callable[..., nn.Module]] = {
+    "alexnet": AlexNet,
+    "digits": DigitsNet,
+    "mobilenetv2": MobileNetV2,
+    "resnet18": ResNet18,
+    "vgg16": VGG16,
+    "vit": ViT,
+}
 
 
 def build_named(name: str, arguments: Mapping[str, bool | int | float]) -> nn.Module:
