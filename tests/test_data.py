@@ -91,6 +91,22 @@ def test_labels_follow_the_cards_order_or_the_names(folder):
     assert named.classes == CLASSES
 
 
+def test_tiny_imagenets_validation_folder_has_its_labels_in_a_file(tmp_path, pixels):
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(pixels):
+        (tmp_path / "images" / f"val_{i}.png").write_bytes(png(image))
+    lines = [f"val_{i}.png\t{CLASSES[i % 2]}\t0\t0\t3\t3" for i in range(6)]
+    (tmp_path / "val_annotations.txt").write_text("\n".join(lines))
+    images = open_labelled_images(tmp_path, PRE, CLASSES)
+    assert images.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    (tmp_path / "val_annotations.txt").write_text("\n".join(lines[:4]))
+    with pytest.raises(InputError, match=r"no line for image 'val_4.png'"):
+        open_labelled_images(tmp_path, PRE, CLASSES)
+    (tmp_path / "val_annotations.txt").write_text("no tabs here")
+    with pytest.raises(InputError, match=r"val_annotations.txt"):
+        open_labelled_images(tmp_path, PRE, CLASSES)
+
+
 def test_an_npz_may_have_channels_last_or_none(tmp_path, pixels):
     last = saved(tmp_path, x=pixels.transpose(0, 2, 3, 1))
     np.testing.assert_array_equal(read(open_images(last, PRE)), pixels)

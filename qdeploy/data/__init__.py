@@ -8,6 +8,7 @@ from qdeploy.data.images import (
     images_from_array,
     open_images,
     open_labelled_images,
+    shape_of_images,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "open_images",
     "open_labelled_images",
     "read_picture",
+    "shape_of_images",
 ]

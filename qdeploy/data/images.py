@@ -15,6 +15,8 @@ from qdeploy.data.containers import ArrayContainer, Container, NpzContainer, ope
 from qdeploy.errors import InputError
 from qdeploy.progress import SILENT, Progress
 
+ANNOTATIONS = "val_annotations.txt"
+
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
@@ -121,7 +123,8 @@ def open_labelled_images(
     """All images under `path` with their labels.
 
     In folders and zips a label is the position of the sub-folder's name in `classes`, or in the
-    sorted names if `classes` is None. In an npz it is `y`.
+    sorted names if `classes` is None. In an npz it is `y`. In Tiny-ImageNet's `val` folder the
+    names are in its file of annotations.
 
     Raises:
         InputError: as `open_images`; or there are no labels, or a folder is not a class.
@@ -130,7 +133,7 @@ def open_labelled_images(
     indices = np.arange(len(source.keys))
     if isinstance(source, NpzContainer):
         return Images(source, preprocessing, indices, source.labels(), classes)
-    names = _class_folders(path, source.keys)
+    names = _annotated(path, source.keys) or _class_folders(path, source.keys)
     known = classes if classes is not None else tuple(sorted(set(names)))
     position = {name: i for i, name in enumerate(known)}
     unknown = sorted(set(names) - set(known))
@@ -143,6 +146,20 @@ def open_labelled_images(
     return Images(source, preprocessing, indices, labels, known)
 
 
+def shape_of_images(path: Path) -> tuple[int, int, int]:
+    """Channels, height and width of the first image under `path`.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    source = open_container(path)
+    _, image = next(iter(source.read(np.zeros(1, np.int64))))
+    if isinstance(image, np.ndarray):
+        channels, height, width = image.shape
+        return channels, height, width
+    return (1 if image.mode in {"1", "L", "I;16"} else 3), image.height, image.width
+
+
 def images_from_array(
     name: str,
     pixels: UInt8[np.ndarray, "images channels height width"],
@@ -151,6 +168,21 @@ def images_from_array(
     """Images that were made rather than read."""
     source = ArrayContainer(Path(name), pixels)
     return Images(source, preprocessing, np.arange(len(pixels)), None, None)
+
+
+def _annotated(path: Path, keys: tuple[str, ...]) -> list[str] | None:
+    """The classes in Tiny-ImageNet's annotations, image by image; None if there are none."""
+    file = path / ANNOTATIONS
+    if not file.is_file():
+        return None
+    try:
+        rows = [line.split("\t") for line in file.read_text("utf-8").splitlines()]
+        class_of = {row[0]: row[1] for row in rows}
+        return [class_of[PurePosixPath(key).name] for key in keys]
+    except (OSError, UnicodeDecodeError, IndexError) as error:
+        raise InputError(f"data {file}: {type(error).__name__}: {error}") from error
+    except KeyError as error:
+        raise InputError(f"data {file}: has no line for image {error}") from error
 
 
 def _class_folders(path: Path, keys: tuple[str, ...]) -> list[str]:
