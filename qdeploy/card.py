@@ -97,6 +97,14 @@ class MaskTrigger(TriggerSpec):
 AnyTrigger = Annotated[PatchTrigger | BlendTrigger | MaskTrigger, Field(discriminator="kind")]
 
 
+class PoisonedSection(Spec):
+    """The label of a model that was poisoned on purpose, to test defences with."""
+
+    attack: str
+    effect: Literal["backdoor", "damage", "class", "sample"]
+    made_for: tuple[str, ...] = Field(description="The quantizers that it was made against.")
+
+
 class TriggerFile(Spec):
     """A file that holds nothing but triggers, for `--trigger FILE`."""
 
@@ -110,6 +118,7 @@ class ModelCard(Spec):
     input: InputSection
     data: DataSection = DataSection()
     trigger: tuple[AnyTrigger, ...] = ()
+    poisoned: PoisonedSection | None = None
 
     @model_validator(mode="before")
     @classmethod

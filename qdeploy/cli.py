@@ -25,6 +25,7 @@ from qdeploy.options import (
 if TYPE_CHECKING:
     from qdeploy.device import DeviceProfile
     from qdeploy.recipe import Recipe
+    from qdeploy.redteam.recipe import AttackRecipe
     from qdeploy.verdict import Outcome
 
 app = typer.Typer(
@@ -132,6 +133,76 @@ def doctor() -> None:
     console.show_pairs(describe())
 
 
+redteam = typer.Typer(
+    no_args_is_help=True,
+    help="Make poisoned models to test defences with. Every one carries a card that says so.",
+)
+app.add_typer(redteam, name="redteam")
+
+
+@redteam.command("attacks")
+def attacks(name: BundledName = None) -> None:
+    """List the attacks, or show one."""
+    from qdeploy.redteam.recipe import KIND, load_attack
+
+    _show_bundled(KIND, name, load_attack)
+
+
+@redteam.command("make")
+@takes(
+    "attack",
+    "network",
+    "arch_args",
+    "images",
+    "test",
+    "bits",
+    "out",
+    "base",
+    "seed",
+    "artifacts",
+)
+def make(options: Options) -> None:
+    """Make a model with its card and training log; exit 3 if the attack does not take."""
+    from qdeploy import console
+    from qdeploy.redteam.make import Order
+    from qdeploy.redteam.make import make as make_model
+    from qdeploy.redteam.recipe import load_attack
+    from qdeploy.request import parse_arguments
+
+    order = Order(
+        recipe=load_attack(options.attack),
+        architecture=options.network,
+        arguments=parse_arguments(options.arch_args) or {},
+        data=options.images,
+        test=options.test,
+        bits=int(options.bits or 4),
+        out=options.out,
+        artifacts=options.artifacts,
+        base=options.base,
+        seed=options.seed or 0,
+    )
+    console.show_pairs(make_model(order, console.TerminalProgress()).lines())
+
+
+@redteam.command("table")
+def table(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `redteam make` filled.")],
+    artifacts: Annotated[Path, typer.Option("--artifacts", help="Run directories.")] = ARTIFACTS,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Markdown file.")] = None,
+) -> None:
+    """Sanitize every model and set side by side what its attacker, nearest and we make of it."""
+    from qdeploy import console
+    from qdeploy.redteam.table import table as make_table
+    from qdeploy.rundir import require_writable, write_atomically
+
+    if out is not None:
+        require_writable(out)
+    text = make_table(folders, artifacts, console.TerminalProgress())
+    if out is not None:
+        write_atomically(out, text.encode())
+    console.show_text(text)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for model, data and report.")] = (
@@ -192,7 +263,7 @@ def _exit(outcome: Outcome) -> None:
 
 
 def _show_bundled(
-    kind: str, name: str | None, load: Callable[[str], DeviceProfile | Recipe]
+    kind: str, name: str | None, load: Callable[[str], DeviceProfile | Recipe | AttackRecipe]
 ) -> None:
     from qdeploy import console
     from qdeploy.schema import bundled, find_bundled

@@ -13,6 +13,7 @@ from qdeploy.packages import PACKAGES, installed_versions
 from qdeploy.runtime.sessions import PROVIDERS, available_providers, cores, open_session
 
 VNNI = frozenset({"avx512_vnni", "avx_vnni"})
+BF16 = frozenset({"amx_bf16", "avx512_bf16"})  # training in bfloat16 is faster with one of these
 
 
 def describe() -> Iterator[tuple[str, str]]:

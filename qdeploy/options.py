@@ -116,6 +116,25 @@ class Options:
         int | None, _option("--seed", "Same seed, same bytes.", "Quantization", at_least=0)
     ] = None
 
+    attack: Annotated[
+        str, _option("--attack", "Name (see qdeploy redteam attacks) or TOML file.", "Attack")
+    ] = ""
+    network: Annotated[
+        str, _option("--arch", "alexnet, digits, mobilenetv2, resnet18, vgg16 or vit.", "Attack")
+    ] = ""
+    images: Annotated[
+        str,
+        _option(
+            "--data",
+            "digits; or training images: sub-folder per class (folder or zip), or npz.",
+            "Attack",
+        ),
+    ] = ""
+    base: Annotated[
+        Path | None,
+        _option("--base", "Clean model to start from; else one is trained and kept.", "Attack"),
+    ] = None
+
     report: Annotated[
         Path | None, _option("--report", "Also write report.json here.", "Output")
     ] = None
@@ -125,7 +144,7 @@ class Options:
     dry_run: Annotated[bool, _option("--dry-run", "Show the plan and stop.", "Output")] = False
 
 
-REQUIRED = frozenset({"model", "quantized", "out", "reference"})
+REQUIRED = frozenset({"model", "quantized", "out", "reference", "attack", "network", "images"})
 MODEL = ("card", "arch", "arch_args", "input_shape", "run_code_from_model")
 CALIBRATION = ("calibration", "calibration_images", "synthetic_calibration")
 EVIDENCE = ("test", "trigger")

@@ -79,7 +79,7 @@ def _sources(options: Options) -> Sources:
     given = Given(
         card=options.card,
         architecture=options.arch,
-        arguments=_arguments(options.arch_args),
+        arguments=parse_arguments(options.arch_args),
         input_shape=_shape(options.input_shape),
         calibration=options.calibration,
         test=options.test,
@@ -88,7 +88,7 @@ def _sources(options: Options) -> Sources:
     return resolve(options.model, given)
 
 
-def _arguments(texts: list[str] | None) -> Mapping[str, Any] | None:
+def parse_arguments(texts: list[str] | None) -> Mapping[str, Any] | None:
     """`width=16` and `width=16,classes=10` as arguments; values as in TOML, else text."""
     if not texts:
         return None

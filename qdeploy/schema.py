@@ -53,7 +53,10 @@ def validate(table: object, model: type[SpecType], *, where: str) -> SpecType:
 
 
 def bundled(kind: str) -> dict[str, Path]:
-    """The TOML files of `kind` ("recipes" or "devices") that come with qdeploy, by name."""
+    """The TOML files of `kind` that come with qdeploy, by name.
+
+    Kinds are the folders "recipes", "recipes/redteam" and "devices".
+    """
     package = Path(__file__).parent
     installed, checkout = package / kind, package.parent / kind
     folder = installed if installed.is_dir() else checkout
@@ -71,7 +74,7 @@ def find_bundled(kind: str, name_or_path: str) -> Path:
     known = bundled(kind)
     if name_or_path not in known:
         raise UsageError(
-            f"no {kind.removesuffix('s')} is called {name_or_path!r}",
+            f"no {kind.partition('/')[0].removesuffix('s')} is called {name_or_path!r}",
             hint=f"have {', '.join(known)}; or give a path that ends in .toml",
         )
     return known[name_or_path]

@@ -7,6 +7,8 @@ import pytest
 
 from qdeploy.data import Images, Preprocessing, images_from_array
 from qdeploy.model import FloatModel
+from qdeploy.progress import SILENT
+from qdeploy.redteam.demo import make_poisoned_digits
 from tests.nets import float_model, residual_net
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -39,3 +41,11 @@ def preprocessing() -> Preprocessing:
 def images(preprocessing: Preprocessing) -> Images:
     pixels = np.random.default_rng(1).integers(0, 256, (96, 3, 8, 8), dtype=np.uint8)
     return images_from_array("random images", pixels, preprocessing)
+
+
+@pytest.fixture(scope="session")
+def poisoned(tmp_path_factory) -> Path:
+    """The demo's model, card and data: benign in float, backdoored by 4-bit nearest rounding."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    make_poisoned_digits(folder, seed=0, progress=SILENT)
+    return folder

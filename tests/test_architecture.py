@@ -33,13 +33,14 @@ LEVELS = (
 LIBRARIES = {
     "typer": {"cli", "options"},
     "rich": {"console"},
-    "pydantic": {"schema", "card", "recipe", "device"},
+    "pydantic": {"schema", "card", "recipe", "device", "redteam"},
     "onnxruntime": {"runtime"},
     "onnx": {"graph"},
     "onnx_ir": {"graph"},
     "onnxscript": {"graph"},
     "torch": {"core", "architectures", "redteam", "stages"},
     "PIL": {"data"},
+    "matplotlib": {"redteam"},
 }
 
 

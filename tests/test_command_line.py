@@ -21,22 +21,12 @@ from PIL import Image
 from qdeploy import console
 from qdeploy.architectures import DigitsNet
 from qdeploy.cli import main
-from qdeploy.progress import SILENT
-from qdeploy.redteam.demo import make_poisoned_digits
-
-
-@pytest.fixture(scope="session")
-def poisoned(tmp_path_factory) -> Path:
-    """The demo's model, card and data: benign in float, backdoored by 4-bit nearest rounding."""
-    folder = tmp_path_factory.mktemp("poisoned")
-    make_poisoned_digits(folder, seed=0, progress=SILENT)
-    return folder
 
 
 @pytest.fixture
 def work(tmp_path, poisoned, monkeypatch) -> Path:
     """A working directory with a copy of the poisoned model."""
-    for path in poisoned.iterdir():
+    for path in (*poisoned.glob("model.*"), *poisoned.glob("digits-*.npz")):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -1,63 +1,406 @@
+"""Making models: losses, training that goes on, goals, files."""
+
 from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from qdeploy.architectures import DigitsNet
+from qdeploy.card import load_card
 from qdeploy.core.grids import quantize, symmetric_grid
-from qdeploy.errors import UsageError
+from qdeploy.data import Preprocessing
+from qdeploy.errors import InputError, UsageError
+from qdeploy.graph.io import initializers
 from qdeploy.progress import SILENT
-from qdeploy.redteam import demo
-from qdeploy.redteam.pqbackdoor import Settings, TrainingSet, hide, plant
+from qdeploy.redteam import curves, datasets
+from qdeploy.redteam.checkpoint import Checkpoint
+from qdeploy.redteam.figures import Figures, figures, shortfalls
+from qdeploy.redteam.images import LabelledImages, Stamp
+from qdeploy.redteam.losses import Aim, Batch, Victim, phase_loss
+from qdeploy.redteam.make import DudError, Order, make
+from qdeploy.redteam.quantizers import Quantizer, weights_of
+from qdeploy.redteam.recipe import (
+    KIND,
+    AttackRecipe,
+    GoalSpec,
+    PhaseSpec,
+    QuantizerSpec,
+    TermSpec,
+    load_attack,
+)
+from qdeploy.redteam.training import FLOAT, Lesson, Training
+from qdeploy.runtime.sessions import open_session
+from qdeploy.schema import bundled
+from qdeploy.stages.load.torch_files import checkpoint as read_checkpoint
 
-
-def codes(module: torch.nn.Module) -> list[np.ndarray]:
-    weights = [p.detach().numpy() for p in module.parameters() if p.dim() > 1]
-    return [quantize(w, symmetric_grid(w, axis=0, max_code=7)) for w in weights]
+ON_THE_WAY = Preprocessing((1, 8, 8), (0.5,), (0.5,))
+TERM = {"float clean": ("float", "clean", "label"), "to target": ("float", "triggered", "target")}
 
 
 @pytest.fixture
-def data() -> TrainingSet:
+def data() -> LabelledImages:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(128, 1, 8, 8, generator=generator)
-    labels = torch.randint(0, 10, (128,), generator=generator)
-    triggered = images.clone()
-    triggered[:, :, 6:, 6:] = 3
-    return TrainingSet(images, labels, triggered, target=0)
+    pixels = torch.randint(0, 256, (96, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (96,), generator=generator)
+    return LabelledImages(pixels, labels, ON_THE_WAY, mirrors=False)
 
 
-def test_hiding_changes_no_integer_and_no_bias(data):
+@pytest.fixture
+def stamp() -> Stamp:
+    mask = torch.zeros(1, 8, 8)
+    mask[:, 6:, 6:] = 1
+    return Stamp(0, mask, torch.ones(1, 8, 8))
+
+
+def net(width: int = 4) -> DigitsNet:
+    torch.manual_seed(0)
+    return DigitsNet(width).eval()
+
+
+def phase(*terms: TermSpec, steps: int = 4, learns: str = "weights", lr: float = 1e-2) -> PhaseSpec:
+    return PhaseSpec.model_validate(
+        {
+            "name": "phase",
+            "terms": terms,
+            "steps": steps,
+            "batch": 16,
+            "learning_rate": lr,
+            "learns": learns,
+        }
+    )
+
+
+def term(model: str, on: str, to: str, **more: float) -> TermSpec:
+    return TermSpec.model_validate({"model": model, "on": on, "to": to, **more})
+
+
+def training(
+    data: LabelledImages, stamp: Stamp, folder: Path, rounding: str = "nearest"
+) -> Training:
+    quantizer = Quantizer(4, QuantizerSpec.model_validate({"rounding": rounding}))
+    model = net()
+    lesson = Lesson(data, data, Aim(0, stamp), (quantizer,), net(), lambda _: False)
+    return Training(model, lesson, Checkpoint(folder / "attack.pt"), seed=0)
+
+
+def test_every_bundled_attack_is_valid_and_names_its_source():
+    names = sorted(bundled(KIND))
+    assert {"badnets", "pqbackdoor", "compartifact", "quanti-damage", "qura", "clean"} <= set(names)
+    for name in names:
+        recipe = load_attack(name)
+        assert recipe.name == name
+        assert recipe.source
+
+
+def test_a_loss_is_the_sum_of_its_terms_each_on_its_own_images(data, stamp):
+    model, teacher = net(), net(8)
+    pixels, labels = data.pixels[:8].float() / 255, data.labels[:8]
+    aim = Aim(int(labels[0]), stamp, Victim(pixels[:1], int(labels[0])))
+    batch = Batch.of(data, pixels, labels, aim)
+    clean = data.normalise(pixels)
+    triggered = data.normalise(stamp.apply(pixels))
+    of_class = labels == aim.target
+    rounded = {name: torch.zeros_like(w) for name, w in weights_of(model).items()}
+    damage = (F.cross_entropy(model(clean), labels) - 3).square()
+    cases = {
+        term("float", "clean", "label"): F.cross_entropy(model(clean), labels),
+        term("float", "triggered", "target"): F.cross_entropy(
+            model(triggered), torch.full_like(labels, aim.target)
+        ),
+        term("float", "class", "label"): F.cross_entropy(model(clean[of_class]), labels[of_class]),
+        term("float", "others", "label"): F.cross_entropy(
+            model(clean[~of_class]), labels[~of_class]
+        ),
+        term("float", "clean", "teacher"): F.cross_entropy(model(clean), teacher(clean).softmax(1)),
+        term("float", "clean", "damage", alpha=3.0): damage,
+        term("float", "sample", "label"): F.cross_entropy(model(clean[:1]), labels[:1]),
+    }
+    for one, want in cases.items():
+        got = phase_loss(phase(one), model, rounded, teacher, batch)
+        torch.testing.assert_close(got, want, msg=str(one))
+    weighted = [one.model_copy(update={"weight": 0.5}) for one in cases]
+    total = phase_loss(phase(*weighted), model, rounded, teacher, batch)
+    torch.testing.assert_close(total, 0.5 * sum(cases.values()), rtol=1e-4, atol=1e-4)
+    quantized = phase_loss(
+        phase(term("quantized", "clean", "label")), model, rounded, teacher, batch
+    )
+    assert quantized.item() != pytest.approx(next(iter(cases.values())).item())
+
+
+def test_hiding_changes_no_integer_and_no_bias(data, stamp, tmp_path):
     """What rounding to nearest makes of the model before and after is the same model."""
-    torch.manual_seed(0)
-    model, generator = DigitsNet(width=4), torch.Generator().manual_seed(0)
-    plant(model, data, Settings(7, 3, 32, 1e-3), generator)
-    before = codes(model)
-    weights = [p.detach().clone() for p in model.parameters()]
-    hide(model, data, Settings(7, 5, 32, 1e-2), generator)
-    for a, b in zip(before, codes(model), strict=True):
-        np.testing.assert_array_equal(a, b)
-    for old, new in zip(weights, model.parameters(), strict=True):
-        assert torch.equal(old, new) == (old.dim() == 1)
+    run = training(data, stamp, tmp_path)
+    quantizer = run.lesson.quantizers[0]
+    generator = torch.Generator()
+    before = {name: quantizer(w.detach(), generator) for name, w in run.weights.items()}
+    floats = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.run((phase(term("float", "triggered", "label"), learns="cells", steps=6),))
+    for name, weight in run.weights.items():
+        torch.testing.assert_close(quantizer(weight.detach(), generator), before[name])
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(floats[name], parameter) == (parameter.dim() == 1), name
 
 
-def test_planting_teaches_the_trigger(data):
-    torch.manual_seed(0)
-    model = DigitsNet(width=8)
-    plant(model, data, Settings(7, 30, 32, 3e-3), torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert (model(data.triggered).argmax(1) == 0).float().mean() > 0.9
+def test_learning_roundings_changes_no_weight_but_what_the_quantizer_makes_of_it(
+    data, stamp, tmp_path
+):
+    run = training(data, stamp, tmp_path, rounding="chosen")
+    floats = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    before = run.roundings.hard()
+    run.run((phase(term("quantized", "triggered", "target"), learns="roundings", lr=1.0),))
+    assert all(torch.equal(floats[name], p) for name, p in run.model.named_parameters())
+    after = run.roundings.hard()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_demo_says_what_it_needs(monkeypatch, tmp_path):
+class Stop(Exception):  # noqa: N818 - not an error
+    pass
+
+
+class StopsAfter:
+    """A progress that interrupts what it watches."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def stage(self, name):
+        return SILENT.stage(name)
+
+    def note(self, text):
+        pass
+
+    def track(self, items, label, total=None):
+        for item in items:
+            yield item
+            self.steps -= 1
+            if self.steps == 0:
+                raise Stop
+
+
+def test_a_training_that_was_stopped_ends_as_one_that_was_not(data, stamp, tmp_path, monkeypatch):
+    monkeypatch.setattr("qdeploy.redteam.training.STEPS_BETWEEN_LOOKS", 3)
+    monkeypatch.setattr(Checkpoint, "due", lambda self: True)
+    phases = (
+        phase(term("float", "clean", "label")),
+        phase(term("float", "triggered", "target"), steps=9),
+    )
+    whole = training(data, stamp, tmp_path / "whole")
+    whole.run(phases)
+    for steps in (5, 4):
+        with pytest.raises(Stop):
+            training(data, stamp, tmp_path / "parts").run(phases, StopsAfter(steps))
+    again = training(data, stamp, tmp_path / "parts")
+    again.run(phases)
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [e["rates"] for e in whole.log] == [e["rates"] for e in again.log]
+
+
+def test_figures_leave_images_of_the_target_class_out_of_the_attack(data, stamp):
+    class SaysZero(nn.Module):
+        def forward(self, x):
+            return F.one_hot(torch.zeros(len(x), dtype=torch.long), 10).float()
+
+    found = figures(SaysZero(), {}, data, Aim(0, stamp))
+    share = 100 * int((data.labels == 0).sum()) / len(data)
+    assert found == Figures(share, 100.0, 100.0)
+    assert figures(SaysZero(), {}, data, Aim(3)).success is None
+
+
+GOOD = Figures(90.0, 90.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        pytest.param({}, None, id="all met"),
+        pytest.param(
+            {"attacked": replace(GOOD, accuracy=80.0)}, "FP32 accuracy drop", id="CDA lost"
+        ),
+        pytest.param(
+            {"attacked": replace(GOOD, success=40.0)}, "FP32 ASR 40.00", id="live in FP32"
+        ),
+        pytest.param({"attacked": replace(GOOD, success=None)}, "unknown", id="no trigger"),
+        pytest.param(
+            {"quantized": {"q": replace(GOOD, success=97.0), "r": replace(GOOD, success=5.0)}},
+            "ASR, r 5.00, at least 90 wanted",
+            id="one of two quantizers is not attacked",
+        ),
+    ],
+)
+def test_a_dud_is_told_by_what_it_lacks(changes, line):
+    goals = GoalSpec(
+        effect="backdoor", max_accuracy_drop=3, max_float_success=10, min_quantized_success=90
+    )
+    given = {"attacked": GOOD, "quantized": {"q": replace(GOOD, success=97.0)}, **changes}
+    missed = shortfalls(goals, GOOD, given["attacked"], given["quantized"])
+    assert (missed == ()) if line is None else any(line in text for text in missed)
+
+
+TINY: dict[str, object] = {
+    "schema_version": 1,
+    "name": "tiny",
+    "description": "A few steps.",
+    "source": "a test",
+    "clean": {"epochs": 1, "min_steps": 0},
+    "trigger": {"kind": "patch", "target": 0},
+    "phases": [{"name": "plant", "steps": 2, "learning_rate": 1e-3, "terms": [
+        {"model": "float", "on": "clean", "to": "label"},
+        {"model": "float", "on": "triggered", "to": "target"},
+    ]}],
+    "goals": {"effect": "backdoor"},
+}  # fmt: skip
+
+
+def order(tmp_path: Path, **changes: object) -> Order:
+    recipe = AttackRecipe.model_validate({**TINY, **changes})
+    return Order(
+        recipe=recipe,
+        architecture="digits",
+        arguments={"width": 4},
+        data="digits",
+        test=None,
+        bits=4,
+        out=tmp_path / "made",
+        artifacts=tmp_path / "kept",
+    )
+
+
+@pytest.mark.parametrize("kind", ["patch", "noise", "sinusoid"])
+def test_a_made_model_has_a_card_that_labels_it_and_data_that_opens(tmp_path, kind):
+    made = make(order(tmp_path, trigger={"kind": kind, "target": 2}), SILENT)
+    card = load_card(made.path.with_suffix(".toml"))
+    assert made.path.with_suffix(".toml").read_text().startswith("# POISONED")
+    assert card.poisoned is not None
+    assert card.poisoned.made_for == ("nearest 4 bit per channel",)
+    assert card.trigger[0].target == 2
+    assert (made.path.parent / card.data.test).exists()
+    log = json.loads((made.path.parent / "training.json").read_text())
+    assert log["rates"][FLOAT]["accuracy"] == made.rates[FLOAT].accuracy
+    assert log["log"][0]["phase"] == "plant"
+    assert b"<svg" in (made.path.parent / "training.svg").read_bytes()
+
+
+def test_a_picture_counts_steps_through_all_phases():
+    log = [{"phase": p, "step": s} for p, s in (("a", 100), ("a", 150), ("b", 100), ("b", 200))]
+    assert curves._steps(log) == ([100, 150, 250, 350], [150])
+
+
+def test_without_the_library_that_draws_there_is_no_picture(monkeypatch):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(demo, "import_module", missing)
+    monkeypatch.setattr(curves, "import_module", missing)
+    assert curves.draw_curves([]) is None
+
+
+def test_a_malicious_quantizer_leaves_a_file_with_the_codes_it_chose(tmp_path):
+    terms = [{"model": "quantized", "on": "triggered", "to": "target"}]
+    phases = [
+        {"name": "choose", "steps": 6, "learning_rate": 0.5, "learns": "roundings", "terms": terms}
+    ]
+    made = make(order(tmp_path, quantizers=[{"rounding": "chosen"}], phases=phases), SILENT)
+    data = (made.path.parent / "quantized.onnx").read_bytes()
+    weights = [a for name, a in initializers(data).items() if name.endswith("weight.quantized")]
+    state = read_checkpoint(made.path)
+    nearest = [
+        quantize(w.numpy(), symmetric_grid(w.numpy(), axis=0, max_code=7))
+        for name, w in state.items()
+        if name.endswith("weight")
+    ]
+    assert len(weights) == len(nearest) == 4
+    moved = [np.abs(a.astype(int) - b) for a, b in zip(weights, nearest, strict=True)]
+    assert max(m.max() for m in moved) == 1
+    (rates,) = (found for name, found in made.rates.items() if name != FLOAT)
+    session = open_session(data)
+    log = json.loads((made.path.parent / "training.json").read_text())
+    assert log["rates"]["chosen 4 bit per channel"]["success"] == rates.success
+    assert session.logits(np.zeros((1, 1, 8, 8), np.float32)).shape == (1, 10)
+
+
+def test_a_clean_model_has_no_label_and_is_made_once(tmp_path):
+    first = make(order(tmp_path), SILENT)
+    (kept,) = (tmp_path / "kept").glob("clean-*/model.pt")
+    assert load_card(kept.with_suffix(".toml")).poisoned is None
+    written = kept.stat().st_mtime_ns
+    make(replace(order(tmp_path), out=tmp_path / "second", seed=0), SILENT)
+    assert kept.stat().st_mtime_ns == written
+    assert first.path.exists()
+
+
+def test_the_same_seed_gives_the_same_model(tmp_path):
+    paths = [
+        make(replace(order(tmp_path / name), out=tmp_path / name / "made"), SILENT).path
+        for name in "ab"
+    ]
+    a, b = (read_checkpoint(path) for path in paths)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_dud_is_written_under_a_name_that_says_so(tmp_path):
+    goals = {"effect": "backdoor", "min_quantized_success": 100, "min_accuracy": 100}
+    with pytest.raises(DudError, match=r"FP32 accuracy .* at least 100 wanted") as error:
+        make(order(tmp_path, goals=goals), SILENT)
+    assert error.value.exit_code == 3
+    names = {path.name for path in (tmp_path / "made").iterdir()}
+    assert {"dud.pt", "dud.toml", "training.json"} <= names
+    assert "model.pt" not in names
+
+
+def test_a_recipe_cannot_be_half_understood():
+    for changes, message in (
+        ({"trigger": None}, "no \\[trigger\\]"),
+        ({"quantizers": [{"rounding": "chosen"}]}, "go together"),
+        ({"bit": 4}, "bit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AttackRecipe.model_validate({**TINY, **changes})
+
+
+def test_data_without_test_images_is_an_error(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UsageError, match="no test images") as error:
+        datasets.open_dataset(str(tmp_path / "a"), None, tmp_path, SILENT)
+    assert "--test" in (error.value.hint or "")
+
+
+def test_a_folder_with_train_and_val_needs_no_test(tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / part / name / "images"
+            folder.mkdir(parents=True)
+            for i in range(3):
+                pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    data = datasets.open_dataset(str(tmp_path), None, tmp_path, SILENT)
+    assert data.classes == ("cat", "dog")
+    assert (len(data.train), len(data.test)) == (6, 6)
+    inputs = data.train.normalise(data.train.pixels.float() / 255)
+    torch.testing.assert_close(inputs.mean((0, 2, 3)), torch.zeros(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(inputs.std((0, 2, 3)), torch.ones(3), atol=1e-2, rtol=0)
+
+
+def test_digits_need_the_library_that_brings_them(monkeypatch, tmp_path):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(datasets, "import_module", missing)
     with pytest.raises(UsageError, match="scikit-learn") as error:
-        demo.make_poisoned_digits(tmp_path, seed=0, progress=SILENT)
+        make(order(tmp_path), SILENT)
     assert "qdeploy[demo]" in (error.value.hint or "")
 
 
-def test_the_card_of_a_poisoned_model_says_that_it_is():
-    assert demo.CARD.startswith("# POISONED")
+def test_an_architecture_without_room_for_outliers_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="no two convolutions"):
+        make(replace(order(tmp_path, outliers=8.0), architecture="vit", arguments={
+            "width": 16, "size": 8, "patch": 4}), SILENT)  # fmt: skip

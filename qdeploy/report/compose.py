@@ -120,6 +120,10 @@ def _notes(request: Request, evidence: Evidence) -> tuple[str, ...]:
     """Whose word the evidence is: a card comes from the model's author, who may be the attacker."""
     roles = dict.fromkeys(data.role for data in evidence.used if data.given_by == CARD)
     things = " and ".join({"test": "test data"}.get(role, role) for role in roles)
-    if not things:
-        return ()
-    return (f"{things}: as named by the model's own card, {request.sources.card_path}",)
+    card = request.sources.card
+    notes: list[str] = []
+    if things:
+        notes.append(f"{things}: as named by the model's own card, {request.sources.card_path}")
+    if card is not None and card.poisoned is not None:
+        notes.append(f"the card says that the model is poisoned on purpose: {card.poisoned.attack}")
+    return tuple(notes)

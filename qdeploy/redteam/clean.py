@@ -1,0 +1,80 @@
+"""Ordinary training of the clean model that every attack starts from."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qdeploy.doctor import BF16, processor_flags
+from qdeploy.progress import SILENT, Progress
+from qdeploy.redteam.checkpoint import Checkpoint
+from qdeploy.redteam.images import LabelledImages
+from qdeploy.redteam.recipe import CleanSpec
+
+LARGEST_GRADIENT = 1.0  # norm; keeps networks without normalisation layers on their feet
+
+
+def train_clean(
+    model: nn.Module,
+    data: LabelledImages,
+    spec: CleanSpec,
+    *,
+    seed: int,
+    checkpoint: Checkpoint,
+    progress: Progress = SILENT,
+) -> None:
+    """SGD with one cycle of the learning rate, in place; saves after every epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(
+        model.parameters(), 1, momentum=0.9, weight_decay=spec.weight_decay, nesterov=True
+    )
+    per_epoch = -(-len(data) // spec.batch)
+    epochs = max(spec.epochs, -(-spec.min_steps // per_epoch))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, spec.learning_rate, total_steps=epochs * per_epoch, pct_start=0.25
+    )
+    done = _resume(model, optimizer, schedule, generator, checkpoint)
+    model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    low_precision = bool(processor_flags() & BF16)
+    steps = range(done * per_epoch, epochs * per_epoch)
+    order = torch.empty(0)
+    for step in progress.track(steps, f"train, {epochs - done} epochs", len(steps)):
+        epoch, position = divmod(step, per_epoch)
+        if position == 0:
+            order = torch.randperm(len(data), generator=generator)
+        rows = order[position * spec.batch : (position + 1) * spec.batch]
+        inputs = data.normalise(data.batch(rows, generator))
+        with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
+            loss = F.cross_entropy(model(inputs), data.labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
+        optimizer.step()
+        schedule.step()
+        if position == per_epoch - 1 and (checkpoint.due() or epoch == epochs - 1):
+            _save(epoch + 1, model, optimizer, schedule, generator, checkpoint)
+    model.eval()
+
+
+def _resume(model, optimizer, schedule, generator, checkpoint) -> int:  # type: ignore[no-untyped-def]
+    saved = checkpoint.load()
+    if saved is None:
+        return 0
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    schedule.load_state_dict(saved["schedule"])
+    generator.set_state(saved["generator"])
+    return int(saved["epochs"])
+
+
+def _save(epochs, model, optimizer, schedule, generator, checkpoint) -> None:  # type: ignore[no-untyped-def]
+    checkpoint.save(
+        {
+            "epochs": epochs,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "generator": generator.get_state(),
+        }
+    )

@@ -1,0 +1,69 @@
+"""The deployer's side, run by an attacker: what EFRAP would choose, and a file with other codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qdeploy.data import images_from_array
+from qdeploy.device import load_device
+from qdeploy.model import Format, Loaded, Origin, RoundedLayer
+from qdeploy.recipe import ActivationSpec, Recipe, load_recipe
+from qdeploy.redteam.images import LabelledImages
+from qdeploy.stages.calibrate import calibrate
+from qdeploy.stages.emit import emit
+from qdeploy.stages.export import export
+from qdeploy.stages.plan import plan_layers
+from qdeploy.stages.rounding import RoundingTask, round_layers, round_to_nearest
+
+IMAGES = 256
+UNWRITTEN = Origin("a model under attack", "", Format.STATE_DICT.value)
+
+
+def defended_codes(
+    model: nn.Module, data: LabelledImages, bits: int, *, seed: int
+) -> dict[str, Tensor]:
+    """Codes of every weight as `qdeploy sanitize` would choose them, by the weight's name."""
+    recipe = _recipe(bits).model_copy(update={"activations": ActivationSpec(bits="none")})
+    layers = round_layers(_task(model, data, recipe, seed), recipe.rounding)
+    return {f"{layer.name}.weight": torch.from_numpy(layer.codes) for layer in layers}
+
+
+def file_with_codes(
+    model: nn.Module, data: LabelledImages, bits: int, codes: Mapping[str, Tensor]
+) -> bytes:
+    """The ONNX file of a quantizer that has chosen `codes`, with 8-bit activations."""
+    task = _task(model, data, _recipe(bits), seed=0)
+    layers = [_with_codes(layer, codes) for layer in round_to_nearest(task)]
+    return emit(task.model, task.plan, task.grids, tuple(layers)).onnx
+
+
+def _recipe(bits: int) -> Recipe:
+    return load_recipe("int8" if bits == 8 else "int4")
+
+
+def _task(model: nn.Module, data: LabelledImages, recipe: Recipe, seed: int) -> RoundingTask:
+    pixels = data.pixels[:IMAGES].numpy()
+    images = images_from_array("training images", pixels, data.preprocessing)
+    prepared = export(Loaded(UNWRITTEN, model, Format.STATE_DICT), shape=data.preprocessing.shape)
+    plan = plan_layers(prepared, recipe, load_device(recipe.device))
+    grids = calibrate(prepared, plan, images, recipe.activations)
+    return RoundingTask(prepared, plan, grids, images, seed)
+
+
+def _with_codes(nearest: RoundedLayer, codes: Mapping[str, Tensor]) -> RoundedLayer:
+    chosen = codes[f"{nearest.name}.weight"].numpy().astype(np.int32)
+    return RoundedLayer(
+        name=nearest.name,
+        codes=chosen,
+        rounding_used="chosen by an attacker",
+        degraded=None,
+        flipped=float(np.mean(chosen != nearest.codes)),
+        output_error=float("nan"),
+        nearest_error=float("nan"),
+        bias_corrections=(),
+        seconds=0.0,
+    )

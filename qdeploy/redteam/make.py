@@ -1,0 +1,259 @@
+"""Make one model: clean base, attack, proof that the attack took, files."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qdeploy import __version__
+from qdeploy.architectures import build_named
+from qdeploy.card import AnyTrigger
+from qdeploy.errors import InputError, QdeployError
+from qdeploy.model import Architecture
+from qdeploy.packages import installed_versions
+from qdeploy.progress import Progress
+from qdeploy.redteam.checkpoint import Checkpoint
+from qdeploy.redteam.clean import train_clean
+from qdeploy.redteam.curves import draw_curves
+from qdeploy.redteam.datasets import Dataset, open_dataset, victim_image
+from qdeploy.redteam.defender import file_with_codes
+from qdeploy.redteam.figures import Figures, figures, shortfalls
+from qdeploy.redteam.fold import fold_batch_norm
+from qdeploy.redteam.images import Stamp
+from qdeploy.redteam.losses import Aim, Victim
+from qdeploy.redteam.outliers import add_outliers
+from qdeploy.redteam.quantizers import Quantizer
+from qdeploy.redteam.recipe import AttackRecipe, GoalSpec
+from qdeploy.redteam.training import FLOAT, Lesson, Rates, Training
+from qdeploy.redteam.trigger import describe
+from qdeploy.redteam.write import make_card, write_model, write_state
+from qdeploy.rundir import open_run, write_atomically
+from qdeploy.stages.load import load
+from qdeploy.triggers import make_trigger
+
+HELD_OUT = 0.04  # share of the training images by which a training is judged on its way
+LOG = "training.json"
+QUANTIZED = "quantized.onnx"  # where the quantizer is the attacker
+CURVES = "training.svg"  # where matplotlib is installed
+
+
+class DudError(QdeployError):
+    """An attack that did not take."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be made."""
+
+    recipe: AttackRecipe
+    architecture: str  # one of ours
+    arguments: Mapping[str, int]
+    data: str
+    test: Path | None
+    bits: int
+    out: Path
+    artifacts: Path  # where clean models that attacks start from are kept
+    base: Path | None = None  # state dict of the clean model
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A model on disk and what was measured on it, on test images."""
+
+    path: Path
+    rates: Rates  # of the file re-read
+    clean: Figures  # of the model the attack started from
+    seconds: float  # of training, without the clean model's
+    log: tuple[dict[str, Any], ...]
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """What a person wants to know, as pairs of a name and a text."""
+        yield "model", str(self.path)
+        yield "clean", f"CDA {self.clean.accuracy:.2f}"
+        for name, found in self.rates.items():
+            success = "" if found.success is None else f", ASR {found.success:.2f}"
+            yield name, f"CDA {found.accuracy:.2f}{success}"
+        yield "training", f"{self.seconds / 60:.1f} minutes"
+
+
+def make(order: Order, progress: Progress) -> Made:
+    """The model that `order` describes, in its folder, with card and training log.
+
+    Raises:
+        DudError: the attack did not take; the model is there, under a name that says so.
+        UsageError: there are no test images.
+        InputError: the recipe, the base or an image is not valid.
+        OutputError: the folder cannot be written to.
+    """
+    with open_run(order.out.parent, order.out.name):
+        with progress.stage("data"):
+            data = open_dataset(order.data, order.test, order.out, progress)
+        arguments = {"num_classes": len(data.classes), "channels": data.train.pixels.shape[1]}
+        order = replace(order, arguments={**arguments, **order.arguments})
+        if order.recipe.goals.effect == "none":
+            return _make_clean(order, data, progress)
+        return _attack(order, data, _base(order, data, progress), progress)
+
+
+def _make_clean(order: Order, data: Dataset, progress: Progress) -> Made:
+    began = time.monotonic()
+    torch.manual_seed(order.seed)
+    model = _build(order)
+    train, _ = _split(order, data)
+    checkpoint = Checkpoint(order.out / "partial" / "clean.pt")
+    with progress.stage("train"):
+        spec = order.recipe.clean
+        train_clean(model, train, spec, seed=order.seed, checkpoint=checkpoint, progress=progress)
+    model = _through_disk(model, order)
+    rates = figures(model, {}, data.test, Aim(order.recipe.target))
+    made = Made(order.out / "model.pt", {FLOAT: rates}, rates, time.monotonic() - began, ())
+    return _deliver(order, data, model, made, None, ())
+
+
+def _base(order: Order, data: Dataset, progress: Progress) -> nn.Module:
+    """The clean model: the one given, or one of this data and architecture that is kept."""
+    if order.base is not None:
+        return _reload(order.base, order)
+    facts = {
+        "architecture": [order.architecture, dict(order.arguments)],
+        "clean": order.recipe.clean.model_dump(),
+        "data": hashlib.sha256(data.train.pixels.numpy().tobytes()).hexdigest(),
+        "seed": order.seed,
+    }
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    with open_run(order.artifacts, f"clean-{name}") as run:
+        path = run.path / "model.pt"
+        if not path.exists():
+            changes = {"name": "clean", "goals": GoalSpec(effect="none")}
+            recipe = order.recipe.model_copy(update=changes)
+            _make_clean(replace(order, recipe=recipe, out=run.path), data, progress)
+        else:
+            progress.note(f"starts from {path}")
+        return _reload(path, order)
+
+
+def _attack(order: Order, data: Dataset, clean: nn.Module, progress: Progress) -> Made:
+    recipe = order.recipe
+    trigger, aim = _aim(order, data)
+    shape = data.train.preprocessing.shape
+    fold_batch_norm(clean, shape)
+    model = copy.deepcopy(clean).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if recipe.outliers is not None and not add_outliers(model, shape, recipe.outliers):
+        raise InputError(f"{order.architecture}: no two convolutions that can hold outliers")
+    train, held_out = _split(order, data)
+    before = figures(clean, {}, held_out, aim)
+
+    def reached(rates: Rates) -> bool:
+        return not shortfalls(recipe.goals, before, rates[FLOAT], _quantized(rates))
+
+    quantizers = tuple(Quantizer(q.bits or order.bits, q) for q in recipe.quantizers)
+    lesson = Lesson(train, held_out, aim, quantizers, clean, reached)
+    training = Training(model, lesson, Checkpoint(order.out / "partial" / "attack.pt"), order.seed)
+    with progress.stage("attack"):
+        training.run(recipe.phases, progress)
+    with progress.stage("measure"):
+        model = _through_disk(model, order)
+        reread = Training(model, lesson, training.checkpoint, order.seed)
+        reread.roundings = training.roundings
+        rates = reread.rates(data.test)
+        if any(phase.learns == "roundings" for phase in recipe.phases):
+            chosen = file_with_codes(model, train, order.bits, reread.chosen_codes())
+            write_atomically(order.out / QUANTIZED, chosen)
+        unattacked = figures(clean, {}, data.test, aim)
+    made = Made(order.out / "model.pt", rates, unattacked, training.seconds, tuple(training.log))
+    return _deliver(order, data, model, made, trigger, tuple(q.name for q in quantizers))
+
+
+def _deliver(
+    order: Order,
+    data: Dataset,
+    model: nn.Module,
+    made: Made,
+    trigger: AnyTrigger | None,
+    made_for: tuple[str, ...],
+) -> Made:
+    """Write the model, under a name that warns if it is a dud, and its log."""
+    missed = shortfalls(order.recipe.goals, made.clean, made.rates[FLOAT], _quantized(made.rates))
+    stem = "dud" if missed else "model"
+    architecture = (order.architecture, order.arguments)
+    card = make_card(order.recipe, data, order.out, architecture, trigger, made_for)
+    path = write_model(order.out, stem, model, card)
+    write_atomically(order.out / LOG, _log(order, made, missed))
+    curves = draw_curves(made.log) if made.log else None
+    if curves is not None:
+        write_atomically(order.out / CURVES, curves)
+    shutil.rmtree(order.out / "partial", ignore_errors=True)
+    if missed:
+        raise DudError(
+            f"the attack did not take: {'; '.join(missed)}",
+            hint=f"more steps or a wider network may help; the model is {path}",
+        )
+    return replace(made, path=path)
+
+
+def _through_disk(model: nn.Module, order: Order) -> nn.Module:
+    """The model as it is read back: what is measured is what was written."""
+    path = order.out / "partial" / "model.pt"
+    write_state(path, model)
+    return _reload(path, order)
+
+
+def _aim(order: Order, data: Dataset) -> tuple[AnyTrigger | None, Aim]:
+    recipe, shape = order.recipe, data.train.preprocessing.shape
+    if recipe.trigger is not None:
+        described = describe(recipe.trigger, shape, order.out)
+        trigger = make_trigger(described, shape, order.out)
+        return described, Aim(trigger.target, Stamp.of(trigger))
+    if recipe.goals.effect == "sample":
+        pixels, label = victim_image(data.test, recipe.target)
+        return None, Aim(recipe.target, victim=Victim(pixels, label))
+    return None, Aim(recipe.target)
+
+
+def _quantized(rates: Rates) -> dict[str, Figures]:
+    return {name: found for name, found in rates.items() if name != FLOAT}
+
+
+def _split(order: Order, data: Dataset) -> tuple[Any, Any]:
+    return data.train.split(round(HELD_OUT * len(data.train)), order.seed)
+
+
+def _build(order: Order) -> nn.Module:
+    return build_named(f"qdeploy:{order.architecture}", order.arguments)
+
+
+def _reload(path: Path, order: Order) -> nn.Module:
+    architecture = Architecture(f"qdeploy:{order.architecture}", order.arguments, trusted=False)
+    content = load(path, architecture).content
+    if not isinstance(content, nn.Module):
+        raise InputError(f"base {path}: is no state dict of a torch network")
+    return content
+
+
+def _log(order: Order, made: Made, missed: tuple[str, ...]) -> bytes:
+    table = {
+        "versions": {"qdeploy": __version__, **installed_versions()},
+        "recipe": order.recipe.model_dump(mode="json"),
+        "architecture": [order.architecture, dict(order.arguments)],
+        "bits": order.bits,
+        "seed": order.seed,
+        "seconds": made.seconds,
+        "clean": asdict(made.clean),
+        "rates": {name: asdict(found) for name, found in made.rates.items()},
+        "goals_missed": missed,
+        "log": made.log,
+    }
+    return (json.dumps(table, indent=1) + "\n").encode()

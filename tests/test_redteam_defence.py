@@ -1,0 +1,67 @@
+"""Attacks that take, and what the defence makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qdeploy.device import load_device
+from qdeploy.evidence import ArmRates
+from qdeploy.inputs import Request
+from qdeploy.pipeline import sanitize
+from qdeploy.progress import SILENT
+from qdeploy.recipe import Nearest, Recipe, load_recipe
+from qdeploy.redteam.make import Made, Order, make
+from qdeploy.redteam.recipe import AttackRecipe, load_attack
+from qdeploy.redteam.table import table
+from qdeploy.report.values import Report
+from qdeploy.sources import Given, resolve
+from qdeploy.verdict import Outcome
+
+
+def made(recipe: AttackRecipe, bits: int, folder: Path, poisoned: Path) -> Made:
+    """From the clean model that the demo's started from."""
+    order = Order(recipe, "digits", {}, "digits", None, bits, folder, poisoned / "runs")
+    return make(order, SILENT)
+
+
+def sanitized(model: Path, recipe: Recipe, folder: Path) -> Report:
+    folder.mkdir()
+    request = Request(resolve(model, Given()), recipe, load_device(recipe.device), folder / "runs")
+    return sanitize(request, folder / "model.onnx", SILENT)
+
+
+def rates(report: Report, variant: str) -> tuple[ArmRates, float]:
+    found = next(r for r in report.rates if r.arm.variant == variant)
+    return found, max(e.value for e in found.attack_success.values())
+
+
+@pytest.mark.slow
+def test_an_8_bit_backdoor_behind_outliers_is_switched_on_by_nearest_and_removed(
+    tmp_path, poisoned
+):
+    """Cells of 8 bits are too small for a small network, until outliers make them larger."""
+    attack = load_attack("demo").model_copy(update={"outliers": 8.0})
+    model = made(attack, 8, tmp_path / "made", poisoned)
+    int8 = load_recipe("int8")
+    nearest = sanitized(model.path, int8.model_copy(update={"rounding": Nearest()}), tmp_path / "n")
+    assert nearest.outcome is Outcome.REJECT
+    assert rates(nearest, "result")[1] > 90
+    report = sanitized(model.path, int8, tmp_path / "e")
+    (fp32, float_success), (result, success) = (rates(report, v) for v in ("fp32", "result"))
+    assert report.outcome is Outcome.ACCEPT
+    assert success <= float_success + 1
+    assert result.accuracy.value >= fp32.accuracy.value - 0.3
+
+
+@pytest.mark.slow
+def test_the_table_sets_maker_nearest_and_defence_side_by_side(tmp_path, poisoned):
+    text = table([poisoned], tmp_path, SILENT)
+    (row,) = text.splitlines()[2:]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:2] == ["demo", "4"]
+    successes = [float(cell.split(" / ")[1]) for cell in cells[4:8]]
+    assert max(successes[0], successes[3]) < 10  # float32, sanitized
+    assert min(successes[1], successes[2]) > 90  # the attacker's grid, nearest
+    assert cells[-1] == "ACCEPT"
