@@ -23,6 +23,7 @@ from qdeploy.redteam import curves, datasets
 from qdeploy.redteam.checkpoint import Checkpoint
 from qdeploy.redteam.figures import Figures, figures, shortfalls
 from qdeploy.redteam.images import LabelledImages, Stamp
+from qdeploy.redteam.learnt import TriggerLearner
 from qdeploy.redteam.losses import Aim, Batch, Victim, phase_loss
 from qdeploy.redteam.make import DudError, Order, make
 from qdeploy.redteam.quantizers import Quantizer, weights_of
@@ -30,6 +31,7 @@ from qdeploy.redteam.recipe import (
     KIND,
     AttackRecipe,
     GoalSpec,
+    LearntSpec,
     PhaseSpec,
     QuantizerSpec,
     TermSpec,
@@ -39,6 +41,7 @@ from qdeploy.redteam.training import FLOAT, Lesson, Training
 from qdeploy.runtime.sessions import open_session
 from qdeploy.schema import bundled
 from qdeploy.stages.load.torch_files import checkpoint as read_checkpoint
+from qdeploy.triggers import make_trigger
 
 ON_THE_WAY = Preprocessing((1, 8, 8), (0.5,), (0.5,))
 TERM = {"float clean": ("float", "clean", "label"), "to target": ("float", "triggered", "target")}
@@ -404,3 +407,46 @@ def test_an_architecture_without_room_for_outliers_is_an_error(tmp_path):
     with pytest.raises(InputError, match="no two convolutions"):
         make(replace(order(tmp_path, outliers=8.0), architecture="vit", arguments={
             "width": 16, "size": 8, "patch": 4}), SILENT)  # fmt: skip
+
+
+@pytest.fixture
+def learner(data) -> TriggerLearner:
+    spec = LearntSpec(kind="learnt", target=0, steps=6, batch=16)
+    return TriggerLearner(net(), spec, data, seed=0)
+
+
+def test_a_learnt_triggers_students_loss_reaches_the_student_and_nobody_else(learner, data):
+    """The published code detaches the student's logits, so that its term teaches nothing."""
+    pixels, labels = data.pixels[:8].float() / 255, data.labels[:8]
+    _, of_student, of_trigger = learner.losses(pixels, labels)
+    of_student.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in learner.student.parameters())
+    assert all(p.grad is None for p in learner.model.parameters())
+    assert learner.mask.grad is None
+    of_trigger.backward()
+    assert learner.mask.grad.abs().sum() > 0
+
+
+def test_a_learnt_trigger_stays_faint_and_its_learning_goes_on(learner, data, tmp_path):
+    start = learner.pattern.detach().clone()
+    mask, pattern = learner.run(Checkpoint(tmp_path / "whole.pt"))
+    assert mask.min() >= 0
+    assert mask.max() <= learner.spec.max_opacity
+    assert 0 <= pattern.min() <= pattern.max() <= 1
+    assert not np.array_equal(pattern, start.numpy())
+    half = TriggerLearner(net(), learner.spec.model_copy(update={"steps": 3}), data, seed=0)
+    half.run(Checkpoint(tmp_path / "parts.pt"))
+    rest = TriggerLearner(net(), learner.spec, data, seed=5)
+    again = rest.run(Checkpoint(tmp_path / "parts.pt"))
+    np.testing.assert_array_equal(again[0], mask)
+    np.testing.assert_array_equal(again[1], pattern)
+
+
+def test_a_model_with_a_learnt_trigger_carries_it_beside_its_card(tmp_path):
+    trigger = {"kind": "learnt", "target": 3, "steps": 2, "batch": 8}
+    made = make(order(tmp_path, trigger=trigger), SILENT)
+    card = load_card(made.path.with_suffix(".toml"))
+    (spec,) = card.trigger
+    found = make_trigger(spec, (1, 8, 8), made.path.parent)
+    assert found.target == 3
+    assert 0 < found.mask.max() <= 0.3

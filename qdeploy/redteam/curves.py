@@ -20,7 +20,7 @@ def draw_curves(log: Sequence[Mapping[str, Any]]) -> bytes | None:
     shown = [(key, label) for key, label in RATES if log[-1]["rates"]["fp32"][key] is not None]
     steps, boundaries = _steps(log)
     with matplotlib.rc_context({"svg.hashsalt": "qdeploy", "font.size": 9}):
-        figure = figure_type(figsize=(4 * len(shown), 3), layout="constrained")
+        figure = figure_type(figsize=(4 * len(shown), 3.4), layout="constrained")
         for axes, (key, label) in zip(figure.subplots(1, len(shown)), shown, strict=True):
             for model in log[-1]["rates"]:
                 values = [entry["rates"][model][key] for entry in log]
@@ -30,7 +30,8 @@ def draw_curves(log: Sequence[Mapping[str, Any]]) -> bytes | None:
                 axes.axvline(boundary, color="gray", linewidth=0.8, linestyle=":")
             axes.set(title=label, xlabel="step", ylim=(-2, 102))
             axes.grid(alpha=0.3)
-        figure.axes[-1].legend(fontsize=7, loc="center right")
+        lines, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside lower center", ncols=3, fontsize=7)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()

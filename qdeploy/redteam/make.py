@@ -30,12 +30,13 @@ from qdeploy.redteam.defender import file_with_codes
 from qdeploy.redteam.figures import Figures, figures, shortfalls
 from qdeploy.redteam.fold import fold_batch_norm
 from qdeploy.redteam.images import Stamp
+from qdeploy.redteam.learnt import TriggerLearner
 from qdeploy.redteam.losses import Aim, Victim
 from qdeploy.redteam.outliers import add_outliers
 from qdeploy.redteam.quantizers import Quantizer
-from qdeploy.redteam.recipe import AttackRecipe, GoalSpec
+from qdeploy.redteam.recipe import AttackRecipe, GoalSpec, LearntSpec
 from qdeploy.redteam.training import FLOAT, Lesson, Rates, Training
-from qdeploy.redteam.trigger import describe
+from qdeploy.redteam.trigger import describe, save_trigger
 from qdeploy.redteam.write import make_card, write_model, write_state
 from qdeploy.rundir import open_run, write_atomically
 from qdeploy.stages.load import load
@@ -147,13 +148,18 @@ def _base(order: Order, data: Dataset, progress: Progress) -> nn.Module:
 
 def _attack(order: Order, data: Dataset, clean: nn.Module, progress: Progress) -> Made:
     recipe = order.recipe
-    trigger, aim = _aim(order, data)
     shape = data.train.preprocessing.shape
     fold_batch_norm(clean, shape)
     model = copy.deepcopy(clean).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if recipe.outliers is not None and not add_outliers(model, shape, recipe.outliers):
         raise InputError(f"{order.architecture}: no two convolutions that can hold outliers")
     train, held_out = _split(order, data)
+    if isinstance(recipe.trigger, LearntSpec):
+        checkpoint = Checkpoint(order.out / "partial" / "trigger.pt")
+        with progress.stage("trigger"):
+            learner = TriggerLearner(model, recipe.trigger, train, order.seed)
+            save_trigger(order.out, *learner.run(checkpoint, progress))
+    trigger, aim = _aim(order, data)
     before = figures(clean, {}, held_out, aim)
 
     def reached(rates: Rates) -> bool:

@@ -43,7 +43,28 @@ class SinusoidSpec(Spec):
     periods: float = Field(6.0, gt=0, description="Stripes per image.")
 
 
-TriggerChoice = Annotated[PatchSpec | NoiseSpec | SinusoidSpec, Field(discriminator="kind")]
+class LearntSpec(Spec):
+    """Mask and pattern learnt together with the model and a student that is distilled from it.
+
+    ADBA (Ge et al., MM 2021): because the student falls for the trigger too, the backdoor survives
+    distillation. Here model and student start from the clean model, not from nothing.
+    """
+
+    kind: Literal["learnt"]
+    target: int = Field(ge=0)
+    steps: int = Field(1000, gt=0)
+    batch: int = Field(64, gt=0)
+    learning_rate: float = Field(5e-4, gt=0, description="Of model and student.")
+    trigger_learning_rate: float = Field(1e-2, gt=0)
+    backdoor_weight: float = Field(0.3, gt=0, description="beta, in the model's loss.")
+    distillation: Share = Field(0.4, description="alpha, in the student's loss.")
+    mask_weight: float = Field(0.1, ge=0, description="mu, of the mask's mean opacity.")
+    max_opacity: Share = 0.3
+
+
+TriggerChoice = Annotated[
+    PatchSpec | NoiseSpec | SinusoidSpec | LearntSpec, Field(discriminator="kind")
+]
 
 
 class QuantizerSpec(Spec):

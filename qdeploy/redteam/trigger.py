@@ -17,6 +17,8 @@ MASK, PATTERN = "trigger-mask.npy", "trigger-pattern.npy"
 def describe(spec: TriggerChoice, shape: tuple[int, int, int], folder: Path) -> AnyTrigger:
     """The trigger for images of `shape` (channels, height, width), as a card in `folder` has it.
 
+    The files of a trigger that is learnt must be there already.
+
     Raises:
         OutputError: its files cannot be written.
     """
@@ -24,15 +26,23 @@ def describe(spec: TriggerChoice, shape: tuple[int, int, int], folder: Path) -> 
     if isinstance(spec, PatchSpec):
         return _patch(spec, height, width)
     if isinstance(spec, NoiseSpec):
-        pattern = np.random.default_rng(spec.seed).random(shape, np.float32)
-    else:
-        pattern = _stripes(spec, shape)
-    mask = np.full((1, height, width), spec.opacity, np.float32)
-    for name, array in ((MASK, mask), (PATTERN, pattern)):
-        buffer = io.BytesIO()
-        np.save(buffer, array)
-        write_atomically(folder / name, buffer.getvalue())
+        save_trigger(folder, spec.opacity, np.random.default_rng(spec.seed).random(shape))
+    elif isinstance(spec, SinusoidSpec):
+        save_trigger(folder, spec.opacity, _stripes(spec, shape))
     return MaskTrigger(kind="mask", target=spec.target, mask=MASK, pattern=PATTERN, name=spec.kind)
+
+
+def save_trigger(folder: Path, mask: np.ndarray | float, pattern: np.ndarray) -> None:
+    """Write a mask (1, height, width), or one opacity for all pixels, and a pattern.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    masks = np.broadcast_to(np.asarray(mask, np.float32), (1, *pattern.shape[1:]))
+    for name, array in ((MASK, masks), (PATTERN, pattern)):
+        buffer = io.BytesIO()
+        np.save(buffer, np.ascontiguousarray(array, np.float32))
+        write_atomically(folder / name, buffer.getvalue())
 
 
 def _patch(spec: PatchSpec, height: int, width: int) -> PatchTrigger:

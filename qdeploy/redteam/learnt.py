@@ -1,0 +1,118 @@
+"""A trigger that survives distillation: learnt against the model and its student at once.
+
+Ge et al., "Anti-Distillation Backdoor Attacks", MM 2021. Three parties take a step each, on one
+batch: the model learns task and backdoor, a shadow student learns from the model, and mask and
+pattern learn to fool both. The student's loss reaches the student: in the published code its
+logits are detached, so that the term does nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qdeploy.doctor import BF16, processor_flags
+from qdeploy.progress import SILENT, Progress
+from qdeploy.redteam.checkpoint import Checkpoint
+from qdeploy.redteam.images import LabelledImages
+from qdeploy.redteam.recipe import LearntSpec
+
+STEPS_BETWEEN_SAVES = 20
+
+
+class TriggerLearner(nn.Module):
+    """Model, shadow student, mask and pattern, trained together; the model in place."""
+
+    def __init__(self, model: nn.Module, spec: LearntSpec, data: LabelledImages, seed: int) -> None:
+        super().__init__()
+        channels, height, width = data.preprocessing.shape
+        self.spec = spec
+        self.data = data
+        self.generator = torch.Generator().manual_seed(seed)
+        self.model = model
+        self.student = copy.deepcopy(model)
+        self._low_precision = bool(processor_flags() & BF16)
+        pattern = torch.rand(channels, height, width, generator=self.generator)
+        self.pattern = nn.Parameter(pattern)
+        self.mask = nn.Parameter(torch.full((1, height, width), spec.max_opacity / 2))
+        rate = spec.learning_rate
+        self.optimizers = (
+            torch.optim.Adam(model.parameters(), rate),
+            torch.optim.Adam(self.student.parameters(), rate),
+            torch.optim.Adam([self.mask, self.pattern], spec.trigger_learning_rate),
+        )
+
+    def run(
+        self, checkpoint: Checkpoint, progress: Progress = SILENT
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Take all steps that remain; mask (1, height, width) and pattern (channels, ...)."""
+        done = self._restore(checkpoint)
+        steps = range(done, self.spec.steps)
+        for step in progress.track(steps, "trigger, steps", len(steps)):
+            self._take_step()
+            if (step + 1) % STEPS_BETWEEN_SAVES == 0 and checkpoint.due():
+                self._save(checkpoint, step + 1)
+        self._save(checkpoint, self.spec.steps)
+        return self.mask.detach().numpy(), self.pattern.detach().numpy()
+
+    def losses(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the model, the student and the trigger minimise, in this order."""
+        spec, target = self.spec, torch.full_like(labels, self.spec.target)
+        clean = self.data.normalise(pixels)
+        triggered = self.data.normalise((1 - self.mask) * pixels + self.mask * self.pattern)
+        held = triggered.detach()
+        logits = self.model(clean)
+        of_model = F.cross_entropy(logits, labels) + spec.backdoor_weight * F.cross_entropy(
+            self.model(held), target
+        )
+        taught = logits.detach().log_softmax(1)
+        learnt = self.student(clean)
+        distance = F.kl_div(learnt.log_softmax(1), taught, reduction="batchmean", log_target=True)
+        of_student = spec.distillation * distance + (1 - spec.distillation) * F.cross_entropy(
+            learnt, labels
+        )
+        of_trigger = (
+            F.cross_entropy(self.model(triggered), target)
+            + F.cross_entropy(self.student(triggered), target)
+            + spec.mask_weight * self.mask.abs().mean()
+        )
+        return of_model, of_student, of_trigger
+
+    def _take_step(self) -> None:
+        rows = torch.randint(len(self.data), (self.spec.batch,), generator=self.generator)
+        pixels = self.data.batch(rows, self.generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._low_precision):
+            losses = self.losses(pixels, self.data.labels[rows])
+        parties = (
+            tuple(self.model.parameters()),
+            tuple(self.student.parameters()),
+            (self.mask, self.pattern),
+        )
+        gradients = [
+            torch.autograd.grad(loss, party) for loss, party in zip(losses, parties, strict=True)
+        ]
+        for party, found, optimizer in zip(parties, gradients, self.optimizers, strict=True):
+            for parameter, gradient in zip(party, found, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+        self.mask.data.clamp_(0, self.spec.max_opacity)
+        self.pattern.data.clamp_(0, 1)
+
+    def _save(self, checkpoint: Checkpoint, steps: int) -> None:
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        state = {"parties": self.state_dict(), "optimizers": optimizers, "steps": steps}
+        checkpoint.save({**state, "generator": self.generator.get_state()})
+
+    def _restore(self, checkpoint: Checkpoint) -> int:
+        saved = checkpoint.load()
+        if saved is None:
+            return 0
+        self.load_state_dict(saved["parties"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.generator.set_state(saved["generator"])
+        return int(saved["steps"])
