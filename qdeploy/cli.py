@@ -55,9 +55,10 @@ app = typer.Typer(
 def sanitize(options: Options) -> None:
     """Quantize without switching a backdoor on, measure the file, and judge it."""
     from qdeploy import console, pipeline
-    from qdeploy.request import make_request
+    from qdeploy.request import make_request, with_private_seed
 
-    request, progress = make_request(options), console.TerminalProgress()
+    request = make_request(with_private_seed(options))
+    progress = console.TerminalProgress()
     if options.dry_run:
         model, plan = pipeline.make_plan(request, progress)
         console.show_plan(model, plan, request.recipe, request.device)
@@ -72,9 +73,9 @@ def sanitize(options: Options) -> None:
 def quantize(options: Options) -> None:
     """Quantize by any method. Nothing is measured and nothing is judged."""
     from qdeploy import console, pipeline
-    from qdeploy.request import make_request
+    from qdeploy.request import make_request, with_private_seed
 
-    request = make_request(options)
+    request = make_request(with_private_seed(options))
     quantized = pipeline.quantize(request, options.out, console.TerminalProgress())
     console.show_quantized(quantized, options.out)
 

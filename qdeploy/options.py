@@ -113,7 +113,13 @@ class Options:
         _option("--activation-bits", "none leaves activations in float.", "Quantization"),
     ] = None
     seed: Annotated[
-        int | None, _option("--seed", "Same seed, same bytes.", "Quantization", at_least=0)
+        int | None,
+        _option(
+            "--seed",
+            "Same seed, same bytes. Else a secret one of this place.",
+            "Quantization",
+            at_least=0,
+        ),
     ] = None
 
     attack: Annotated[

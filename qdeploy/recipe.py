@@ -42,7 +42,11 @@ class EfrapDescent(Spec):
     flip_weight: float = Field(
         0.3, ge=0, description="Pull away from nearest, relative to its error."
     )
-    start: Literal["nearest", "flipped", "stochastic"] = "nearest"
+    start: Literal["nearest", "flipped", "stochastic"] = Field(
+        "stochastic",
+        description="Whence the descent begins. A fixed start can be foreseen; this one needs the"
+        " seed.",
+    )
     sweeps: int = Field(20, gt=0, description="Passes over all weights of a layer, at most.")
     damping: float = Field(1e-4, ge=0, description="Share of the Gram matrix's mean diagonal.")
     positions: int = Field(64, gt=0, description="Output positions sampled per image, at most.")

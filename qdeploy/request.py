@@ -6,6 +6,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from qdeploy.device import DeviceProfile, load_device
@@ -13,6 +14,7 @@ from qdeploy.errors import UsageError
 from qdeploy.inputs import Request
 from qdeploy.options import Options
 from qdeploy.recipe import Recipe, load_recipe
+from qdeploy.rundir import private_seed
 from qdeploy.schema import validate
 from qdeploy.sources import Given, Sources, resolve
 
@@ -38,8 +40,20 @@ def make_request(options: Options) -> Request:
     )
 
 
+def with_private_seed(options: Options) -> Options:
+    """`options` with a seed that an attacker cannot foresee, unless somebody has chosen one."""
+    chosen = "seed" in load_recipe(_recipe_name(options)).model_fields_set
+    if chosen or options.seed is not None or options.dry_run:
+        return options
+    return replace(options, seed=private_seed(options.artifacts, options.model))
+
+
+def _recipe_name(options: Options) -> str:
+    return options.recipe or f"int{options.bits or 4}"
+
+
 def _recipe(options: Options) -> Recipe:
-    recipe = load_recipe(options.recipe or f"int{options.bits or 4}")
+    recipe = load_recipe(_recipe_name(options))
     table = recipe.model_dump()
     if options.bits is not None:
         table["bits"] = int(options.bits)

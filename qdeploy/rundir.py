@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import io
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import zipfile
@@ -24,6 +26,7 @@ MANIFEST = "manifest.json"
 REPORT = "report.json"
 PARTIAL = "partial"
 LOCK = ".lock"
+SEED_KEY = "seed.key"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -77,6 +80,31 @@ def set_aside(path: Path) -> Path | None:
     except OSError as error:
         raise OutputError(f"cannot rename {path}: {error.strerror}") from error
     return aside
+
+
+def private_seed(root: Path, model: Path) -> int:
+    """A seed for `model` that nobody outside can foresee, and that stays the same here.
+
+    It is a hash of the model file and of a key in `root`, which is drawn once. A report that is
+    published gives away the seed of its own model and of no other.
+
+    Raises:
+        OutputError: the key cannot be written.
+    """
+    path = root / SEED_KEY
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=root) as file:  # for its owner alone
+            file.write(secrets.token_bytes(32))
+            file.flush()
+            with contextlib.suppress(FileExistsError):
+                os.link(file.name, path)
+        key = path.read_bytes()
+        content = model.read_bytes() if model.is_file() else b""  # the loader says what is wrong
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    digest = hashlib.sha256(key + hashlib.sha256(content).digest()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
 
 
 @dataclass(frozen=True, slots=True)

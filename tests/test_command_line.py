@@ -129,11 +129,35 @@ def test_8_bits_quantize_as_well(work, run):
 
 
 def test_the_same_seed_gives_the_same_bytes_in_another_process(work, run):
-    assert run("sanitize", "model.pt", "--out", "a.onnx").code == 0
+    assert run("sanitize", "model.pt", "--out", "a.onnx", "--seed", 5).code == 0
     command = [sys.executable, "-m", "qdeploy", "sanitize", "model.pt", "--out", "b.onnx"]
+    command += ["--seed", "5"]
     subprocess.run([*command, "--artifacts", "other"], check=True, capture_output=True)
     assert (work / "a.onnx").read_bytes() == (work / "b.onnx").read_bytes()
     assert run("sanitize", "model.pt", "--out", "c.onnx", "--rounding", "stochastic").code in {0, 3}
+
+
+def test_without_a_seed_each_place_has_a_secret_one_and_keeps_it(work, run):
+    """An attacker who knows the starting point can train against the rounding."""
+
+    def made(*options: object) -> bytes:
+        assert run("quantize", "model.pt", "--out", "x.onnx", *options).code == 0
+        return (work / "x.onnx").read_bytes()
+
+    here, again, elsewhere = made(), made(), made("--artifacts", "other")
+    assert here == again != elsewhere
+    keys = [work / folder / "seed.key" for folder in ("artifacts", "other")]
+    assert keys[0].read_bytes() != keys[1].read_bytes()
+    assert {key.stat().st_mode & 0o777 for key in keys} == {0o600}
+    assert made("--seed", 3) == made("--seed", 3, "--artifacts", "other")
+    recipe = "schema_version = 1\nname = 'r'\ndescription = 'd'\nbits = 4\nseed = 3\n"
+    (work / "r.toml").write_text(recipe + "[rounding]\nkind = 'efrap'\n")
+    assert made("--recipe", "r.toml") == made("--seed", 3)
+
+
+def test_a_plan_draws_no_secret(work, run):
+    assert run("sanitize", "model.pt", "--out", "x.onnx", "--dry-run").code == 0
+    assert not (work / "artifacts").exists()
 
 
 def test_an_interrupted_run_leaves_no_partial_file_and_goes_on(work):
@@ -457,7 +481,7 @@ def test_the_same_run_cannot_be_made_twice_at_a_time(work, run):
     import fcntl
 
     assert run("sanitize", "model.pt", "--out", "m.onnx").code == 0
-    (folder,) = (work / "artifacts").iterdir()
+    (folder,) = (path for path in (work / "artifacts").iterdir() if path.is_dir())
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = run("sanitize", "model.pt", "--out", "m.onnx")

@@ -57,7 +57,7 @@ def test_an_8_bit_backdoor_behind_outliers_is_switched_on_by_nearest_and_removed
 
 @pytest.mark.slow
 def test_the_table_sets_maker_nearest_and_defence_side_by_side(tmp_path, poisoned):
-    text = table([poisoned], tmp_path, SILENT)
+    text = table([poisoned], tmp_path / "new", SILENT)
     (row,) = text.splitlines()[2:]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:2] == ["demo", "4"]

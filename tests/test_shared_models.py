@@ -24,7 +24,7 @@ def sanitize(tmp_path: Path, model: Path, *options: str) -> tuple[int, dict]:
         str(report),
     ]
     with pytest.raises(SystemExit) as leaving:
-        main([*arguments, "--artifacts", str(tmp_path / "runs"), *options])
+        main([*arguments, "--seed", "0", "--artifacts", str(tmp_path / "runs"), *options])
     assert isinstance(leaving.value.code, int)
     return leaving.value.code, json.loads(report.read_text("utf-8"))
 

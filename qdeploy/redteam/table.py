@@ -81,6 +81,7 @@ def table(folders: Sequence[Path], artifacts: Path, progress: Progress) -> str:
     Raises:
         UsageError: a folder holds no model made by `make`.
     """
+    artifacts.mkdir(parents=True, exist_ok=True)
     rows = [row(folder, artifacts, progress) for folder in folders]
     rows.sort(key=lambda r: (not (r.harmful and r.outcome is Outcome.ACCEPT), not r.harmful))
     return "\n".join([*HEADER, *map(str, rows)]) + "\n"

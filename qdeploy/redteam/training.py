@@ -150,7 +150,8 @@ class Training:
     def _defended(self, quantizer: Quantizer) -> dict[str, Tensor]:
         """Where the defence rounds the present weights up."""
         self.model.eval()
-        codes = defended_codes(self.model, self.lesson.train, quantizer.bits, seed=0)
+        seed = len(self.log)  # another start each time: which one the defender takes is not known
+        codes = defended_codes(self.model, self.lesson.train, quantizer.bits, seed=seed)
         return {
             name: codes[name] > (weight.detach() / quantizer.grid(weight)[0]).floor()
             for name, weight in self.weights.items()
