@@ -78,7 +78,7 @@ def test_another_seed_gives_another_choice(net, images, spec):
 
 def test_the_reported_error_is_that_of_the_layer(net, images, task):
     """At every position: the output of the layer with rounded weights and corrected bias."""
-    layers = round_layers(task, EfrapDescent(flip_weight=0.0, damping=0.0))
+    layers = round_layers(task, EfrapDescent(start="nearest", flip_weight=0.0, damping=0.0))
     for plan, layer in zip(task.plan.layers, layers, strict=True):
         (use,) = plan.site.uses
         tap = open_tap(net.onnx, net.input_name, [use.output])
