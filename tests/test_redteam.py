@@ -393,6 +393,14 @@ def test_a_folder_with_train_and_val_needs_no_test(tmp_path):
     torch.testing.assert_close(inputs.std((0, 2, 3)), torch.ones(3), atol=1e-2, rtol=0)
 
 
+@pytest.mark.parametrize("changes", [{"trigger": {"kind": "patch", "target": 10}}, {"target": 10}])
+def test_a_target_that_is_no_class_is_an_error(tmp_path, changes):
+    if "trigger" not in changes:
+        changes = {**changes, "trigger": None, "phases": []}
+    with pytest.raises(InputError, match="target 10 is no class of 10"):
+        make(order(tmp_path, **changes), SILENT)
+
+
 def test_digits_need_the_library_that_brings_them(monkeypatch, tmp_path):
     def missing(name):
         raise ImportError(name)

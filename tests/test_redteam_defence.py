@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qdeploy.device import load_device
+from qdeploy.errors import InputError, UsageError
 from qdeploy.evidence import ArmRates
 from qdeploy.inputs import Request
 from qdeploy.pipeline import sanitize
@@ -65,3 +66,12 @@ def test_the_table_sets_maker_nearest_and_defence_side_by_side(tmp_path, poisone
     assert max(successes[0], successes[3]) < 10  # float32, sanitized
     assert min(successes[1], successes[2]) > 90  # the attacker's grid, nearest
     assert cells[-1] == "ACCEPT"
+
+
+def test_a_folder_without_a_model_or_with_a_damaged_log_is_an_error(tmp_path):
+    with pytest.raises(UsageError, match=r"holds no model.pt"):
+        table([tmp_path], tmp_path / "new", SILENT)
+    (tmp_path / "model.pt").write_bytes(b"")
+    (tmp_path / "training.json").write_text("{")
+    with pytest.raises(InputError, match=r"log .*training.json"):
+        table([tmp_path], tmp_path / "new", SILENT)

@@ -102,6 +102,12 @@ def make(order: Order, progress: Progress) -> Made:
     with open_run(order.out.parent, order.out.name):
         with progress.stage("data"):
             data = open_dataset(order.data, order.test, order.out, progress)
+        target = order.recipe.trigger.target if order.recipe.trigger else order.recipe.target
+        if target >= len(data.classes):
+            raise InputError(
+                f"attack {order.recipe.name}: target {target} is no class of {len(data.classes)}",
+                hint="set target in the recipe to a class index of the data",
+            )
         arguments = {"num_classes": len(data.classes), "channels": data.train.pixels.shape[1]}
         order = replace(order, arguments={**arguments, **order.arguments})
         if order.recipe.goals.effect == "none":

@@ -13,7 +13,7 @@ import numpy as np
 from qdeploy.card import find_card, load_card
 from qdeploy.data import open_labelled_images
 from qdeploy.device import load_device
-from qdeploy.errors import UsageError
+from qdeploy.errors import UsageError, foreign_reader
 from qdeploy.evidence import ArmRates
 from qdeploy.inputs import Request
 from qdeploy.pipeline import judge_file, sanitize
@@ -92,11 +92,13 @@ def row(folder: Path, artifacts: Path, progress: Progress) -> Row:
 
     Raises:
         UsageError: the folder holds no model made by `make`.
+        InputError: its log is damaged.
     """
     model = folder / "model.pt"
     if not model.is_file() or not (folder / LOG).is_file():
         raise UsageError(f"{folder}: holds no model.pt with its {LOG}")
-    log = json.loads((folder / LOG).read_text("utf-8"))
+    with foreign_reader(f"log {folder / LOG}"):
+        log = json.loads((folder / LOG).read_text("utf-8"))
     effect, bits = log["recipe"]["goals"]["effect"], log["bits"]
     recipe = load_recipe(f"int{bits}")
     progress.note(f"{folder.name}: {log['recipe']['name']}, {bits} bits")
