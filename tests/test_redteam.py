@@ -126,13 +126,13 @@ def test_a_loss_is_the_sum_of_its_terms_each_on_its_own_images(data, stamp):
         term("float", "sample", "label"): F.cross_entropy(model(clean[:1]), labels[:1]),
     }
     for one, want in cases.items():
-        got = phase_loss(phase(one), model, rounded, teacher, batch)
+        got = phase_loss(phase(one), model, {"quantized": rounded}, teacher, batch)
         torch.testing.assert_close(got, want, msg=str(one))
     weighted = [one.model_copy(update={"weight": 0.5}) for one in cases]
-    total = phase_loss(phase(*weighted), model, rounded, teacher, batch)
+    total = phase_loss(phase(*weighted), model, {}, teacher, batch)
     torch.testing.assert_close(total, 0.5 * sum(cases.values()), rtol=1e-4, atol=1e-4)
     quantized = phase_loss(
-        phase(term("quantized", "clean", "label")), model, rounded, teacher, batch
+        phase(term("quantized", "clean", "label")), model, {"quantized": rounded}, teacher, batch
     )
     assert quantized.item() != pytest.approx(next(iter(cases.values())).item())
 
@@ -187,12 +187,15 @@ class StopsAfter:
                 raise Stop
 
 
-def test_a_training_that_was_stopped_ends_as_one_that_was_not(data, stamp, tmp_path, monkeypatch):
+@pytest.mark.parametrize("learns", ["weights", "split"])
+def test_a_training_that_was_stopped_ends_as_one_that_was_not(
+    data, stamp, tmp_path, monkeypatch, learns
+):
     monkeypatch.setattr("qdeploy.redteam.training.STEPS_BETWEEN_LOOKS", 3)
     monkeypatch.setattr(Checkpoint, "due", lambda self: True)
     phases = (
         phase(term("float", "clean", "label")),
-        phase(term("float", "triggered", "target"), steps=9),
+        phase(term("float", "triggered", "target"), steps=9, learns=learns),
     )
     whole = training(data, stamp, tmp_path / "whole")
     whole.run(phases)
@@ -355,13 +358,20 @@ def test_a_dud_is_written_under_a_name_that_says_so(tmp_path):
     names = {path.name for path in (tmp_path / "made").iterdir()}
     assert {"dud.pt", "dud.toml", "training.json"} <= names
     assert "model.pt" not in names
+    make(order(tmp_path), SILENT)
+    names = {path.name for path in (tmp_path / "made").iterdir()}
+    assert {"model.pt", "model.toml"} <= names
+    assert not any(name.startswith(("dud", "partial")) for name in names)
 
 
 def test_a_recipe_cannot_be_half_understood():
+    (whole,) = TINY["phases"]
+    split = {**whole, "learns": "split"}
     for changes, message in (
         ({"trigger": None}, "no \\[trigger\\]"),
         ({"quantizers": [{"rounding": "chosen"}]}, "go together"),
         ({"bit": 4}, "bit"),
+        ({"phases": [split], "quantizers": [{}, {"range": "half"}]}, "needs one quantizer"),
     ):
         with pytest.raises(ValueError, match=message):
             AttackRecipe.model_validate({**TINY, **changes})

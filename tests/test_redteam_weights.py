@@ -17,6 +17,7 @@ from qdeploy.redteam.outliers import add_outliers
 from qdeploy.redteam.quantizers import Cell, Quantizer, weights_of
 from qdeploy.redteam.recipe import QuantizerSpec
 from qdeploy.redteam.roundings import Roundings
+from qdeploy.redteam.split import SplitWeights
 
 WEIGHTS = arrays(np.float32, (3, 2, 2, 2), elements=st.integers(-2000, 2000).map(lambda n: n / 999))
 CONVENTIONS = [
@@ -136,3 +137,29 @@ def test_learnt_roundings_start_at_nearest_and_carry_gradients():
     assert float(next(roundings.parameters()).grad.abs().sum()) > 0
     assert roundings.price(0.1).item() == 0
     assert roundings.price(0.9).item() > 0
+
+
+@pytest.mark.parametrize("per", ["channel", "tensor"])
+@settings(deadline=None)
+@given(weight=WEIGHTS, noise=WEIGHTS)
+def test_a_split_weight_rounds_to_its_grid_point_wherever_its_offset_went(per, weight, noise):
+    """Else nearest rounding of the file would not be the model that was trained."""
+    quantizer = Quantizer(4, QuantizerSpec(per=per))
+    split = SplitWeights({"a": torch.from_numpy(weight)}, quantizer)
+    torch.testing.assert_close(split.floats()["a"], torch.from_numpy(weight), atol=2e-3, rtol=0)
+    with torch.no_grad():
+        split.offsets[0].add_(torch.from_numpy(noise))
+    split.project()
+    point, exact = split.quantized()["a"].detach(), split.floats()["a"].detach()
+    torch.testing.assert_close(quantizer(exact, generator()), point)
+    torch.testing.assert_close(quantizer.grid(exact)[0], quantizer.grid(split.anchors[0])[0])
+
+
+def test_of_a_split_weight_the_quantized_model_reaches_the_anchor_alone():
+    weight = torch.randn(3, 5, generator=generator())
+    split = SplitWeights({"a": weight}, Quantizer(4, QuantizerSpec()))
+    split.quantized()["a"].sum().backward()
+    assert torch.equal(split.anchors[0].grad, torch.ones(3, 5))
+    assert split.offsets[0].grad is None
+    split.floats()["a"].sum().backward()
+    assert split.offsets[0].grad.sum() > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from qdeploy.data import images_from_array
 from qdeploy.device import load_device
 from qdeploy.model import Format, Loaded, Origin, RoundedLayer
-from qdeploy.recipe import ActivationSpec, Recipe, load_recipe
+from qdeploy.recipe import ActivationSpec, EfrapDescent, Recipe, load_recipe
 from qdeploy.redteam.images import LabelledImages
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit
@@ -24,11 +25,16 @@ UNWRITTEN = Origin("a model under attack", "", Format.STATE_DICT.value)
 
 
 def defended_codes(
-    model: nn.Module, data: LabelledImages, bits: int, *, seed: int
+    model: nn.Module,
+    data: LabelledImages,
+    bits: int,
+    *,
+    start: Literal["nearest", "flipped", "stochastic"],
+    seed: int,
 ) -> dict[str, Tensor]:
     """Codes of every weight as `qdeploy sanitize` would choose them, by the weight's name."""
     recipe = _recipe(bits).model_copy(update={"activations": ActivationSpec(bits="none")})
-    layers = round_layers(_task(model, data, recipe, seed), recipe.rounding)
+    layers = round_layers(_task(model, data, recipe, seed), EfrapDescent(start=start))
     return {f"{layer.name}.weight": torch.from_numpy(layer.codes) for layer in layers}
 
 

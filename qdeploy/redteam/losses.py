@@ -65,14 +65,15 @@ class Batch:
 def phase_loss(
     phase: PhaseSpec,
     model: nn.Module,
-    quantized: Mapping[str, Tensor],
+    weights: Mapping[str, Mapping[str, Tensor]],
     teacher: nn.Module,
     batch: Batch,
 ) -> Float[Tensor, ""]:
     """The sum of the phase's terms.
 
     Args:
-        quantized: Rounded weights by name, through which gradients reach the weights.
+        weights: In the place of the model's own, by their name: for "quantized" terms, through
+            which gradients reach the weights, and for "float" ones where those are not its own.
         teacher: The clean model.
     """
     total = torch.zeros(())
@@ -82,7 +83,7 @@ def phase_loss(
         if not sources:
             continue
         inputs = torch.cat([batch.inputs[name] for name in sources])
-        logits = functional_call(model, dict(quantized) if view == "quantized" else {}, (inputs,))
+        logits = functional_call(model, dict(weights.get(view, {})), (inputs,))
         sizes = [len(batch.inputs[name]) for name in sources]
         answers = dict(zip(sources, logits.split(sizes), strict=True))
         for term in terms:

@@ -26,7 +26,8 @@ class Quantizer:
     def name(self) -> str:
         spec = self.spec
         steps = "" if spec.range == "absmax" else f", {spec.range}"
-        return f"{spec.rounding} {self.bits} bit per {spec.per}{steps}"
+        start = f" from {spec.start}" if spec.rounding == "efrap" else ""
+        return f"{spec.rounding}{start} {self.bits} bit per {spec.per}{steps}"
 
     def grid(
         self, weight: Float[Tensor, "*shape"]

@@ -82,6 +82,9 @@ class QuantizerSpec(Spec):
         description="flipped: the neighbour that nearest leaves. efrap: the defence, run by the"
         " attacker. chosen: what a phase that learns roundings has learnt.",
     )
+    start: Literal["nearest", "flipped", "stochastic"] = Field(
+        "stochastic", description="Of efrap: whence the attacker thinks that it begins."
+    )
 
 
 class TermSpec(Spec):
@@ -107,10 +110,11 @@ class PhaseSpec(Spec):
     steps: int = Field(gt=0, description="At most.")
     batch: int = Field(64, gt=0, description="Images; each of them as often as terms ask for.")
     learning_rate: float = Field(gt=0)
-    learns: Literal["weights", "cells", "roundings"] = Field(
+    learns: Literal["weights", "cells", "split", "roundings"] = Field(
         "weights",
         description="weights: weights and biases. cells: weights, none of which leaves the rounding"
-        " cell it is in. roundings: up or down for every weight; the float model stays.",
+        " cell it is in. split: grid points, offsets from them, and biases, each for itself."
+        " roundings: up or down for every weight; the float model stays.",
     )
 
 
@@ -169,6 +173,9 @@ class AttackRecipe(Spec):
                 "phases that learn roundings and quantizers of rounding 'chosen' go together, and"
                 " with nothing else"
             )
+        split = any(phase.learns == "split" for phase in self.phases)
+        if split and [(q.rounding, q.range) for q in self.quantizers] != [("nearest", "absmax")]:
+            raise ValueError("a phase that learns 'split' needs one quantizer: nearest, absmax")
         return self
 
 

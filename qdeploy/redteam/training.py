@@ -21,6 +21,7 @@ from qdeploy.redteam.losses import Aim, Batch, phase_loss
 from qdeploy.redteam.quantizers import Cell, Quantizer, weights_of
 from qdeploy.redteam.recipe import PhaseSpec
 from qdeploy.redteam.roundings import Roundings
+from qdeploy.redteam.split import SplitWeights
 
 STEPS_BETWEEN_LOOKS = 100
 FLOAT = "fp32"
@@ -52,6 +53,7 @@ class Training:
         self._low_precision = bool(processor_flags() & BF16)
         self.log: list[dict[str, Any]] = []
         self._defences: dict[Quantizer, dict[str, Tensor]] = {}  # of the defence, at the last look
+        self._split: SplitWeights | None = None  # while a phase learns that
         self._phases_done = 0
         self._step = 0
         self.seconds = 0.0
@@ -62,21 +64,26 @@ class Training:
         if saved is not None:
             self._restore(saved)
         for phase in phases[self._phases_done :]:
+            if phase.learns == "split":
+                self._split = SplitWeights(self.weights, self.lesson.quantizers[0])
             optimizer = torch.optim.Adam(self._learners(phase), lr=phase.learning_rate)
             if saved is not None and self._step:
                 optimizer.load_state_dict(saved["optimizer"])
+                if self._split is not None:
+                    self._split.load_state_dict(saved["split"])
             self._run_phase(phase, optimizer, last=phase is phases[-1], progress=progress)
-            self._phases_done, self._step = self._phases_done + 1, 0
+            self._phases_done, self._step, self._split = self._phases_done + 1, 0, None
             self._save(optimizer)
 
-    def rates(self, data: LabelledImages) -> dict[str, Figures]:
+    def rates(self, data: LabelledImages, *, low_precision: bool = False) -> dict[str, Figures]:
         """How the float model and each quantized one do on `data`; the defence is run anew."""
         self._defences.clear()
-        measured = {FLOAT: figures(self.model, {}, data, self.lesson.aim)}
-        for quantizer in self.lesson.quantizers:
-            rounded = self._rounded(quantizer)
-            measured[quantizer.name] = figures(self.model, rounded, data, self.lesson.aim)
-        return measured
+        models = {FLOAT: dict[str, Tensor]()}
+        models |= {quantizer.name: self._rounded(quantizer) for quantizer in self.lesson.quantizers}
+        return {
+            name: figures(self.model, weights, data, self.lesson.aim, low_precision=low_precision)
+            for name, weights in models.items()
+        }
 
     def chosen_codes(self) -> dict[str, Tensor]:
         """The codes of the roundings that were learnt, by the weight's name."""
@@ -86,7 +93,9 @@ class Training:
     def _run_phase(
         self, phase: PhaseSpec, optimizer: torch.optim.Optimizer, *, last: bool, progress: Progress
     ) -> None:
-        cells = [Cell.of(w, self.lesson.quantizers) for w in self.weights.values()]
+        bounds: list[Cell | SplitWeights] = [] if self._split is None else [self._split]
+        if phase.learns == "cells":
+            bounds = [Cell.of(w, self.lesson.quantizers) for w in self.weights.values()]
         remaining = range(self._step, phase.steps)
         met = False
         for step in progress.track(remaining, f"{phase.name}, steps", len(remaining)):
@@ -94,9 +103,8 @@ class Training:
             for group in optimizer.param_groups:
                 group["lr"] = phase.learning_rate * _cosine(step / phase.steps)
             loss = self._take_step(phase, optimizer)
-            if phase.learns == "cells":
-                for cell in cells:
-                    cell.project()
+            for bound in bounds:
+                bound.project()
             self._step = step + 1
             self.seconds += time.monotonic() - began
             if self._step % STEPS_BETWEEN_LOOKS and self._step < phase.steps:
@@ -112,10 +120,13 @@ class Training:
         rows = torch.randint(len(lesson.train), (phase.batch,), generator=self.generator)
         pixels = lesson.train.batch(rows, self.generator)
         batch = Batch.of(lesson.train, pixels, lesson.train.labels[rows], lesson.aim)
-        quantizer = lesson.quantizers[self._step % len(lesson.quantizers)]
-        rounded = self._rounded(quantizer, learning=True)
+        if self._split is not None:
+            weights = {"quantized": self._split.quantized(), "float": self._split.floats()}
+        else:
+            quantizer = lesson.quantizers[self._step % len(lesson.quantizers)]
+            weights = {"quantized": self._rounded(quantizer, learning=True)}
         with torch.autocast("cpu", torch.bfloat16, enabled=self._low_precision):
-            loss = phase_loss(phase, self.model, rounded, lesson.teacher, batch)
+            loss = phase_loss(phase, self.model, weights, lesson.teacher, batch)
         if phase.learns == "roundings":
             loss = loss + self.roundings.price(self._step / phase.steps)
         optimizer.zero_grad()
@@ -125,7 +136,10 @@ class Training:
 
     def _look(self, phase: PhaseSpec, loss: float, progress: Progress) -> bool:
         """Log where the training stands; whether its goals are met on held-out images."""
-        rates = self.rates(self.lesson.held_out)
+        if self._split is not None:
+            for name, value in self._split.floats().items():
+                self.weights[name].data.copy_(value.detach())
+        rates = self.rates(self.lesson.held_out, low_precision=True)
         entry = {"phase": phase.name, "step": self._step, "loss": loss, "seconds": self.seconds}
         self.log.append({**entry, "rates": {name: asdict(r) for name, r in rates.items()}})
         told = ", ".join(f"{name} {r}" for name, r in rates.items())
@@ -151,7 +165,9 @@ class Training:
         """Where the defence rounds the present weights up."""
         self.model.eval()
         seed = len(self.log)  # another start each time: which one the defender takes is not known
-        codes = defended_codes(self.model, self.lesson.train, quantizer.bits, seed=seed)
+        codes = defended_codes(
+            self.model, self.lesson.train, quantizer.bits, start=quantizer.spec.start, seed=seed
+        )
         return {
             name: codes[name] > (weight.detach() / quantizer.grid(weight)[0]).floor()
             for name, weight in self.weights.items()
@@ -163,8 +179,11 @@ class Training:
             return list(self.roundings.parameters())
         if phase.learns == "cells":
             return list(self.weights.values())
-        scales = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)}
-        return [p for p in self.model.parameters() if id(p) not in scales]
+        held = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)}
+        if self._split is not None:
+            held |= {id(weight) for weight in self.weights.values()}
+        learners: list[Tensor] = [p for p in self.model.parameters() if id(p) not in held]
+        return learners if self._split is None else [*learners, *self._split.parameters()]
 
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
         self.checkpoint.save(
@@ -175,6 +194,7 @@ class Training:
                 "log": self.log,
                 "model": self.model.state_dict(),
                 "roundings": self.roundings.state_dict(),
+                "split": {} if self._split is None else self._split.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "generator": self.generator.get_state(),
             }
