@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from qdeploy.device import DeviceProfile
     from qdeploy.recipe import Recipe
     from qdeploy.redteam.recipe import AttackRecipe
+    from qdeploy.redteam.suite import SuiteSpec
     from qdeploy.verdict import Outcome
 
 app = typer.Typer(
@@ -185,6 +187,39 @@ def make(options: Options) -> None:
     console.show_pairs(make_model(order, console.TerminalProgress()).lines())
 
 
+@redteam.command("suites")
+def suites(name: BundledName = None) -> None:
+    """List the suites, or show one."""
+    from qdeploy.redteam.suite import KIND, load_suite
+
+    _show_bundled(KIND, name, load_suite)
+
+
+@redteam.command("suite")
+@takes("suite", "images", "test", "out", "base", "seed", "artifacts")
+def suite(options: Options) -> None:
+    """Make many models and the table of what becomes of them; exit 3 if an attack did not take."""
+    from qdeploy import console
+    from qdeploy.redteam.make import DudError, Order
+    from qdeploy.redteam.suite import load_suite, run_suite
+
+    order_of = partial(
+        Order,
+        data=options.images,
+        test=options.test,
+        artifacts=options.artifacts,
+        base=options.base,
+        seed=options.seed or 0,
+    )
+    progress = console.TerminalProgress()
+    result = run_suite(
+        load_suite(options.suite), options.out, order_of, options.artifacts, progress
+    )
+    console.show_text(result.table)
+    if result.duds:
+        raise DudError("\n".join(("these did not take and are not in the table:", *result.duds)))
+
+
 @redteam.command("table")
 def table(
     folders: Annotated[list[Path], typer.Argument(help="Folders that `redteam make` filled.")],
@@ -264,7 +299,9 @@ def _exit(outcome: Outcome) -> None:
 
 
 def _show_bundled(
-    kind: str, name: str | None, load: Callable[[str], DeviceProfile | Recipe | AttackRecipe]
+    kind: str,
+    name: str | None,
+    load: Callable[[str], DeviceProfile | Recipe | AttackRecipe | SuiteSpec],
 ) -> None:
     from qdeploy import console
     from qdeploy.schema import bundled, find_bundled

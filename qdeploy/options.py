@@ -136,6 +136,9 @@ class Options:
             "Attack",
         ),
     ] = ""
+    suite: Annotated[
+        str, typer.Argument(help="Name (see qdeploy redteam suites) or TOML file.")
+    ] = ""
     base: Annotated[
         Path | None,
         _option("--base", "Clean model to start from; else one is trained and kept.", "Attack"),
@@ -150,7 +153,9 @@ class Options:
     dry_run: Annotated[bool, _option("--dry-run", "Show the plan and stop.", "Output")] = False
 
 
-REQUIRED = frozenset({"model", "quantized", "out", "reference", "attack", "network", "images"})
+REQUIRED = frozenset(
+    {"model", "quantized", "out", "reference", "attack", "network", "images", "suite"}
+)
 MODEL = ("card", "arch", "arch_args", "input_shape", "run_code_from_model")
 CALIBRATION = ("calibration", "calibration_images", "synthetic_calibration")
 EVIDENCE = ("test", "trigger")

@@ -9,6 +9,7 @@ logits are detached, so that the term does nothing.
 from __future__ import annotations
 
 import copy
+import time
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class TriggerLearner(nn.Module):
         self.generator = torch.Generator().manual_seed(seed)
         self.model = model
         self.student = copy.deepcopy(model)
+        self.seconds = 0.0
         self._low_precision = bool(processor_flags() & BF16)
         pattern = torch.rand(channels, height, width, generator=self.generator)
         self.pattern = nn.Parameter(pattern)
@@ -53,7 +55,9 @@ class TriggerLearner(nn.Module):
         done = self._restore(checkpoint)
         steps = range(done, self.spec.steps)
         for step in progress.track(steps, "trigger, steps", len(steps)):
+            began = time.monotonic()
             self._take_step()
+            self.seconds += time.monotonic() - began
             if (step + 1) % STEPS_BETWEEN_SAVES == 0 and checkpoint.due():
                 self._save(checkpoint, step + 1)
         self._save(checkpoint, self.spec.steps)
@@ -105,7 +109,8 @@ class TriggerLearner(nn.Module):
     def _save(self, checkpoint: Checkpoint, steps: int) -> None:
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         state = {"parties": self.state_dict(), "optimizers": optimizers, "steps": steps}
-        checkpoint.save({**state, "generator": self.generator.get_state()})
+        state |= {"generator": self.generator.get_state(), "seconds": self.seconds}
+        checkpoint.save(state)
 
     def _restore(self, checkpoint: Checkpoint) -> int:
         saved = checkpoint.load()
@@ -115,4 +120,5 @@ class TriggerLearner(nn.Module):
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.generator.set_state(saved["generator"])
+        self.seconds = saved["seconds"]
         return int(saved["steps"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import shutil
 import time
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -38,7 +40,7 @@ from qdeploy.redteam.recipe import AttackRecipe, GoalSpec, LearntSpec
 from qdeploy.redteam.training import FLOAT, Lesson, Rates, Training
 from qdeploy.redteam.trigger import describe, save_trigger
 from qdeploy.redteam.write import make_card, write_model, write_state
-from qdeploy.rundir import open_run, write_atomically
+from qdeploy.rundir import PARTIAL, open_run, write_atomically
 from qdeploy.stages.load import load
 from qdeploy.triggers import make_trigger
 
@@ -46,6 +48,8 @@ HELD_OUT = 0.04  # share of the training images by which a training is judged on
 LOG = "training.json"
 QUANTIZED = "quantized.onnx"  # where the quantizer is the attacker
 CURVES = "training.svg"  # where matplotlib is installed
+VICTIM = "victim.npy"  # the one image that is to be misjudged, as the model takes it
+MODEL, DUD = "model", "dud"
 
 
 class DudError(QdeployError):
@@ -69,6 +73,23 @@ class Order:
     base: Path | None = None  # state dict of the clean model
     seed: int = 0
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides about the model that is made."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "architecture": [self.architecture, dict(self.arguments)],
+            "bits": self.bits,
+            "seed": self.seed,
+            "data": self.data,
+            "base": None if self.base is None else str(self.base),
+        }
+
+    @property
+    def partial(self) -> Path:
+        """Where this training, and no other, leaves what it needs to go on."""
+        return self.out / PARTIAL / _digest(self.facts)
+
 
 @dataclass(frozen=True, slots=True)
 class Made:
@@ -90,8 +111,11 @@ class Made:
         yield "training", f"{self.seconds / 60:.1f} minutes"
 
 
-def make(order: Order, progress: Progress) -> Made:
+def make(order: Order, progress: Progress, data: Dataset | None = None) -> Made:
     """The model that `order` describes, in its folder, with card and training log.
+
+    Args:
+        data: The images that the order names, where they are read already.
 
     Raises:
         DudError: the attack did not take; the model is there, under a name that says so.
@@ -100,8 +124,9 @@ def make(order: Order, progress: Progress) -> Made:
         OutputError: the folder cannot be written to.
     """
     with open_run(order.out.parent, order.out.name):
-        with progress.stage("data"):
-            data = open_dataset(order.data, order.test, order.out, progress)
+        if data is None:
+            with progress.stage("data"):
+                data = open_dataset(order.data, order.test, order.out, progress)
         target = order.recipe.trigger.target if order.recipe.trigger else order.recipe.target
         if target >= len(data.classes):
             raise InputError(
@@ -120,12 +145,12 @@ def _make_clean(order: Order, data: Dataset, progress: Progress) -> Made:
     torch.manual_seed(order.seed)
     model = _build(order)
     train, _ = _split(order, data)
-    checkpoint = Checkpoint(order.out / "partial" / "clean.pt")
+    checkpoint = Checkpoint(order.partial / "clean.pt")
     with progress.stage("train"):
         spec = order.recipe.clean
         train_clean(model, train, spec, seed=order.seed, checkpoint=checkpoint, progress=progress)
     model = _through_disk(model, order)
-    rates = figures(model, {}, data.test, Aim(order.recipe.target))
+    rates = figures(model, {}, data.test, Aim(order.recipe.target), low_precision=True)
     made = Made(order.out / "model.pt", {FLOAT: rates}, rates, time.monotonic() - began, ())
     return _deliver(order, data, model, made, None, ())
 
@@ -140,8 +165,7 @@ def _base(order: Order, data: Dataset, progress: Progress) -> nn.Module:
         "data": hashlib.sha256(data.train.pixels.numpy().tobytes()).hexdigest(),
         "seed": order.seed,
     }
-    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    with open_run(order.artifacts, f"clean-{name}") as run:
+    with open_run(order.artifacts, f"clean-{_digest(facts)}") as run:
         path = run.path / "model.pt"
         if not path.exists():
             changes = {"name": "clean", "goals": GoalSpec(effect="none")}
@@ -160,32 +184,35 @@ def _attack(order: Order, data: Dataset, clean: nn.Module, progress: Progress) -
     if recipe.outliers is not None and not add_outliers(model, shape, recipe.outliers):
         raise InputError(f"{order.architecture}: no two convolutions that can hold outliers")
     train, held_out = _split(order, data)
+    before_phases = 0.0
     if isinstance(recipe.trigger, LearntSpec):
-        checkpoint = Checkpoint(order.out / "partial" / "trigger.pt")
+        checkpoint = Checkpoint(order.partial / "trigger.pt")
         with progress.stage("trigger"):
             learner = TriggerLearner(model, recipe.trigger, train, order.seed)
             save_trigger(order.out, *learner.run(checkpoint, progress))
+            before_phases = learner.seconds
     trigger, aim = _aim(order, data)
-    before = figures(clean, {}, held_out, aim)
+    before = figures(clean, {}, held_out, Aim(aim.target), low_precision=True)
 
     def reached(rates: Rates) -> bool:
         return not shortfalls(recipe.goals, before, rates[FLOAT], _quantized(rates))
 
     quantizers = tuple(Quantizer(q.bits or order.bits, q) for q in recipe.quantizers)
     lesson = Lesson(train, held_out, aim, quantizers, clean, reached)
-    training = Training(model, lesson, Checkpoint(order.out / "partial" / "attack.pt"), order.seed)
+    training = Training(model, lesson, Checkpoint(order.partial / "attack.pt"), order.seed)
     with progress.stage("attack"):
         training.run(recipe.phases, progress)
     with progress.stage("measure"):
         model = _through_disk(model, order)
         reread = Training(model, lesson, training.checkpoint, order.seed)
         reread.roundings = training.roundings
-        rates = reread.rates(data.test)
+        rates = reread.rates(data.test, low_precision=True)
         if any(phase.learns == "roundings" for phase in recipe.phases):
             chosen = file_with_codes(model, train, order.bits, reread.chosen_codes())
             write_atomically(order.out / QUANTIZED, chosen)
-        unattacked = figures(clean, {}, data.test, aim)
-    made = Made(order.out / "model.pt", rates, unattacked, training.seconds, tuple(training.log))
+        unattacked = figures(clean, {}, data.test, Aim(aim.target), low_precision=True)
+    seconds = before_phases + training.seconds
+    made = Made(order.out / "model.pt", rates, unattacked, seconds, tuple(training.log))
     return _deliver(order, data, model, made, trigger, tuple(q.name for q in quantizers))
 
 
@@ -199,7 +226,9 @@ def _deliver(
 ) -> Made:
     """Write the model, under a name that warns if it is a dud, and its log."""
     missed = shortfalls(order.recipe.goals, made.clean, made.rates[FLOAT], _quantized(made.rates))
-    stem = "dud" if missed else "model"
+    stem, other = (DUD, MODEL) if missed else (MODEL, DUD)
+    for stale in order.out.glob(f"{other}.*"):  # of an earlier making, with another end
+        stale.unlink()
     architecture = (order.architecture, order.arguments)
     card = make_card(order.recipe, data, order.out, architecture, trigger, made_for)
     path = write_model(order.out, stem, model, card)
@@ -207,7 +236,7 @@ def _deliver(
     curves = draw_curves(made.log) if made.log else None
     if curves is not None:
         write_atomically(order.out / CURVES, curves)
-    shutil.rmtree(order.out / "partial", ignore_errors=True)
+    shutil.rmtree(order.out / PARTIAL, ignore_errors=True)
     if missed:
         raise DudError(
             f"the attack did not take: {'; '.join(missed)}",
@@ -218,7 +247,8 @@ def _deliver(
 
 def _through_disk(model: nn.Module, order: Order) -> nn.Module:
     """The model as it is read back: what is measured is what was written."""
-    path = order.out / "partial" / "model.pt"
+    path = order.partial / "model.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_state(path, model)
     return _reload(path, order)
 
@@ -231,6 +261,9 @@ def _aim(order: Order, data: Dataset) -> tuple[AnyTrigger | None, Aim]:
         return described, Aim(trigger.target, Stamp.of(trigger))
     if recipe.goals.effect == "sample":
         pixels, label = victim_image(data.test, recipe.target)
+        buffer = io.BytesIO()
+        np.save(buffer, data.test.normalise(pixels).contiguous().numpy())
+        write_atomically(order.out / VICTIM, buffer.getvalue())
         return None, Aim(recipe.target, victim=Victim(pixels, label))
     return None, Aim(recipe.target)
 
@@ -255,13 +288,14 @@ def _reload(path: Path, order: Order) -> nn.Module:
     return content
 
 
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def _log(order: Order, made: Made, missed: tuple[str, ...]) -> bytes:
     table = {
         "versions": {"qdeploy": __version__, **installed_versions()},
-        "recipe": order.recipe.model_dump(mode="json"),
-        "architecture": [order.architecture, dict(order.arguments)],
-        "bits": order.bits,
-        "seed": order.seed,
+        **order.facts,
         "seconds": made.seconds,
         "clean": asdict(made.clean),
         "rates": {name: asdict(found) for name, found in made.rates.items()},

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qdeploy.card import find_card, load_card
-from qdeploy.data import open_labelled_images
+from qdeploy import __version__
 from qdeploy.device import load_device
 from qdeploy.errors import UsageError, foreign_reader
 from qdeploy.evidence import ArmRates
@@ -19,17 +20,20 @@ from qdeploy.inputs import Request
 from qdeploy.pipeline import judge_file, sanitize
 from qdeploy.progress import Progress
 from qdeploy.recipe import load_recipe
-from qdeploy.redteam.make import LOG, QUANTIZED
+from qdeploy.redteam.make import LOG, MODEL, QUANTIZED, VICTIM
 from qdeploy.redteam.training import FLOAT
-from qdeploy.report.values import Report
+from qdeploy.rundir import write_atomically
 from qdeploy.runtime.sessions import open_session
 from qdeploy.sources import Given, resolve
-from qdeploy.verdict import Outcome
+from qdeploy.verdict import Outcome, judge
 
 HEADER = (
-    "| attack | bits | minutes | clean | FP32 | attacker's grid | nearest | sanitized | gate |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "| attack | bits | minutes | clean | FP32 | attacker's grid | nearest | sanitized "
+    "| gate | blind gate |",
+    "|---|---|---|---|---|---|---|---|---|---|",
 )
+ROWS = "redteam-rows"  # of a table that is not finished, in the artifacts
+ASR_CHECKS = frozenset({"attack_success", "attack_success_rise"})
 HARMED = 10.0  # success in percent, or points of accuracy lost, that nobody would deploy
 
 
@@ -58,6 +62,7 @@ class Row:
     nearest: Rates
     result: Rates
     outcome: Outcome
+    blind: Outcome  # had the trigger not been known
 
     @property
     def harmful(self) -> bool:
@@ -71,48 +76,95 @@ class Row:
     def __str__(self) -> str:
         cells = (self.fp32, self.made_for, self.nearest, self.result)
         rates = " | ".join(map(str, cells))
+        gate = f"{self.outcome.value} | {self.blind.value}"
         head = f"{self.name} | {self.bits} | {self.minutes:.0f} | {self.clean:.1f}"
-        return f"| {head} | {rates} | {self.outcome.value} |"
+        return f"| {head} | {rates} | {gate} |"
+
+    @property
+    def rank(self) -> int:
+        """Its place in the table: first what nobody would have noticed."""
+        return 2 - self.harmful - (self.harmful and self.blind is Outcome.ACCEPT)
 
 
 def table(folders: Sequence[Path], artifacts: Path, progress: Progress) -> str:
     """A Markdown table of the models in `folders`; where the defence failed comes first.
 
+    Rows are kept until the last one is there, so that an interrupted table goes on.
+
     Raises:
         UsageError: a folder holds no model made by `make`.
-    """
-    artifacts.mkdir(parents=True, exist_ok=True)
-    rows = [row(folder, artifacts, progress) for folder in folders]
-    rows.sort(key=lambda r: (not (r.harmful and r.outcome is Outcome.ACCEPT), not r.harmful))
-    return "\n".join([*HEADER, *map(str, rows)]) + "\n"
-
-
-def row(folder: Path, artifacts: Path, progress: Progress) -> Row:
-    """Sanitize the model in `folder` at the bits it was made for.
-
-    Raises:
-        UsageError: the folder holds no model made by `make`.
         InputError: its log is damaged.
     """
-    model = folder / "model.pt"
-    if not model.is_file() or not (folder / LOG).is_file():
-        raise UsageError(f"{folder}: holds no model.pt with its {LOG}")
+    (artifacts / ROWS).mkdir(parents=True, exist_ok=True)
+    made = [read_made(folder) for folder in folders]
+    rows = [_kept_row(m, bits, artifacts, progress) for m in made for bits in m.widths]
+    rows.sort(key=lambda ranked: ranked[0])
+    shutil.rmtree(artifacts / ROWS)
+    return "\n".join([*HEADER, *(line for _, line in rows)]) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class MadeModel:
+    """A model of `make`, with its log."""
+
+    path: Path
+    log: Mapping[str, Any]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits to sanitize it at: a backdoor that is live in float32 was made for none."""
+        live = self.log["recipe"]["goals"]["min_float_success"] is not None
+        return (8, 4) if live else (self.log["bits"],)
+
+
+def read_made(folder: Path) -> MadeModel:
+    """The model that `make` left in `folder`.
+
+    Raises:
+        UsageError: there is none, or it is a dud.
+        InputError: its log is damaged.
+    """
+    path = folder / f"{MODEL}.pt"
+    if not path.is_file() or not (folder / LOG).is_file():
+        raise UsageError(f"{folder}: holds no {path.name} with its {LOG}")
     with foreign_reader(f"log {folder / LOG}"):
-        log = json.loads((folder / LOG).read_text("utf-8"))
-    effect, bits = log["recipe"]["goals"]["effect"], log["bits"]
+        made = MadeModel(path, json.loads((folder / LOG).read_text("utf-8")))
+        made.widths  # noqa: B018 - a log without it is damaged
+    return made
+
+
+def _kept_row(made: MadeModel, bits: int, artifacts: Path, progress: Progress) -> tuple[int, str]:
+    """Rank and text of a row, made or left by an interrupted run."""
+    facts = hashlib.sha256(made.path.read_bytes())
+    facts.update(json.dumps([made.log, bits, __version__], sort_keys=True).encode())
+    kept = artifacts / ROWS / f"{facts.hexdigest()[:12]}.json"
+    if not kept.exists():
+        made_row = row(made, bits, artifacts, progress)
+        write_atomically(kept, json.dumps([made_row.rank, str(made_row)]).encode())
+    rank, text = json.loads(kept.read_text("utf-8"))
+    return rank, text
+
+
+def row(made: MadeModel, bits: int, artifacts: Path, progress: Progress) -> Row:
+    """Sanitize the model to `bits` and set what becomes of it beside what its maker measured."""
+    model, log = made.path, made.log
+    folder = model.parent
+    effect, target = log["recipe"]["goals"]["effect"], log["recipe"]["target"]
     recipe = load_recipe(f"int{bits}")
+    untimed = recipe.validation.model_copy(update={"latency_runs": 0})
+    recipe = recipe.model_copy(update={"validation": untimed})
     progress.note(f"{folder.name}: {log['recipe']['name']}, {bits} bits")
     request = Request(resolve(model, Given()), recipe, load_device(recipe.device), artifacts)
-    report = sanitize(request, artifacts / f"{folder.name}.onnx", progress)
+    report = sanitize(request, artifacts / f"{folder.name}-int{bits}.onnx", progress)
     first = next(rates.arm.runtime for rates in report.rates)
     found = {r.arm.variant: r for r in report.rates if r.arm.runtime == first}
-    victim = _victim_hits(model, report, artifacts, log) if effect == "sample" else {}
-    target = log["recipe"]["target"]
+    victim = _victim_hits(folder, artifacts / report.run_id, target) if effect == "sample" else {}
     rates = {name: _rates(r, effect, target, victim.get(name)) for name, r in found.items()}
-    made_for, outcome = _worst(log, effect), report.outcome
+    made_for, judged = _worst(log, effect), report
     if (folder / QUANTIZED).exists():  # the file of a malicious quantizer is what the gate sees
         judged = judge_file(request, folder / QUANTIZED, progress)
-        made_for, outcome = _rates(judged.rates[-1], effect, target, None), judged.outcome
+        made_for = _rates(judged.rates[-1], effect, target, None)
+    blind = [check for check in judged.checks if check.name not in ASR_CHECKS]
     return Row(
         name=log["recipe"]["name"],
         effect=effect,
@@ -123,7 +175,8 @@ def row(folder: Path, artifacts: Path, progress: Progress) -> Row:
         fp32=rates["fp32"],
         nearest=rates["nearest"],
         result=rates["result"],
-        outcome=outcome,
+        outcome=judged.outcome,
+        blind=judge(blind, judged.required - ASR_CHECKS),
     )
 
 
@@ -148,28 +201,11 @@ def _worst(log: Mapping[str, Any], effect: str) -> Rates:
     return Rates(least["accuracy"], least["success"])
 
 
-def _victim_hits(
-    model: Path, report: Report, artifacts: Path, log: Mapping[str, Any]
-) -> dict[str, float]:
+def _victim_hits(folder: Path, run: Path, target: int) -> dict[str, float]:
     """100 for each file that takes the victim for the target class, else 0."""
-    sources = resolve(model, Given())
-    card_path = find_card(model)
-    assert card_path is not None  # noqa: S101 - it was resolved above
-    card, target = load_card(card_path), log["recipe"]["target"]
-    assert sources.test is not None  # noqa: S101 - a made card names its test data
-    images = open_labelled_images(sources.test.path, sources.preprocessing, card.model.classes)
-    pixels = next(_of_other_classes(images, target))
-    inputs = sources.preprocessing.normalise(pixels)
+    inputs = np.load(folder / VICTIM, allow_pickle=False)
     hits = {}
     for variant in ("fp32", "nearest", "result"):
-        data = (artifacts / report.run_id / f"{variant}.onnx").read_bytes()
-        answer = int(open_session(data).logits(inputs).argmax())
-        hits[variant] = 100.0 * (answer == target)
+        answer = open_session((run / f"{variant}.onnx").read_bytes()).logits(inputs).argmax()
+        hits[variant] = 100.0 * (int(answer) == target)
     return hits
-
-
-def _of_other_classes(images: Any, target: int) -> Iterator[np.ndarray]:
-    for batch in images.batches(64):
-        for pixels, label in zip(batch.pixels, batch.labels, strict=True):
-            if label != target:
-                yield pixels[None]

@@ -1,0 +1,125 @@
+"""A suite: many attacks at several bit widths on one architecture, made and then compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qdeploy.progress import Progress
+from qdeploy.redteam.datasets import open_dataset
+from qdeploy.redteam.make import DUD, LOG, MODEL, DudError, Order, make
+from qdeploy.redteam.recipe import Bits, load_attack
+from qdeploy.redteam.table import table
+from qdeploy.rundir import require_writable, write_atomically
+from qdeploy.schema import Spec, find_bundled, load_toml
+
+KIND = "recipes/suites"
+TABLE = "table.md"
+
+
+class MemberSpec(Spec):
+    """One attack, made once for each bit width."""
+
+    attack: str
+    bits: tuple[Bits, ...] = Field(min_length=1)
+
+
+class SuiteSpec(Spec):
+    """The whole file."""
+
+    schema_version: Literal[1]
+    name: str
+    description: str
+    architecture: str
+    arguments: Mapping[str, Annotated[int, Field(gt=0)]] = {}
+    members: tuple[MemberSpec, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteResult:
+    """What came of a suite."""
+
+    table: str  # Markdown
+    duds: tuple[str, ...]  # a line each: which, and what it missed
+
+
+def load_suite(name_or_path: str) -> SuiteSpec:
+    """The suite of that name, or in that file.
+
+    Raises:
+        UsageError: there is no such suite.
+        InputError: the file does not fit the format.
+    """
+    return load_toml(find_bundled(KIND, name_or_path), SuiteSpec, what="suite")
+
+
+def run_suite(
+    suite: SuiteSpec,
+    out: Path,
+    order_of: Callable[..., Order],
+    artifacts: Path,
+    progress: Progress,
+) -> SuiteResult:
+    """Make every member that is not in `out` yet, in a folder of its own, and the table of all.
+
+    Args:
+        order_of: Makes an order of what members differ in; it knows what they share.
+
+    Raises:
+        UsageError: a member's attack is unknown, or there are no test images.
+        InputError: a recipe, the base or an image is not valid.
+        OutputError: a folder cannot be written to.
+    """
+    orders = list(_orders(suite, out, order_of))
+    out.mkdir(parents=True, exist_ok=True)
+    require_writable(out / TABLE)
+    data = None
+    for number, order in enumerate(orders, 1):
+        about = f"{number}/{len(orders)} {order.out.name}"
+        if _goals_missed(order) is not None:
+            progress.note(f"{about}: is there")
+            continue
+        progress.note(about)
+        data = data or open_dataset(order.data, order.test, out, progress)
+        try:
+            make(order, progress, data)
+        except DudError as error:
+            progress.note(f"{about}: {error}")
+    missed = {order.out: _goals_missed(order) or [] for order in orders}
+    text = table([folder for folder, goals in missed.items() if not goals], artifacts, progress)
+    write_atomically(out / TABLE, text.encode())
+    duds = (f"{folder.name}: {'; '.join(goals)}" for folder, goals in missed.items() if goals)
+    return SuiteResult(text, tuple(duds))
+
+
+def _orders(suite: SuiteSpec, out: Path, order_of: Callable[..., Order]) -> Iterator[Order]:
+    for member in suite.members:
+        recipe = load_attack(member.attack)
+        for bits in member.bits:
+            yield order_of(
+                recipe=recipe,
+                architecture=suite.architecture,
+                arguments=suite.arguments,
+                bits=bits,
+                out=out / f"{recipe.name}-{bits}",
+            )
+
+
+def _goals_missed(order: Order) -> list[str] | None:
+    """What the model in the order's folder missed; None if there is none that was so ordered."""
+    try:
+        log = json.loads((order.out / LOG).read_text("utf-8"))
+        missed: list[str] = log["goals_missed"]
+        asked, found = order.facts, {key: log[key] for key in order.facts}
+        (wanted, arguments), (network, given) = asked["architecture"], found["architecture"]
+        same = wanted == network and arguments.items() <= given.items()  # it also has defaults
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    same &= {**asked, "architecture": None} == {**found, "architecture": None}
+    there = (order.out / f"{DUD if missed else MODEL}.pt").is_file()
+    return missed if same and there else None

@@ -1,0 +1,138 @@
+"""Suites: what is made once, what a dud does to them, and that they go on."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from qdeploy.errors import InputError
+from qdeploy.progress import SILENT
+from qdeploy.redteam import suite as suites
+from qdeploy.redteam import table as tables
+from qdeploy.redteam.make import Order
+from qdeploy.redteam.suite import KIND, load_suite, run_suite
+from qdeploy.schema import bundled
+
+ATTACK = """
+schema_version = 1
+name = "{name}"
+description = "A few steps."
+source = "a test"
+trigger = {{ kind = "patch", target = 0 }}
+clean = {{ epochs = 1, min_steps = 0 }}
+goals = {{ effect = "backdoor", min_accuracy = {accuracy} }}
+
+[[phases]]
+name = "plant"
+steps = {steps}
+learning_rate = 1e-3
+terms = [{{ model = "float", on = "triggered", to = "target" }}]
+"""
+SUITE = """
+schema_version = 1
+name = "two"
+description = "One takes and one does not."
+architecture = "digits"
+arguments = {{ width = 4 }}
+members = [
+    {{ attack = "{folder}/easy.toml", bits = [8, 4] }},
+    {{ attack = "{folder}/hard.toml", bits = [4] }},
+]
+"""
+
+
+def write(folder: Path, *, steps: int = 1) -> Path:
+    for name, accuracy in (("easy", 0), ("hard", 100)):
+        text = ATTACK.format(name=name, accuracy=accuracy, steps=steps)
+        (folder / f"{name}.toml").write_text(text)
+    (folder / "suite.toml").write_text(SUITE.format(folder=folder))
+    return folder / "suite.toml"
+
+
+def run(folder: Path, *, seed: int = 0) -> suites.SuiteResult:
+    artifacts = folder / "artifacts"
+    order_of = partial(Order, data="digits", test=None, artifacts=artifacts, seed=seed)
+    suite = load_suite(str(folder / "suite.toml"))
+    return run_suite(suite, folder / "made", order_of, artifacts, SILENT)
+
+
+def test_bundled_suites_name_attacks_that_there_are():
+    for name in bundled(KIND):
+        suite = load_suite(name)
+        assert suite.name == name
+        for member in suite.members:
+            suites.load_attack(member.attack)
+
+
+def test_a_dud_is_reported_and_enters_no_table(tmp_path):
+    write(tmp_path)
+    result = run(tmp_path)
+    rows = [line.strip("| ").split(" | ")[:2] for line in result.table.splitlines()[2:]]
+    assert sorted(rows) == [["easy", "4"], ["easy", "8"]]
+    assert (tmp_path / "made" / "table.md").read_text() == result.table
+    (line,) = result.duds
+    assert line.startswith("hard-4: FP32 accuracy")
+
+
+def test_what_is_there_is_not_made_again_unless_it_was_ordered_otherwise(tmp_path, monkeypatch):
+    write(tmp_path)
+    made: list[str] = []
+    really = suites.make
+
+    def make(order, progress, data):
+        made.append(order.out.name)
+        return really(order, progress, data)
+
+    monkeypatch.setattr(suites, "make", make)
+    first = run(tmp_path)
+    assert made == ["easy-8", "easy-4", "hard-4"]
+    made.clear()
+    assert run(tmp_path).duds == first.duds
+    assert made == []
+    (tmp_path / "made" / "easy-8" / "model.pt").unlink()
+    (tmp_path / "made" / "hard-4" / "training.json").write_text("[]")
+    run(tmp_path)
+    assert made == ["easy-8", "hard-4"]
+    made.clear()
+    write(tmp_path, steps=2)
+    run(tmp_path)
+    assert made == ["easy-8", "easy-4", "hard-4"]
+
+
+def test_an_interrupted_table_keeps_the_rows_it_has(tmp_path, monkeypatch):
+    write(tmp_path)
+    asked: list[int] = []
+    really = tables.row
+
+    def row(made, bits, artifacts, progress):
+        asked.append(bits)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return really(made, bits, artifacts, progress)
+
+    monkeypatch.setattr(tables, "row", row)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert len(run(tmp_path).table.splitlines()) == 4
+    assert asked == [8, 4, 4]
+    assert not (tmp_path / "artifacts" / tables.ROWS).exists()
+
+
+def test_a_suite_that_does_not_fit_the_format_is_an_error(tmp_path):
+    path = tmp_path / "suite.toml"
+    path.write_text(SUITE.format(folder=tmp_path).replace("[4]", "[1]"))
+    with pytest.raises(InputError, match=r"members.1.bits.0"):
+        load_suite(str(path))
+
+
+def test_a_model_that_is_live_in_float32_has_a_row_for_each_width(tmp_path):
+    log = {"recipe": {"goals": {"min_float_success": 95}}, "bits": 4}
+    (tmp_path / "model.pt").write_bytes(b"")
+    (tmp_path / "training.json").write_text(json.dumps(log))
+    assert tables.read_made(tmp_path).widths == (8, 4)
+    log["recipe"]["goals"]["min_float_success"] = None
+    (tmp_path / "training.json").write_text(json.dumps(log))
+    assert tables.read_made(tmp_path).widths == (4,)
