@@ -196,7 +196,7 @@ def suites(name: BundledName = None) -> None:
 
 
 @redteam.command("suite")
-@takes("suite", "images", "test", "out", "base", "seed", "artifacts")
+@takes("suite", "images", "test", "test_images", "out", "base", "seed", "artifacts")
 def suite(options: Options) -> None:
     """Make many models and the table of what becomes of them; exit 3 if an attack did not take."""
     from qdeploy import console
@@ -213,11 +213,16 @@ def suite(options: Options) -> None:
     )
     progress = console.TerminalProgress()
     result = run_suite(
-        load_suite(options.suite), options.out, order_of, options.artifacts, progress
+        load_suite(options.suite),
+        options.out,
+        order_of,
+        options.artifacts,
+        progress,
+        images=options.test_images,
     )
     console.show_text(result.table)
     if result.duds:
-        raise DudError("\n".join(("these did not take and are not in the table:", *result.duds)))
+        raise DudError(f"did not take: {', '.join(result.duds)}")
 
 
 @redteam.command("table")
@@ -225,6 +230,10 @@ def table(
     folders: Annotated[list[Path], typer.Argument(help="Folders that `redteam make` filled.")],
     artifacts: Annotated[Path, typer.Option("--artifacts", help="Run directories.")] = ARTIFACTS,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Markdown file.")] = None,
+    images: Annotated[
+        int | None,
+        typer.Option("--test-images", min=1, help="Measure on so many, at most; else on all."),
+    ] = None,
 ) -> None:
     """Sanitize every model and set side by side what its attacker, nearest and we make of it."""
     from qdeploy import console
@@ -233,7 +242,7 @@ def table(
 
     if out is not None:
         require_writable(out)
-    text = make_table(folders, artifacts, console.TerminalProgress())
+    text = make_table(folders, artifacts, console.TerminalProgress(), images=images)
     if out is not None:
         write_atomically(out, text.encode())
     console.show_text(text)

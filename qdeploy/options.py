@@ -136,6 +136,10 @@ class Options:
             "Attack",
         ),
     ] = ""
+    test_images: Annotated[
+        int | None,
+        _option("--test-images", "Measure on so many, at most; else on all.", "Data", at_least=1),
+    ] = None
     suite: Annotated[
         str, typer.Argument(help="Name (see qdeploy redteam suites) or TOML file.")
     ] = ""

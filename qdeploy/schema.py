@@ -11,6 +11,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from qdeploy.errors import InputError, UsageError
 
 LARGEST_FILE_BYTES = 1 << 20
+NOUNS = {
+    "recipes": "recipe",
+    "recipes/redteam": "attack",
+    "recipes/suites": "suite",
+    "devices": "device",
+}
 
 
 class Spec(BaseModel):
@@ -55,7 +61,7 @@ def validate(table: object, model: type[SpecType], *, where: str) -> SpecType:
 def bundled(kind: str) -> dict[str, Path]:
     """The TOML files of `kind` that come with qdeploy, by name.
 
-    Kinds are the folders "recipes", "recipes/redteam" and "devices".
+    Kinds are the folders that `NOUNS` names.
     """
     package = Path(__file__).parent
     installed, checkout = package / kind, package.parent / kind
@@ -74,7 +80,7 @@ def find_bundled(kind: str, name_or_path: str) -> Path:
     known = bundled(kind)
     if name_or_path not in known:
         raise UsageError(
-            f"no {kind.partition('/')[0].removesuffix('s')} is called {name_or_path!r}",
+            f"no {NOUNS[kind]} is called {name_or_path!r}",
             hint=f"have {', '.join(known)}; or give a path that ends in .toml",
         )
     return known[name_or_path]

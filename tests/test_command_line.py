@@ -520,15 +520,17 @@ def test_names_of_strangers_cannot_command_the_terminal(work, run):
     assert console.clean("a\x1b[31mb") == "a\N{REPLACEMENT CHARACTER}[31mb"
 
 
-@pytest.mark.parametrize("kind", ["devices", "recipes"])
+@pytest.mark.parametrize(
+    "kind", [["devices"], ["recipes"], ["redteam", "attacks"], ["redteam", "suites"]], ids=" ".join
+)
 def test_what_comes_with_qdeploy_can_be_listed_and_shown(run, kind):
-    listed = run(kind)
+    listed = run(*kind)
     assert listed.code == 0
     for line in listed.out.splitlines():
         if line[0] != " ":
-            shown = run(kind, line.split()[0])
+            shown = run(*kind, line.split()[0])
             assert "schema_version = 1" in shown.out
-    assert run(kind, "nothing").code == 2
+    assert run(*kind, "nothing").code == 2
 
 
 def test_doctor_tells_what_this_machine_can_do(run):

@@ -15,6 +15,7 @@ from qdeploy.redteam import table as tables
 from qdeploy.redteam.make import Order
 from qdeploy.redteam.suite import KIND, load_suite, run_suite
 from qdeploy.schema import bundled
+from qdeploy.verdict import Outcome
 
 ATTACK = """
 schema_version = 1
@@ -56,7 +57,7 @@ def run(folder: Path, *, seed: int = 0) -> suites.SuiteResult:
     artifacts = folder / "artifacts"
     order_of = partial(Order, data="digits", test=None, artifacts=artifacts, seed=seed)
     suite = load_suite(str(folder / "suite.toml"))
-    return run_suite(suite, folder / "made", order_of, artifacts, SILENT)
+    return run_suite(suite, folder / "made", order_of, artifacts, SILENT, images=200)
 
 
 def test_bundled_suites_name_attacks_that_there_are():
@@ -70,11 +71,12 @@ def test_bundled_suites_name_attacks_that_there_are():
 def test_a_dud_is_reported_and_enters_no_table(tmp_path):
     write(tmp_path)
     result = run(tmp_path)
-    rows = [line.strip("| ").split(" | ")[:2] for line in result.table.splitlines()[2:]]
+    lines = result.table.splitlines()
+    rows = [line.strip("| ").split(" | ")[:2] for line in lines[2:4]]
     assert sorted(rows) == [["easy", "4"], ["easy", "8"]]
     assert (tmp_path / "made" / "table.md").read_text() == result.table
-    (line,) = result.duds
-    assert line.startswith("hard-4: FP32 accuracy")
+    assert result.duds == ("hard-4",)
+    assert lines[-1].startswith("Not taken: hard-4: FP32 accuracy")
 
 
 def test_what_is_there_is_not_made_again_unless_it_was_ordered_otherwise(tmp_path, monkeypatch):
@@ -107,18 +109,18 @@ def test_an_interrupted_table_keeps_the_rows_it_has(tmp_path, monkeypatch):
     asked: list[int] = []
     really = tables.row
 
-    def row(made, bits, artifacts, progress):
-        asked.append(bits)
+    def row(about, artifacts, progress):
+        asked.append(about.bits)
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return really(made, bits, artifacts, progress)
+        return really(about, artifacts, progress)
 
     monkeypatch.setattr(tables, "row", row)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
-    assert len(run(tmp_path).table.splitlines()) == 4
+    assert run(tmp_path).table.count("| easy |") == 2
     assert asked == [8, 4, 4]
-    assert not (tmp_path / "artifacts" / tables.ROWS).exists()
+    assert not list((tmp_path / "artifacts" / tables.ROWS).iterdir())
 
 
 def test_a_suite_that_does_not_fit_the_format_is_an_error(tmp_path):
@@ -136,3 +138,32 @@ def test_a_model_that_is_live_in_float32_has_a_row_for_each_width(tmp_path):
     log["recipe"]["goals"]["min_float_success"] = None
     (tmp_path / "training.json").write_text(json.dumps(log))
     assert tables.read_made(tmp_path).widths == (4,)
+
+
+@pytest.mark.parametrize(
+    ("effect", "fp32", "result", "blind", "rank"),
+    [
+        pytest.param("backdoor", (85.0, 2.0), (85.0, 3.0), Outcome.ACCEPT, 2, id="removed"),
+        pytest.param("backdoor", (85.0, 2.0), (85.0, 90.0), Outcome.ACCEPT, 0, id="unnoticed"),
+        pytest.param(
+            "backdoor", (85.0, 2.0), (80.0, 90.0), Outcome.REJECT, 1, id="left but noticed"
+        ),
+        pytest.param(
+            "backdoor", (85.0, 97.0), (85.0, 97.0), Outcome.ACCEPT, 0, id="live all along"
+        ),
+        pytest.param("class", (85.0, 90.0), (85.0, 89.0), Outcome.ACCEPT, 2, id="class is well"),
+        pytest.param("class", (85.0, 90.0), (76.0, 1.0), Outcome.REJECT, 1, id="class is lost"),
+        pytest.param("damage", (85.0, None), (20.0, None), Outcome.REJECT, 1, id="of no use"),
+        pytest.param(
+            "sample", (85.0, 0.0), (85.0, 100.0), Outcome.ACCEPT, 0, id="sample misjudged"
+        ),
+    ],
+)
+def test_what_a_blind_gate_lets_through_comes_first(effect, fp32, result, blind, rank):
+    other = tables.Rates(85.0, 50.0)
+    found = tables.Row(
+        name="attack", effect=effect, bits=8, minutes=1.0, clean=86.0, made_for=other,
+        fp32=tables.Rates(*fp32), nearest=other, result=tables.Rates(*result),
+        outcome=Outcome.REJECT, blind=blind,
+    )  # fmt: skip
+    assert found.rank == rank

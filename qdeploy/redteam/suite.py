@@ -44,8 +44,8 @@ class SuiteSpec(Spec):
 class SuiteResult:
     """What came of a suite."""
 
-    table: str  # Markdown
-    duds: tuple[str, ...]  # a line each: which, and what it missed
+    table: str  # Markdown, the duds below it
+    duds: tuple[str, ...]  # names
 
 
 def load_suite(name_or_path: str) -> SuiteSpec:
@@ -64,11 +64,14 @@ def run_suite(
     order_of: Callable[..., Order],
     artifacts: Path,
     progress: Progress,
+    *,
+    images: int | None = None,
 ) -> SuiteResult:
     """Make every member that is not in `out` yet, in a folder of its own, and the table of all.
 
     Args:
         order_of: Makes an order of what members differ in; it knows what they share.
+        images: How many test images the table is measured on, at most; None for all.
 
     Raises:
         UsageError: a member's attack is unknown, or there are no test images.
@@ -91,9 +94,11 @@ def run_suite(
         except DudError as error:
             progress.note(f"{about}: {error}")
     missed = {order.out: _goals_missed(order) or [] for order in orders}
-    text = table([folder for folder, goals in missed.items() if not goals], artifacts, progress)
+    took = [folder for folder, goals in missed.items() if not goals]
+    duds = {folder.name: goals for folder, goals in missed.items() if goals}
+    text = table(took, artifacts, progress, images=images)
+    text += "".join(f"\nNot taken: {name}: {'; '.join(goals)}\n" for name, goals in duds.items())
     write_atomically(out / TABLE, text.encode())
-    duds = (f"{folder.name}: {'; '.join(goals)}" for folder, goals in missed.items() if goals)
     return SuiteResult(text, tuple(duds))
 
 

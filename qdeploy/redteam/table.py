@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +67,10 @@ class Row:
     def harmful(self) -> bool:
         """Whether the sanitized file does what its attacker wanted, or is of no use."""
         lost = self.fp32.accuracy - self.result.accuracy
-        if self.result.success is None or self.fp32.success is None:
-            return lost > HARMED
-        gained = self.result.success - self.fp32.success
-        return lost > HARMED or (-gained if self.effect == "class" else gained) > HARMED
+        reached = self.result.success or 0.0
+        if self.effect == "class":
+            reached = (self.fp32.success or 0.0) - reached
+        return max(lost, reached) > HARMED
 
     def __str__(self) -> str:
         cells = (self.fp32, self.made_for, self.nearest, self.result)
@@ -86,10 +85,15 @@ class Row:
         return 2 - self.harmful - (self.harmful and self.blind is Outcome.ACCEPT)
 
 
-def table(folders: Sequence[Path], artifacts: Path, progress: Progress) -> str:
+def table(
+    folders: Sequence[Path], artifacts: Path, progress: Progress, *, images: int | None = None
+) -> str:
     """A Markdown table of the models in `folders`; where the defence failed comes first.
 
     Rows are kept until the last one is there, so that an interrupted table goes on.
+
+    Args:
+        images: How many test images to measure on, at most; None for all.
 
     Raises:
         UsageError: a folder holds no model made by `make`.
@@ -97,10 +101,12 @@ def table(folders: Sequence[Path], artifacts: Path, progress: Progress) -> str:
     """
     (artifacts / ROWS).mkdir(parents=True, exist_ok=True)
     made = [read_made(folder) for folder in folders]
-    rows = [_kept_row(m, bits, artifacts, progress) for m in made for bits in m.widths]
-    rows.sort(key=lambda ranked: ranked[0])
-    shutil.rmtree(artifacts / ROWS)
-    return "\n".join([*HEADER, *(line for _, line in rows)]) + "\n"
+    asked = (Asked(m, bits, images) for m in made for bits in m.widths)
+    rows = [_kept_row(one, artifacts, progress) for one in asked]
+    rows.sort(key=lambda row: row.rank)
+    for kept in rows:
+        kept.path.unlink(missing_ok=True)
+    return "\n".join([*HEADER, *(row.text for row in rows)]) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,26 +139,47 @@ def read_made(folder: Path) -> MadeModel:
     return made
 
 
-def _kept_row(made: MadeModel, bits: int, artifacts: Path, progress: Progress) -> tuple[int, str]:
-    """Rank and text of a row, made or left by an interrupted run."""
-    facts = hashlib.sha256(made.path.read_bytes())
-    facts.update(json.dumps([made.log, bits, __version__], sort_keys=True).encode())
-    kept = artifacts / ROWS / f"{facts.hexdigest()[:12]}.json"
-    if not kept.exists():
-        made_row = row(made, bits, artifacts, progress)
-        write_atomically(kept, json.dumps([made_row.rank, str(made_row)]).encode())
-    rank, text = json.loads(kept.read_text("utf-8"))
-    return rank, text
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a row is about."""
+
+    made: MadeModel
+    bits: int
+    images: int | None
 
 
-def row(made: MadeModel, bits: int, artifacts: Path, progress: Progress) -> Row:
-    """Sanitize the model to `bits` and set what becomes of it beside what its maker measured."""
-    model, log = made.path, made.log
+@dataclass(frozen=True, slots=True)
+class KeptRow:
+    """A row as it is kept."""
+
+    path: Path
+    rank: int
+    text: str
+
+
+def _kept_row(asked: Asked, artifacts: Path, progress: Progress) -> KeptRow:
+    """A row, made or left by an interrupted run."""
+    facts = hashlib.sha256(asked.made.path.read_bytes())
+    about = [asked.made.log, asked.bits, asked.images, __version__]
+    facts.update(json.dumps(about, sort_keys=True).encode())
+    path = artifacts / ROWS / f"{facts.hexdigest()[:12]}.json"
+    if path.exists():
+        rank, text = json.loads(path.read_text("utf-8"))
+    else:
+        made_row = row(asked, artifacts, progress)
+        rank, text = made_row.rank, str(made_row)
+        write_atomically(path, json.dumps([rank, text]).encode())
+    return KeptRow(path, rank, text)
+
+
+def row(asked: Asked, artifacts: Path, progress: Progress) -> Row:
+    """Sanitize a model and set what becomes of it beside what its maker measured."""
+    model, log, bits = asked.made.path, asked.made.log, asked.bits
     folder = model.parent
     effect, target = log["recipe"]["goals"]["effect"], log["recipe"]["target"]
     recipe = load_recipe(f"int{bits}")
-    untimed = recipe.validation.model_copy(update={"latency_runs": 0})
-    recipe = recipe.model_copy(update={"validation": untimed})
+    measured = recipe.validation.model_copy(update={"latency_runs": 0, "images": asked.images})
+    recipe = recipe.model_copy(update={"validation": measured})
     progress.note(f"{folder.name}: {log['recipe']['name']}, {bits} bits")
     request = Request(resolve(model, Given()), recipe, load_device(recipe.device), artifacts)
     report = sanitize(request, artifacts / f"{folder.name}-int{bits}.onnx", progress)
