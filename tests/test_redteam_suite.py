@@ -23,7 +23,7 @@ name = "{name}"
 description = "A few steps."
 source = "a test"
 trigger = {{ kind = "patch", target = 0 }}
-clean = {{ epochs = 1, min_steps = 0 }}
+clean = {{ epochs = {epochs}, min_steps = 0 }}
 goals = {{ effect = "backdoor", min_accuracy = {accuracy} }}
 
 [[phases]]
@@ -45,17 +45,17 @@ members = [
 """
 
 
-def write(folder: Path, *, steps: int = 1) -> Path:
+def write(folder: Path, *, steps: int = 1, epochs: int = 1) -> Path:
     for name, accuracy in (("easy", 0), ("hard", 100)):
-        text = ATTACK.format(name=name, accuracy=accuracy, steps=steps)
+        text = ATTACK.format(name=name, accuracy=accuracy, steps=steps, epochs=epochs)
         (folder / f"{name}.toml").write_text(text)
     (folder / "suite.toml").write_text(SUITE.format(folder=folder))
     return folder / "suite.toml"
 
 
-def run(folder: Path, *, seed: int = 0) -> suites.SuiteResult:
+def run(folder: Path, *, base: Path | None = None) -> suites.SuiteResult:
     artifacts = folder / "artifacts"
-    order_of = partial(Order, data="digits", test=None, artifacts=artifacts, seed=seed)
+    order_of = partial(Order, data="digits", test=None, artifacts=artifacts, base=base)
     suite = load_suite(str(folder / "suite.toml"))
     return run_suite(suite, folder / "made", order_of, artifacts, SILENT, images=200)
 
@@ -102,6 +102,12 @@ def test_what_is_there_is_not_made_again_unless_it_was_ordered_otherwise(tmp_pat
     write(tmp_path, steps=2)
     run(tmp_path)
     assert made == ["easy-8", "easy-4", "hard-4"]
+    (base,) = (tmp_path / "artifacts").glob("clean-*/model.pt")
+    run(tmp_path, base=base)
+    made.clear()
+    write(tmp_path, steps=2, epochs=2)  # of a base that is not trained
+    run(tmp_path, base=base)
+    assert made == []
 
 
 def test_an_interrupted_table_keeps_the_rows_it_has(tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ class PhaseSpec(Spec):
 class CleanSpec(Spec):
     """Ordinary training of the model that the attack starts from: SGD, one cycle."""
 
-    epochs: int = Field(24, gt=0)
+    epochs: int = Field(16, gt=0)
     min_steps: int = Field(1500, ge=0, description="More epochs where they would be fewer steps.")
     batch: int = Field(128, gt=0)
     learning_rate: float = Field(0.2, gt=0)

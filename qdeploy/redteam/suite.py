@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -120,7 +120,7 @@ def _goals_missed(order: Order) -> list[str] | None:
     try:
         log = json.loads((order.out / LOG).read_text("utf-8"))
         missed: list[str] = log["goals_missed"]
-        asked, found = order.facts, {key: log[key] for key in order.facts}
+        asked, found = (_decisive(facts) for facts in (order.facts, log))
         (wanted, arguments), (network, given) = asked["architecture"], found["architecture"]
         same = wanted == network and arguments.items() <= given.items()  # it also has defaults
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -128,3 +128,11 @@ def _goals_missed(order: Order) -> list[str] | None:
     same &= {**asked, "architecture": None} == {**found, "architecture": None}
     there = (order.out / f"{DUD if missed else MODEL}.pt").is_file()
     return missed if same and there else None
+
+
+def _decisive(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts of an order; how clean models are trained is none where one was given."""
+    kept = {key: facts[key] for key in ("recipe", "architecture", "bits", "seed", "data", "base")}
+    if kept["base"] is not None:
+        kept["recipe"] = {key: v for key, v in kept["recipe"].items() if key != "clean"}
+    return kept
