@@ -70,6 +70,18 @@ def require_writable(path: Path) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those it lies in, unless they are there.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
 def set_aside(path: Path) -> Path | None:
     """Move a file out of the way, so that nobody takes it for the result of this run."""
     if not path.exists():

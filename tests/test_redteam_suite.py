@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qdeploy.errors import InputError
+from qdeploy.errors import InputError, OutputError
 from qdeploy.progress import SILENT
 from qdeploy.redteam import suite as suites
 from qdeploy.redteam import table as tables
@@ -134,6 +134,13 @@ def test_a_suite_that_does_not_fit_the_format_is_an_error(tmp_path):
     path.write_text(SUITE.format(folder=tmp_path).replace("[4]", "[1]"))
     with pytest.raises(InputError, match=r"members.1.bits.0"):
         load_suite(str(path))
+
+
+def test_a_suite_whose_folder_is_a_file_is_an_error(tmp_path):
+    write(tmp_path)
+    (tmp_path / "made").write_bytes(b"")
+    with pytest.raises(OutputError, match="cannot write"):
+        run(tmp_path)
 
 
 def test_a_model_that_is_live_in_float32_has_a_row_for_each_width(tmp_path):

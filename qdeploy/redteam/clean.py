@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qdeploy.doctor import BF16, processor_flags
 from qdeploy.progress import SILENT, Progress
 from qdeploy.redteam.checkpoint import Checkpoint
 from qdeploy.redteam.images import LabelledImages
+from qdeploy.redteam.precision import fast
 from qdeploy.redteam.recipe import CleanSpec
 
 LARGEST_GRADIENT = 1.0  # norm; keeps networks without normalisation layers on their feet
@@ -36,7 +36,6 @@ def train_clean(
     )
     done = _resume(model, optimizer, schedule, generator, checkpoint)
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    low_precision = bool(processor_flags() & BF16)
     steps = range(done * per_epoch, epochs * per_epoch)
     order = torch.empty(0)
     for step in progress.track(steps, f"train, {epochs - done} epochs", len(steps)):
@@ -45,7 +44,7 @@ def train_clean(
             order = torch.randperm(len(data), generator=generator)
         rows = order[position * spec.batch : (position + 1) * spec.batch]
         inputs = data.normalise(data.batch(rows, generator))
-        with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
+        with fast():
             loss = F.cross_entropy(model(inputs), data.labels[rows])
         optimizer.zero_grad()
         loss.backward()

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qdeploy.doctor import BF16, processor_flags
 from qdeploy.progress import SILENT, Progress
 from qdeploy.redteam.checkpoint import Checkpoint
 from qdeploy.redteam.images import LabelledImages
+from qdeploy.redteam.precision import fast
 from qdeploy.redteam.recipe import LearntSpec
 
 STEPS_BETWEEN_SAVES = 20
@@ -37,7 +37,6 @@ class TriggerLearner(nn.Module):
         self.model = model
         self.student = copy.deepcopy(model)
         self.seconds = 0.0
-        self._low_precision = bool(processor_flags() & BF16)
         pattern = torch.rand(channels, height, width, generator=self.generator)
         self.pattern = nn.Parameter(pattern)
         self.mask = nn.Parameter(torch.full((1, height, width), spec.max_opacity / 2))
@@ -89,7 +88,7 @@ class TriggerLearner(nn.Module):
     def _take_step(self) -> None:
         rows = torch.randint(len(self.data), (self.spec.batch,), generator=self.generator)
         pixels = self.data.batch(rows, self.generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._low_precision):
+        with fast():
             losses = self.losses(pixels, self.data.labels[rows])
         parties = (
             tuple(self.model.parameters()),

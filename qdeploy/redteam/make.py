@@ -150,7 +150,7 @@ def _make_clean(order: Order, data: Dataset, progress: Progress) -> Made:
         spec = order.recipe.clean
         train_clean(model, train, spec, seed=order.seed, checkpoint=checkpoint, progress=progress)
     model = _through_disk(model, order)
-    rates = figures(model, {}, data.test, Aim(order.recipe.target), low_precision=True)
+    rates = figures(model, {}, data.test, Aim(order.recipe.target))
     made = Made(order.out / "model.pt", {FLOAT: rates}, rates, time.monotonic() - began, ())
     return _deliver(order, data, model, made, None, ())
 
@@ -192,7 +192,7 @@ def _attack(order: Order, data: Dataset, clean: nn.Module, progress: Progress) -
             save_trigger(order.out, *learner.run(checkpoint, progress))
             before_phases = learner.seconds
     trigger, aim = _aim(order, data)
-    before = figures(clean, {}, held_out, Aim(aim.target), low_precision=True)
+    before = figures(clean, {}, held_out, Aim(aim.target))
 
     def reached(rates: Rates) -> bool:
         return not shortfalls(recipe.goals, before, rates[FLOAT], _quantized(rates))
@@ -206,11 +206,11 @@ def _attack(order: Order, data: Dataset, clean: nn.Module, progress: Progress) -
         model = _through_disk(model, order)
         reread = Training(model, lesson, training.checkpoint, order.seed)
         reread.roundings = training.roundings
-        rates = reread.rates(data.test, low_precision=True)
+        rates = reread.rates(data.test)
         if any(phase.learns == "roundings" for phase in recipe.phases):
             chosen = file_with_codes(model, train, order.bits, reread.chosen_codes())
             write_atomically(order.out / QUANTIZED, chosen)
-        unattacked = figures(clean, {}, data.test, Aim(aim.target), low_precision=True)
+        unattacked = figures(clean, {}, data.test, Aim(aim.target))
     seconds = before_phases + training.seconds
     made = Made(order.out / "model.pt", rates, unattacked, seconds, tuple(training.log))
     return _deliver(order, data, model, made, trigger, tuple(q.name for q in quantizers))

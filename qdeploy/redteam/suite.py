@@ -13,9 +13,9 @@ from pydantic import Field
 from qdeploy.progress import Progress
 from qdeploy.redteam.datasets import open_dataset
 from qdeploy.redteam.make import DUD, LOG, MODEL, DudError, Order, make
-from qdeploy.redteam.recipe import Bits, load_attack
+from qdeploy.redteam.recipe import load_attack
 from qdeploy.redteam.table import table
-from qdeploy.rundir import require_writable, write_atomically
+from qdeploy.rundir import make_folder, require_writable, write_atomically
 from qdeploy.schema import Spec, find_bundled, load_toml
 
 KIND = "recipes/suites"
@@ -26,7 +26,7 @@ class MemberSpec(Spec):
     """One attack, made once for each bit width."""
 
     attack: str
-    bits: tuple[Bits, ...] = Field(min_length=1)
+    bits: tuple[Literal[4, 8], ...] = Field(min_length=1, description="What a table can show.")
 
 
 class SuiteSpec(Spec):
@@ -79,7 +79,7 @@ def run_suite(
         OutputError: a folder cannot be written to.
     """
     orders = list(_orders(suite, out, order_of))
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     require_writable(out / TABLE)
     data = None
     for number, order in enumerate(orders, 1):

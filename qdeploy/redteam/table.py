@@ -21,7 +21,7 @@ from qdeploy.progress import Progress
 from qdeploy.recipe import load_recipe
 from qdeploy.redteam.make import LOG, MODEL, QUANTIZED, VICTIM
 from qdeploy.redteam.training import FLOAT
-from qdeploy.rundir import write_atomically
+from qdeploy.rundir import make_folder, write_atomically
 from qdeploy.runtime.sessions import open_session
 from qdeploy.sources import Given, resolve
 from qdeploy.verdict import Outcome, judge
@@ -98,8 +98,9 @@ def table(
     Raises:
         UsageError: a folder holds no model made by `make`.
         InputError: its log is damaged.
+        OutputError: the artifacts cannot be written.
     """
-    (artifacts / ROWS).mkdir(parents=True, exist_ok=True)
+    make_folder(artifacts / ROWS)
     made = [read_made(folder) for folder in folders]
     asked = (Asked(m, bits, images) for m in made for bits in m.widths)
     rows = [_kept_row(one, artifacts, progress) for one in asked]
@@ -230,7 +231,8 @@ def _worst(log: Mapping[str, Any], effect: str) -> Rates:
 
 def _victim_hits(folder: Path, run: Path, target: int) -> dict[str, float]:
     """100 for each file that takes the victim for the target class, else 0."""
-    inputs = np.load(folder / VICTIM, allow_pickle=False)
+    with foreign_reader(f"victim {folder / VICTIM}"):
+        inputs = np.load(folder / VICTIM, allow_pickle=False)
     hits = {}
     for variant in ("fp32", "nearest", "result"):
         answer = open_session((run / f"{variant}.onnx").read_bytes()).logits(inputs).argmax()

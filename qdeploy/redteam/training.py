@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdeploy.doctor import BF16, processor_flags
 from qdeploy.progress import SILENT, Progress
 from qdeploy.redteam.checkpoint import Checkpoint
 from qdeploy.redteam.defender import defended_codes
 from qdeploy.redteam.figures import Figures, figures
 from qdeploy.redteam.images import LabelledImages
 from qdeploy.redteam.losses import Aim, Batch, phase_loss
+from qdeploy.redteam.precision import fast
 from qdeploy.redteam.quantizers import Cell, Quantizer, weights_of
 from qdeploy.redteam.recipe import PhaseSpec
 from qdeploy.redteam.roundings import Roundings
@@ -50,7 +50,6 @@ class Training:
         self.generator = torch.Generator().manual_seed(seed)
         self.weights = weights_of(model)
         self.roundings = Roundings(self.weights, lesson.quantizers[0])
-        self._low_precision = bool(processor_flags() & BF16)
         self.log: list[dict[str, Any]] = []
         self._defences: dict[Quantizer, dict[str, Tensor]] = {}  # of the defence, at the last look
         self._split: SplitWeights | None = None  # while a phase learns that
@@ -75,13 +74,13 @@ class Training:
             self._phases_done, self._step, self._split = self._phases_done + 1, 0, None
             self._save(optimizer)
 
-    def rates(self, data: LabelledImages, *, low_precision: bool = False) -> dict[str, Figures]:
+    def rates(self, data: LabelledImages) -> dict[str, Figures]:
         """How the float model and each quantized one do on `data`; the defence is run anew."""
         self._defences.clear()
         models = {FLOAT: dict[str, Tensor]()}
         models |= {quantizer.name: self._rounded(quantizer) for quantizer in self.lesson.quantizers}
         return {
-            name: figures(self.model, weights, data, self.lesson.aim, low_precision=low_precision)
+            name: figures(self.model, weights, data, self.lesson.aim)
             for name, weights in models.items()
         }
 
@@ -125,7 +124,7 @@ class Training:
         else:
             quantizer = lesson.quantizers[self._step % len(lesson.quantizers)]
             weights = {"quantized": self._rounded(quantizer, learning=True)}
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._low_precision):
+        with fast():
             loss = phase_loss(phase, self.model, weights, lesson.teacher, batch)
         if phase.learns == "roundings":
             loss = loss + self.roundings.price(self._step / phase.steps)
@@ -139,7 +138,7 @@ class Training:
         if self._split is not None:
             for name, value in self._split.floats().items():
                 self.weights[name].data.copy_(value.detach())
-        rates = self.rates(self.lesson.held_out, low_precision=True)
+        rates = self.rates(self.lesson.held_out)
         entry = {"phase": phase.name, "step": self._step, "loss": loss, "seconds": self.seconds}
         self.log.append({**entry, "rates": {name: asdict(r) for name, r in rates.items()}})
         told = ", ".join(f"{name} {r}" for name, r in rates.items())
