@@ -42,8 +42,16 @@ class Session:
         Raises:
             ProviderError: the provider fails while computing.
         """
+        return self.run_with({self.input_name: batch})
+
+    def run_with(self, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """All outputs of a part of a model, which may have several inputs.
+
+        Raises:
+            ProviderError: the provider fails while computing.
+        """
         try:
-            values = self.inference.run(None, {self.input_name: batch})
+            values = self.inference.run(None, dict(inputs))
         except RUNTIME_ERRORS as error:
             raise ProviderError(f"onnxruntime cannot run the model: {first_line(error)}") from error
         return dict(zip(self.output_names, values, strict=True))

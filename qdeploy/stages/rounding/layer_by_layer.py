@@ -3,133 +3,159 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from qdeploy.core.moments import PairedMoments
+from qdeploy.core.program import Program
 from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.errors import DivergedError
 from qdeploy.graph.assemble import assemble
 from qdeploy.graph.io import initializers, serialize
+from qdeploy.graph.parts import as_program
+from qdeploy.methods import BrecqAdam, FromMoments, PdQuant, Trained
 from qdeploy.model import LayerPlan, RoundedLayer, WeightUse
 from qdeploy.progress import Progress
-from qdeploy.recipe import EfrapAdam, EfrapDescent
+from qdeploy.stages.rounding.from_moments import MomentsMethod, solve
 from qdeploy.stages.rounding.task import (
     LayerStore,
     RoundingTask,
     degraded,
-    descend,
     keep,
     outcome,
     positions,
     rows,
     stored,
 )
-from qdeploy.tap import Tap, open_tap
-
-BATCH = 64
+from qdeploy.stages.rounding.unit import Behind, TrainedMethod, make_unit, train_unit
+from qdeploy.walk import BATCH, Walk
 
 
 def round_layer_by_layer(
     task: RoundingTask,
-    spec: EfrapDescent | EfrapAdam,
+    spec: MomentsMethod | TrainedMethod,
     store: LayerStore,
     progress: Progress,
 ) -> tuple[RoundedLayer, ...]:
-    """EFRAP with inputs from the quantized prefix, by either solver.
-
-    The network up to a layer is run again for every layer: L layers cost O(L^2).
-    """
+    """Every layer on inputs from the quantized prefix, by any method."""
     problems, done = task.problems(), dict[str, RoundedLayer]()
+    pair: _Pair | None = None
     for layer in progress.track(task.plan.layers, "solve", len(task.plan.layers)):
         name = layer.site.name
         result = stored(store, layer)
         if result is None:
-            pair = _PrefixPair.before(task, layer, done)
-            if isinstance(spec, EfrapAdam):
-                result = _train(pair, spec, problems[name], progress)
+            pair = pair or _Pair.start(task, needs_logits=isinstance(spec, PdQuant | BrecqAdam))
+            pair.advance(task, layer, done)
+            if isinstance(spec, Trained):
+                result = _train(task, pair, spec, layer, problems[name], progress)
             else:
-                moments = _paired_moments(pair, spec, problems[name])
-                result = descend(task, spec, layer, problems[name], moments)
+                moments = _paired_moments(task, pair, spec, layer, problems[name])
+                result = solve(task, spec, layer, problems[name], moments)
             keep(store, result)
         done[name] = result
     return tuple(done.values())
 
 
-@dataclass(frozen=True, slots=True)
-class _PrefixPair:
-    """The float model and the one that is quantized up to a layer, side by side."""
+@dataclass(slots=True)
+class _Pair:
+    """The float model and the one that is quantized up to a layer, side by side on all images."""
 
-    task: RoundingTask
-    layer: LayerPlan
-    float_tap: Tap
-    prefix_tap: Tap
+    floats: Walk
+    prefix: Walk
+    logits: np.ndarray | None  # of the float model
+    program: Program | None  # of the float model
 
     @classmethod
-    def before(
-        cls, task: RoundingTask, layer: LayerPlan, done: Mapping[str, RoundedLayer]
-    ) -> _PrefixPair:
+    def start(cls, task: RoundingTask, *, needs_logits: bool) -> _Pair:
+        """Before the first layer."""
+        model, images = task.model, task.calibration()
+        floats = Walk.start(model.input_name, images)
+        prefix = Walk({**floats.values}, set(floats.done))
+        if not needs_logits:
+            return cls(floats, prefix, None, None)
+        whole = Walk({**floats.values}, set(floats.done))
+        whole.advance(model.onnx, [model.output_name])
+        return cls(floats, prefix, whole.values[model.output_name], as_program(model.onnx))
+
+    def advance(self, task: RoundingTask, layer: LayerPlan, done: dict[str, RoundedLayer]) -> None:
+        """Walk both models up to what `layer` reads, and the float one through it."""
         uses = layer.site.uses
-        wanted = [name for use in uses for name in (use.input, use.activation or use.output)]
-        prefix = serialize(assemble(task.model, task.plan, task.grids, done))
-        name = task.model.input_name
-        return cls(
-            task,
-            layer,
-            open_tap(task.model.onnx, name, wanted),
-            open_tap(prefix, name, (cls._quantized(task, use) for use in uses)),
-        )
+        passed = [
+            u for other in task.plan.layers if other.site.name in done for u in other.site.uses
+        ]
+        quantized = serialize(assemble(task.model, task.plan, task.grids, done))
+        wanted = [*(_after(u) for u in passed), *(u.input for u in uses)]
+        self.prefix.advance(quantized, [_in_integers(task, name) for name in wanted])
+        self.floats.advance(task.model.onnx, [*(u.input for u in uses), *(_after(u) for u in uses)])
 
-    def stream(self) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
-        """Float values by name, and the quantized inputs under the float names."""
-        images = self.task.calibration()
-        for batch in images.batches(BATCH):
-            x = images.preprocessing.normalise(batch.pixels)
-            prefix = self.prefix_tap(x)
-            names = {use.input: self._quantized(self.task, use) for use in self.layer.site.uses}
-            yield self.float_tap(x), {name: prefix[q] for name, q in names.items()}
+    def inputs(self, task: RoundingTask, use: WeightUse) -> np.ndarray:
+        """What the quantized prefix feeds the layer."""
+        return self.prefix.values[_in_integers(task, use.input)]
 
-    @staticmethod
-    def _quantized(task: RoundingTask, use: WeightUse) -> str:
-        return f"{use.input}.dequantized" if use.input in task.grids.activations else use.input
+    def behind(self, task: RoundingTask, use: WeightUse) -> Behind:
+        """The float network from the layer's output to the logits, fed by the quantized prefix."""
+        assert self.program is not None  # noqa: S101 - methods that need it have asked for it
+        assert self.logits is not None  # noqa: S101
+        given = {
+            name.removesuffix(".dequantized"): value
+            for name, value in self.prefix.values.items()
+            if not name.endswith(".quantized")
+        }
+        output, logits = _after(use), task.model.output_name
+        given.pop(output, None)
+        channels_last = use.window is None
+        return Behind(self.program, output, logits, given, self.logits, channels_last)
+
+
+def _after(use: WeightUse) -> str:
+    """The output of a layer's unit: behind the ReLU, if one follows."""
+    return use.activation or use.output
+
+
+def _in_integers(task: RoundingTask, name: str) -> str:
+    return f"{name}.dequantized" if name in task.grids.activations else name
 
 
 def _paired_moments(
-    pair: _PrefixPair, spec: EfrapDescent, problem: RoundingProblem
+    task: RoundingTask,
+    pair: _Pair,
+    spec: FromMoments,
+    layer: LayerPlan,
+    problem: RoundingProblem,
 ) -> list[PairedMoments]:
-    uses = pair.layer.site.uses
-    moments = [PairedMoments(*problem.weight.shape) for _ in uses]
-    generator = np.random.default_rng(pair.task.seed)
-    for float_values, prefix_values in pair.stream():
-        for use, moment in zip(uses, moments, strict=True):
-            x = prefix_values[use.input]
+    moments = []
+    for use in layer.site.uses:
+        moment = PairedMoments(*problem.weight.shape)
+        generator = np.random.default_rng(task.seed)
+        float_inputs, inputs = pair.floats.values[use.input], pair.inputs(task, use)
+        for first in range(0, len(inputs), BATCH):
+            x, float_x = (np.asarray(v[first : first + BATCH]) for v in (inputs, float_inputs))
             at = positions(use, x, spec.positions, generator)
-            wanted = rows(use, float_values[use.input], at) @ problem.weight.transpose(0, 2, 1)
+            wanted = rows(use, float_x, at) @ problem.weight.transpose(0, 2, 1)
             moment.update(rows(use, x, at), wanted)
+        moments.append(moment)
     return moments
 
 
 def _train(
-    pair: _PrefixPair, spec: EfrapAdam, problem: RoundingProblem, progress: Progress
+    task: RoundingTask,
+    pair: _Pair,
+    spec: TrainedMethod,
+    layer: LayerPlan,
+    problem: RoundingProblem,
+    progress: Progress,
 ) -> RoundedLayer:
-    """The published solver. It holds the layer's inputs for all images in memory."""
-    from qdeploy.stages.rounding.unit import make_unit, train
-
-    layer, started = pair.layer, time.perf_counter()
+    started = time.perf_counter()
     if len(layer.site.uses) > 1:
         return degraded(layer, problem, "a weight of several nodes has no unit to train", started)
     (use,) = layer.site.uses
-    collected = [
-        (prefix[use.input], values[use.activation or use.output])
-        for values, prefix in pair.stream()
-    ]
-    inputs, wanted = (np.concatenate(part) for part in zip(*collected, strict=True))
-    bias = initializers(pair.task.model.onnx)[use.bias] if use.bias else None
+    bias = initializers(task.model.onnx)[use.bias] if use.bias else None
+    inputs, wanted = pair.inputs(task, use), pair.floats.values[_after(use)]
     unit = make_unit(layer.site, use, bias, inputs, wanted)
+    behind = pair.behind(task, use) if pair.program is not None else None
     try:
-        codes = train(problem, unit, spec, pair.task.layer_seed(layer), progress)
+        codes = train_unit(problem, unit, spec, task.layer_seed(layer), behind, progress)
     except DivergedError as error:
         return degraded(layer, problem, str(error), started)
     return outcome(layer, problem, codes, started=started)
