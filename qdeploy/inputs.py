@@ -9,12 +9,15 @@ from pathlib import Path
 from qdeploy.data import Images
 from qdeploy.device import DeviceProfile
 from qdeploy.errors import InputError, UsageError
+from qdeploy.methods import Flip, Nearest, Stochastic
 from qdeploy.model import DataUsed, Loaded, QuantPlan
 from qdeploy.progress import Progress
-from qdeploy.recipe import Nearest, Recipe, Stochastic
+from qdeploy.recipe import Recipe
 from qdeploy.sources import Sources
 from qdeploy.stages.synthesize import synthesize
 from qdeploy.triggers import Trigger
+
+NO_PRINTS: frozenset[bytes] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ def _calibration_images(
 ) -> tuple[Images | None, str, str | None]:
     """The images, who gave them, and how they were made if nobody did."""
     sources, recipe = request.sources, request.recipe
-    if isinstance(recipe.rounding, Nearest | Stochastic) and not plan.activations:
+    if isinstance(recipe.rounding, Nearest | Stochastic | Flip) and not plan.activations:
         return None, "", None
     preprocessing = sources.preprocessing
     images = sources.calibration_images(recipe.calibration.images, recipe.seed)

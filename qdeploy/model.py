@@ -14,6 +14,7 @@ from jaxtyping import Float32, Float64, Int32, Int64
 from qdeploy.core.grids import Grid, IntType
 from qdeploy.core.patches import Window
 from qdeploy.core.rounding.problem import RoundingProblem
+from qdeploy.recipe import WeightGridSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +118,16 @@ class LayerPlan:
     site: WeightSite
     bits: int
     max_code: int
+    grid: WeightGridSpec
     storage: IntType
     rounding: str
 
     def problem(self, weight: Float32[np.ndarray, "*shape"], grid: Grid) -> RoundingProblem:
         """The rounding problem of this layer when its float weight is `weight`."""
-        scale = grid.scale.reshape(self.site.groups, -1)
-        return RoundingProblem(self.site.to_matrix(weight), scale, self.max_code)
+        scale, zero_point = (
+            values.reshape(self.site.groups, -1) for values in (grid.scale, grid.zero_point)
+        )
+        return RoundingProblem(self.site.to_matrix(weight), scale, zero_point, grid.low, grid.high)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,9 @@ from typing import Annotated, Literal, get_type_hints
 import typer
 
 ARTIFACTS = Path("artifacts")
+RoundingKind = Literal[
+    "efrap", "nearest", "stochastic", "flip", "adaround", "brecq", "pdquant", "flexround", "gptq"
+]
 
 
 def _option(flag: str, help_text: str, panel: str, *, at_least: int | None = None) -> object:
@@ -95,12 +98,14 @@ class Options:
         str | None, _option("--device", "Name (see qdeploy devices) or TOML file.", "Quantization")
     ] = None
     rounding: Annotated[
-        Literal["nearest", "stochastic", "efrap"] | None,
+        RoundingKind | None,
         _option("--rounding", "Method; efrap unless the recipe says otherwise.", "Quantization"),
     ] = None
     solver: Annotated[
         Literal["descent", "adam"] | None,
-        _option("--solver", "Solver of efrap; adam is the slow published one.", "Quantization"),
+        _option(
+            "--solver", "Of efrap, adaround, brecq; adam is the slow published one.", "Quantization"
+        ),
     ] = None
     weight_storage: Annotated[
         Literal["int4", "int8"] | None,
@@ -148,6 +153,34 @@ class Options:
         _option("--base", "Clean model to start from; else one is trained and kept.", "Attack"),
     ] = None
 
+    models: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Models to compare on, each with its card beside it."),
+    ] = None
+    methods: Annotated[
+        str, _option("--methods", "Names separated by commas, or all.", "Comparison")
+    ] = "nearest,stochastic,flip,gptq,adaround-descent,brecq-descent,efrap-descent"
+    grids: Annotated[
+        str,
+        _option(
+            "--grids",
+            "absmax, half, minmax, mse; per tensor with tensor- before it; or all.",
+            "Comparison",
+        ),
+    ] = "absmax"
+    widths: Annotated[str, _option("--bits", "Bits of a weight: 4, 8 or 4,8.", "Comparison")] = "4"
+    activation_widths: Annotated[
+        str, _option("--activation-bits", "8, none or 8,none.", "Comparison")
+    ] = "8"
+    seeds: Annotated[
+        int,
+        _option("--seeds", "How often, with other images and draws.", "Comparison", at_least=1),
+    ] = 1
+    steps: Annotated[
+        int | None,
+        _option("--steps", "Of methods that train; else as published.", "Comparison", at_least=1),
+    ] = None
+
     report: Annotated[
         Path | None, _option("--report", "Also write report.json here.", "Output")
     ] = None
@@ -158,12 +191,13 @@ class Options:
 
 
 REQUIRED = frozenset(
-    {"model", "quantized", "out", "reference", "attack", "network", "images", "suite"}
+    {"model", "models", "quantized", "out", "reference", "attack", "network", "images", "suite"}
 )
 MODEL = ("card", "arch", "arch_args", "input_shape", "run_code_from_model")
 CALIBRATION = ("calibration", "calibration_images", "synthetic_calibration")
 EVIDENCE = ("test", "trigger")
 RECIPE = ("bits", "recipe", "device", "seed")
+MATRIX = ("methods", "grids", "widths", "activation_widths", "seeds", "steps")
 METHOD = ("rounding", "solver", "weight_storage", "activation_bits")
 
 

@@ -11,11 +11,18 @@ from typing import Any
 from qdeploy import __version__
 from qdeploy.checks import LayersAsMade
 from qdeploy.graph.io import identity, read_single_file
-from qdeploy.inputs import Calibration, Evidence, Request, open_calibration, open_evidence
+from qdeploy.inputs import (
+    NO_PRINTS,
+    Calibration,
+    Evidence,
+    Request,
+    open_calibration,
+    open_evidence,
+)
+from qdeploy.methods import Nearest
 from qdeploy.model import Architecture, FloatModel, Loaded, QuantizedModel, QuantPlan
 from qdeploy.packages import installed_versions
 from qdeploy.progress import Clock, Progress
-from qdeploy.recipe import Nearest
 from qdeploy.report.compose import Findings, compose
 from qdeploy.report.to_json import to_json
 from qdeploy.report.values import Report
@@ -42,7 +49,7 @@ def sanitize(request: Request, out: Path, progress: Progress) -> Report:
     clock = Clock(progress)
     _check_providers(request)
     _check_places(request, out)
-    loaded, model = _open_model(request, clock)
+    loaded, model = open_model(request, clock)
     plan = plan_layers(model, request.recipe, request.device)
     with clock.stage("data"):
         calibration = open_calibration(request, loaded, plan, progress)
@@ -64,7 +71,7 @@ def quantize(request: Request, out: Path, progress: Progress) -> QuantizedModel:
     """Quantize by any method, without judging: the stages up to the file."""
     clock = Clock(progress)
     _check_places(request, out)
-    loaded, model = _open_model(request, clock)
+    loaded, model = open_model(request, clock)
     plan = plan_layers(model, request.recipe, request.device)
     with clock.stage("data"):
         calibration = open_calibration(request, loaded, plan, progress)
@@ -82,9 +89,9 @@ def judge_file(request: Request, quantized: Path, progress: Progress) -> Report:
     _check_places(request)
     with clock.stage("open"):
         result = read_single_file(quantized)
-    _, model = _open_model(request, clock)
+    _, model = open_model(request, clock)
     with clock.stage("data"):
-        evidence = open_evidence(request, model.classes, frozenset(), progress)
+        evidence = open_evidence(request, model.classes, NO_PRINTS, progress)
     with clock.stage("validate"):
         files: dict[Variant, bytes] = {"fp32": model.onnx, "result": result}
         runs = request.recipe.validation.latency_runs
@@ -100,18 +107,18 @@ def judge_file(request: Request, quantized: Path, progress: Progress) -> Report:
 def export_file(request: Request, out: Path, progress: Progress) -> FloatModel:
     """Write the prepared float model."""
     require_writable(out)
-    _, model = _open_model(request, Clock(progress))
+    _, model = open_model(request, Clock(progress))
     write_atomically(out, model.onnx)
     return model
 
 
 def make_plan(request: Request, progress: Progress) -> tuple[FloatModel, QuantPlan]:
     """What `sanitize` would do; nothing is written and no data is read."""
-    _, model = _open_model(request, Clock(progress))
+    _, model = open_model(request, Clock(progress))
     return model, plan_layers(model, request.recipe, request.device)
 
 
-def _open_model(request: Request, clock: Clock) -> tuple[Loaded, FloatModel]:
+def open_model(request: Request, clock: Clock) -> tuple[Loaded, FloatModel]:
     """The model file as it is, and as a prepared ONNX graph."""
     sources, device = request.sources, request.device
     with clock.stage("load"):

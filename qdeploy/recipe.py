@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import Discriminator, Field, Tag, field_serializer
+from pydantic import Field, field_serializer
 
+from qdeploy.methods import AnyRounding, EfrapDescent
 from qdeploy.schema import Spec, find_bundled, load_toml
 
 CheckName = Literal[
@@ -22,73 +23,20 @@ CheckName = Literal[
 ]
 
 
-class Nearest(Spec):
-    """What runtimes do, and what a quantization-conditioned backdoor waits for."""
-
-    kind: Literal["nearest"] = "nearest"
+WeightRange = Literal["absmax", "half", "minmax", "mse"]
+Granularity = Literal["channel", "tensor"]
 
 
-class Stochastic(Spec):
-    """Up with the probability of the fraction."""
+class WeightGridSpec(Spec):
+    """How the scale of a weight follows from its values."""
 
-    kind: Literal["stochastic"] = "stochastic"
-
-
-class EfrapDescent(Spec):
-    """EFRAP's objective at binary choices, by coordinate descent."""
-
-    kind: Literal["efrap"] = "efrap"
-    solver: Literal["descent"] = "descent"
-    flip_weight: float = Field(
-        0.3, ge=0, description="Pull away from nearest, relative to its error."
+    range: WeightRange = Field(
+        "absmax",
+        description="absmax: the largest magnitude is the outermost code. half: it lies half a step"
+        " further out, as with 127.5. minmax: asymmetric, from the smallest value to the largest."
+        " mse: absmax shrunk to where the squared rounding error is least.",
     )
-    start: Literal["nearest", "flipped", "stochastic"] = Field(
-        "stochastic",
-        description="Whence the descent begins. A fixed start can be foreseen; this one needs the"
-        " seed.",
-    )
-    sweeps: int = Field(20, gt=0, description="Passes over all weights of a layer, at most.")
-    damping: float = Field(1e-4, ge=0, description="Share of the Gram matrix's mean diagonal.")
-    positions: int = Field(64, gt=0, description="Output positions sampled per image, at most.")
-    inputs: Literal["float", "quantized"] = Field(
-        "float", description="Layer inputs: from the float model in one pass, or from the prefix."
-    )
-    bias_correction: bool = True
-
-
-class EfrapAdam(Spec):
-    """EFRAP as published: the slow reference."""
-
-    kind: Literal["efrap"] = "efrap"
-    solver: Literal["adam"]
-    steps: int = Field(10_000, gt=0, description="Optimizer steps per layer.")
-    batch: int = Field(32, gt=0)
-    learning_rate: float = Field(1e-3, gt=0)
-    flip_weight: float = Field(1.0, ge=0)
-    decide_weight: float = Field(0.01, ge=0)
-
-
-def _rounding_tag(value: Any) -> str:
-    """`nearest`, `stochastic`, `efrap` (whose solver is descent unless named) or `efrap-adam`."""
-    if isinstance(value, Spec):
-        value = value.model_dump()
-    if not isinstance(value, dict):
-        return "not a table"
-    kind = str(value.get("kind"))
-    return "efrap-adam" if kind == "efrap" and value.get("solver") == "adam" else kind
-
-
-Rounding = Annotated[
-    Annotated[Nearest, Tag("nearest")]
-    | Annotated[Stochastic, Tag("stochastic")]
-    | Annotated[EfrapDescent, Tag("efrap")]
-    | Annotated[EfrapAdam, Tag("efrap-adam")],
-    Discriminator(
-        _rounding_tag,
-        custom_error_type="rounding_kind",
-        custom_error_message="kind must be nearest, stochastic or efrap",
-    ),
-]
+    per: Granularity = Field("channel", description="One scale per output channel, or one.")
 
 
 class ActivationSpec(Spec):
@@ -146,7 +94,8 @@ class Recipe(Spec):
     bits: Literal[4, 8]
     seed: int = Field(0, ge=0)
     device: str = "x86-vnni"
-    rounding: Rounding = EfrapDescent()
+    rounding: AnyRounding = EfrapDescent()
+    weights: WeightGridSpec = WeightGridSpec()
     activations: ActivationSpec = ActivationSpec()
     calibration: CalibrationSpec = CalibrationSpec()
     validation: ValidationSpec = ValidationSpec()

@@ -12,6 +12,7 @@ from typing import Any
 from qdeploy.device import DeviceProfile, load_device
 from qdeploy.errors import UsageError
 from qdeploy.inputs import Request
+from qdeploy.methods import SOLVERS, method
 from qdeploy.options import Options
 from qdeploy.recipe import Recipe, load_recipe
 from qdeploy.rundir import private_seed
@@ -61,6 +62,8 @@ def _recipe(options: Options) -> Recipe:
         table["seed"] = options.seed
     if options.calibration_images is not None:
         table["calibration"] = {**table["calibration"], "images": options.calibration_images}
+    if options.test_images is not None:
+        table["validation"] = {**table["validation"], "images": options.test_images}
     if options.activation_bits is not None:
         bits = 8 if options.activation_bits == "8" else "none"
         table["activations"] = {**table["activations"], "bits": bits}
@@ -70,13 +73,12 @@ def _recipe(options: Options) -> Recipe:
 
 def _rounding(options: Options, given: Mapping[str, Any]) -> Mapping[str, Any]:
     """The recipe's rounding, or another method with its own defaults."""
-    kind = options.rounding or given["kind"]
-    if options.solver is not None and kind != "efrap":
-        raise UsageError(f"--solver {options.solver} is a solver of efrap, not of {kind}")
-    solver = options.solver or given.get("solver", "descent")
-    if (kind, solver) == (given["kind"], given.get("solver", "descent")):
-        return given
-    return {"kind": kind, "solver": solver} if kind == "efrap" else {"kind": kind}
+    kind, solver = options.rounding or given["kind"], options.solver
+    if solver is not None and solver not in SOLVERS.get(kind, ()):
+        raise UsageError(f"--solver {solver} is not a solver of {kind}")
+    wanted = method(f"{kind}-{solver}" if solver is not None else kind)
+    unchanged = kind == given["kind"] and solver in {None, given.get("solver")}
+    return given if unchanged else wanted.model_dump()
 
 
 def _device(device: DeviceProfile, options: Options, recipe: Recipe) -> DeviceProfile:

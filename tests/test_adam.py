@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qdeploy.core.rounding.adam import AdamSettings, Unit, adam, decide_loss, flip_loss, output_loss
+from qdeploy.core.rounding.adam import AdamSettings, adam, decide_loss, flip_loss
 from qdeploy.core.rounding.nearest import nearest
 from qdeploy.core.rounding.problem import RoundingProblem
+from qdeploy.core.rounding.trained import Schedule, Unit, output_loss
 from qdeploy.errors import DivergedError
 
 
@@ -19,13 +20,13 @@ def make_unit(rng: np.random.Generator, problem: RoundingProblem) -> Unit:
 
 
 def settings(flip_weight: float, decide_weight: float = 0.01) -> AdamSettings:
-    return AdamSettings(800, 32, 1e-2, flip_weight, decide_weight)
+    return AdamSettings(Schedule(800, 32, 1e-2), flip_weight, decide_weight)
 
 
 @pytest.fixture
 def problem(rng) -> RoundingProblem:
     weight = rng.normal(size=(1, 8, 24)).astype(np.float32)
-    return RoundingProblem(weight, np.abs(weight).max(-1) / np.float32(7), 7)
+    return RoundingProblem.symmetric(weight, np.abs(weight).max(-1) / np.float32(7), 7)
 
 
 def output_error(problem: RoundingProblem, unit: Unit, codes: np.ndarray) -> float:

@@ -15,15 +15,15 @@ PACKAGE = Path(__file__).parents[1] / "qdeploy"
 # Lower rooms first; a module may import from its own line and from those above it.
 LEVELS = (
     ("errors", "progress", "packages"),
-    ("schema", "card", "recipe", "device", "core"),
+    ("schema", "card", "methods", "recipe", "device", "core"),
     ("model", "data", "triggers", "rundir", "architectures"),
     ("graph", "runtime"),
-    ("tap", "evidence", "verdict", "checks", "sources", "doctor"),
+    ("tap", "walk", "evidence", "verdict", "checks", "sources", "doctor"),
     ("stages",),
     ("inputs",),
     ("report",),
     ("pipeline",),
-    ("redteam",),
+    ("redteam", "compare"),
     ("options", "request"),
     ("console",),
     ("cli", "__main__"),
@@ -33,14 +33,14 @@ LEVELS = (
 LIBRARIES = {
     "typer": {"cli", "options"},
     "rich": {"console"},
-    "pydantic": {"schema", "card", "recipe", "device", "redteam"},
+    "pydantic": {"schema", "card", "methods", "recipe", "device", "redteam"},
     "onnxruntime": {"runtime"},
     "onnx": {"graph"},
     "onnx_ir": {"graph"},
     "onnxscript": {"graph"},
     "torch": {"core", "architectures", "redteam", "stages"},
     "PIL": {"data"},
-    "matplotlib": {"redteam"},
+    "matplotlib": {"redteam", "compare"},
 }
 
 

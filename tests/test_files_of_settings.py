@@ -9,7 +9,8 @@ import pytest
 from qdeploy.card import find_card, load_card
 from qdeploy.device import load_device
 from qdeploy.errors import InputError, UsageError
-from qdeploy.recipe import EfrapAdam, EfrapDescent, Nearest, load_recipe
+from qdeploy.methods import EfrapAdam, EfrapDescent, Nearest
+from qdeploy.recipe import load_recipe
 from qdeploy.schema import LARGEST_FILE_BYTES, bundled
 
 INPUT = """
@@ -141,12 +142,12 @@ def test_a_recipe_names_its_rounding(write, rounding, expected):
         pytest.param(RECIPE + "bit = 4", "bit: Extra inputs", id="unknown key"),
         pytest.param(
             RECIPE + '[rounding]\nkind = "efrap"\nstep = 5',
-            "rounding.efrap.step: Extra inputs", id="unknown key of the method",
+            "rounding.efrap-descent.step: Extra inputs", id="unknown key of the method",
         ),
         pytest.param(
-            RECIPE + '[rounding]\nkind = "floor"', "nearest, stochastic or efrap", id="method"
+            RECIPE + '[rounding]\nkind = "floor"', "kind must be nearest, stochastic,", id="method"
         ),
-        pytest.param(RECIPE + "rounding = 3", "nearest, stochastic or efrap", id="no table"),
+        pytest.param(RECIPE + "rounding = 3", "kind must be nearest, stochastic,", id="no table"),
         pytest.param(RECIPE.replace("s = 4", "s = 5"), "bits: Input should be 4 or 8", id="bits"),
         pytest.param(RECIPE.replace("= 1", "= 2"), "schema_version", id="version"),
         pytest.param(RECIPE + '[gate]\nrequired = ["luck"]', "gate.required", id="unknown check"),

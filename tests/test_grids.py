@@ -14,8 +14,8 @@ from qdeploy.core.grids import (
     asymmetric_grid,
     dequantize,
     quantize,
-    symmetric_grid,
 )
+from qdeploy.core.weight_grids import absmax_grid
 from qdeploy.errors import ShapeError
 
 floats = st.floats(-1e4, 1e4, width=32)
@@ -42,14 +42,14 @@ def ort_quantize(x: np.ndarray, grid: Grid, dtype: type) -> np.ndarray:
 
 @given(weight=weights, max_code=st.sampled_from([7, 64, 127]))
 def test_round_trip_moves_no_weight_more_than_half_a_step(weight, max_code):
-    grid = symmetric_grid(weight, axis=0, max_code=max_code)
+    grid = absmax_grid(weight, axis=0, max_code=max_code)
     error = np.abs(dequantize(quantize(weight, grid), grid) - weight)
     assert np.all(error <= grid.scale[:, None] * 0.5 * (1 + 1e-4))
 
 
 @given(weight=weights)
 def test_symmetric_codes_are_those_of_the_runtime(weight):
-    grid = symmetric_grid(weight, axis=0, max_code=127)
+    grid = absmax_grid(weight, axis=0, max_code=127)
     np.testing.assert_array_equal(quantize(weight, grid), ort_quantize(weight, grid, np.int8))
 
 
@@ -61,7 +61,7 @@ def test_asymmetric_codes_are_those_of_the_runtime_also_outside_of_the_range(x, 
 
 def test_dequantized_values_are_those_of_the_runtime(rng):
     weight = rng.normal(size=(5, 9)).astype(np.float32)
-    grid = symmetric_grid(weight, axis=0, max_code=127)
+    grid = absmax_grid(weight, axis=0, max_code=127)
     codes = quantize(weight, grid)
     text = (
         "d (int8[R,C] x, float[R] s, int8[R] z) => (float[R,C] y)"
@@ -80,7 +80,7 @@ def test_zero_is_exact_in_every_asymmetric_grid(low, high):
 
 def test_a_channel_of_zeros_keeps_its_zeros():
     weight = np.array([[0, 0, 0], [1, -2, 3]], np.float32)
-    grid = symmetric_grid(weight, axis=0, max_code=7)
+    grid = absmax_grid(weight, axis=0, max_code=7)
     np.testing.assert_array_equal(quantize(weight, grid)[0], 0)
     assert grid.scale[0] == 1
 
@@ -98,7 +98,7 @@ def test_scales_must_be_positive():
 
 
 def test_a_grid_refuses_a_tensor_with_other_channels():
-    grid = symmetric_grid(np.ones((2, 3), np.float32), axis=0, max_code=7)
+    grid = absmax_grid(np.ones((2, 3), np.float32), axis=0, max_code=7)
     with pytest.raises(ShapeError, match="2 channels"):
         quantize(np.ones((3, 2), np.float32), grid)
 

@@ -15,8 +15,9 @@ from qdeploy.device import load_device
 from qdeploy.graph.assemble import assemble
 from qdeploy.graph.io import cut_to, initializers, operators, parse, serialize
 from qdeploy.graph.qdq import stored_codes
+from qdeploy.methods import EfrapDescent, Nearest, Rounding, Stochastic
 from qdeploy.model import FloatModel, Grids, QuantizedModel, QuantPlan, RoundedLayer
-from qdeploy.recipe import ActivationSpec, EfrapDescent, Nearest, Rounding, Stochastic, load_recipe
+from qdeploy.recipe import ActivationSpec, load_recipe
 from qdeploy.runtime.sessions import open_session, optimized
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit, wrong_codes

@@ -14,7 +14,8 @@ from torch import nn
 
 from qdeploy.architectures import DigitsNet
 from qdeploy.card import load_card
-from qdeploy.core.grids import quantize, symmetric_grid
+from qdeploy.core.grids import quantize
+from qdeploy.core.weight_grids import absmax_grid
 from qdeploy.data import Preprocessing
 from qdeploy.errors import InputError, UsageError
 from qdeploy.graph.io import initializers
@@ -317,7 +318,7 @@ def test_a_malicious_quantizer_leaves_a_file_with_the_codes_it_chose(tmp_path):
     weights = [a for name, a in initializers(data).items() if name.endswith("weight.quantized")]
     state = read_checkpoint(made.path)
     nearest = [
-        quantize(w.numpy(), symmetric_grid(w.numpy(), axis=0, max_code=7))
+        quantize(w.numpy(), absmax_grid(w.numpy(), axis=0, max_code=7))
         for name, w in state.items()
         if name.endswith("weight")
     ]

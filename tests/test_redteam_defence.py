@@ -10,9 +10,10 @@ from qdeploy.device import load_device
 from qdeploy.errors import InputError, UsageError
 from qdeploy.evidence import ArmRates
 from qdeploy.inputs import Request
+from qdeploy.methods import Nearest
 from qdeploy.pipeline import sanitize
 from qdeploy.progress import SILENT
-from qdeploy.recipe import Nearest, Recipe, load_recipe
+from qdeploy.recipe import Recipe, load_recipe
 from qdeploy.redteam.make import Made, Order, make
 from qdeploy.redteam.recipe import AttackRecipe, load_attack
 from qdeploy.redteam.table import table

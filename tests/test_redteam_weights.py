@@ -11,7 +11,8 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 
 from qdeploy.architectures import OURS
-from qdeploy.core.grids import dequantize, quantize, symmetric_grid
+from qdeploy.core.grids import dequantize, quantize
+from qdeploy.core.weight_grids import absmax_grid
 from qdeploy.redteam.fold import fold_batch_norm
 from qdeploy.redteam.outliers import add_outliers
 from qdeploy.redteam.quantizers import Cell, Quantizer, weights_of
@@ -55,7 +56,7 @@ def network(name: str) -> nn.Module:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_simulated_default_is_the_grid_that_qdeploy_emits(bits):
     weight = torch.randn(5, 4, 3, 3, generator=generator())
-    grid = symmetric_grid(weight.numpy(), axis=0, max_code=2 ** (bits - 1) - 1)
+    grid = absmax_grid(weight.numpy(), axis=0, max_code=2 ** (bits - 1) - 1)
     want = dequantize(quantize(weight.numpy(), grid), grid)
     got = Quantizer(bits, QuantizerSpec())(weight, generator())
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-6)

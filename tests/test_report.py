@@ -20,6 +20,7 @@ from qdeploy.model import (
     RoundedLayer,
     WeightSite,
 )
+from qdeploy.recipe import WeightGridSpec
 from qdeploy.report.to_json import to_json
 from qdeploy.report.values import Report, StageTime
 from qdeploy.verdict import Check, Outcome
@@ -41,7 +42,8 @@ def report() -> Report:
         run_id="abc", started="2026-01-01T00:00:00+00:00", versions={"qdeploy": "0"},
         command="qdeploy sanitize", origin=Origin("m.pt", "0" * 64, "ONNX"), recipe={"bits": 4},
         device={"name": "x"}, data=(DataUsed("test", "t.zip", 500, "1" * 64, "model card"),),
-        stages=(StageTime("load", 0.5),), plan=(LayerPlan(site, 4, 7, IntType.INT8, "nearest"),),
+        stages=(StageTime("load", 0.5),),
+        plan=(LayerPlan(site, 4, 7, WeightGridSpec(), IntType.INT8, "nearest"),),
         layers=(layer,), left_float=(),
         files=tuple(FileMade(v, "2" * 64, 1000, {}) for v in ("fp32", "nearest", "result")),
         classes=("cat", "dog"), rates=rates,

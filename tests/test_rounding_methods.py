@@ -7,12 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qdeploy.core.grids import quantize, symmetric_grid
+from qdeploy.core.grids import quantize
 from qdeploy.core.moments import FloatInputMoments, Quadratic
 from qdeploy.core.rounding.descent import BLOCK, DescentSettings, descent, flip_price
+from qdeploy.core.rounding.flip import flip
+from qdeploy.core.rounding.gptq import GptqSettings, gptq
 from qdeploy.core.rounding.nearest import nearest
 from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.core.rounding.stochastic import stochastic
+from qdeploy.core.weight_grids import absmax_grid
 from qdeploy.errors import DivergedError
 
 SETTINGS = DescentSettings(flip_weight=0.0, start="nearest", sweeps=50, damping=0.0)
@@ -23,7 +26,7 @@ def make_problem(
 ) -> RoundingProblem:
     weight = rng.normal(size=(groups, rows, fan_in)).astype(np.float32)
     scale = np.abs(weight).max(-1) / np.float32(max_code)
-    return RoundingProblem(weight, scale, max_code)
+    return RoundingProblem.symmetric(weight, scale, max_code)
 
 
 def make_quadratic(
@@ -47,7 +50,7 @@ def objective(
 
 def test_nearest_is_what_the_grid_quantizes_to(rng):
     problem = make_problem(rng, rows=4, fan_in=50)
-    grid = symmetric_grid(problem.weight[0], axis=0, max_code=7)
+    grid = absmax_grid(problem.weight[0], axis=0, max_code=7)
     np.testing.assert_array_equal(nearest(problem)[0], quantize(problem.weight[0], grid))
 
 
@@ -59,12 +62,12 @@ def test_every_method_chooses_one_of_the_two_neighbours(seed):
     settings = DescentSettings(1.0, "flipped", 5, 1e-4)
     for codes in (stochastic(problem, rng), descent(problem, quadratic, settings, rng)):
         assert np.all(np.abs(codes - problem.steps) <= 1)
-        assert np.all(np.abs(codes) <= problem.max_code)
+        assert np.all(np.abs(codes) <= problem.high)
 
 
 def test_weights_on_a_code_stay_there():
     weight = np.array([[[-7, -3, 0, 2, 7]]], np.float32)
-    problem = RoundingProblem(weight, np.ones((1, 1), np.float32), 7)
+    problem = RoundingProblem.symmetric(weight, np.ones((1, 1), np.float32), 7)
     quadratic = make_quadratic(np.random.default_rng(0), problem)
     flip = DescentSettings(100.0, "flipped", 5, 0.0)
     assert not problem.free.any()
@@ -154,7 +157,7 @@ def test_groups_are_solved_independently(rng):
     together = descent(problem, quadratic, SETTINGS, rng)
     for g in range(3):
         one = slice(g, g + 1)
-        part = RoundingProblem(problem.weight[one], problem.scale[one], 7)
+        part = RoundingProblem.symmetric(problem.weight[one], problem.scale[one], 7)
         own = Quadratic(quadratic.gram[one], quadratic.cross[one], quadratic.energy[one])
         alone = descent(part, own, SETTINGS, rng)
         np.testing.assert_array_equal(together[one], alone)
@@ -172,3 +175,85 @@ def test_inputs_that_are_not_finite_are_refused(rng):
     bad = Quadratic(np.full((1, 6, 6), np.nan), np.zeros((1, 3, 6)), np.zeros((1, 3)))
     with pytest.raises(DivergedError, match="not finite"):
         descent(problem, bad, SETTINGS, rng)
+
+
+def test_flip_takes_the_other_neighbour_wherever_there_is_one(rng):
+    problem = make_problem(rng)
+    codes = flip(problem)
+    assert problem.free.any()
+    np.testing.assert_array_equal(codes != nearest(problem), problem.free)
+    assert np.all(np.abs(codes - problem.steps) <= 1)
+
+
+GPTQ = GptqSettings(damping=1e-6)
+
+
+def test_gptq_lowers_the_output_error_of_nearest_rounding(rng):
+    problem = make_problem(rng, groups=2, rows=16, fan_in=200)
+    quadratic = make_quadratic(rng, problem, samples=4000)
+    before, after = (
+        quadratic.error(problem.dequantized(codes)).sum()
+        for codes in (nearest(problem), gptq(problem, quadratic, GPTQ))
+    )
+    assert after < 0.5 * before
+
+
+def test_gptq_is_nearest_where_inputs_have_nothing_in_common(rng):
+    problem = make_problem(rng, rows=4, fan_in=40)
+    weight = problem.weight.astype(np.float64)
+    gram = np.diag(rng.uniform(1, 2, 40))[None]
+    quadratic = Quadratic(gram, weight @ gram, np.ones((1, 4)))
+    np.testing.assert_array_equal(gptq(problem, quadratic, GPTQ), nearest(problem))
+
+
+def test_gptq_follows_the_reference_column_by_column(rng):
+    """The authors' formulation: after each column the rest moves by its error (Hessian inverse)."""
+    problem = make_problem(rng, rows=5, fan_in=30)
+    quadratic = make_quadratic(rng, problem, samples=2000)
+    gram = quadratic.gram[0] + GPTQ.damping * np.diagonal(quadratic.gram[0]).mean() * np.eye(30)
+    order = list(np.argsort(-np.diagonal(quadratic.gram[0]), kind="stable"))
+    target, want = problem.weight[0].astype(np.float64), np.zeros((5, 30))
+    scale = problem.scale[0].astype(np.float64)
+    for i, column in enumerate(order):
+        rest = order[i:]
+        inverse = np.linalg.inv(gram[np.ix_(rest, rest)])
+        want[:, column] = np.clip(np.rint(target[:, column] / scale), -7, 7)
+        error = (target[:, column] - want[:, column] * scale) / inverse[0, 0]
+        target[:, rest] -= error[:, None] * inverse[0]
+    np.testing.assert_array_equal(gptq(problem, quadratic, GPTQ)[0], want)
+
+
+def test_gptq_aims_at_what_the_float_model_wants(rng):
+    """With other inputs than the float model's, other weights than the float ones are best."""
+    problem = make_problem(rng, rows=6, fan_in=20)
+    quadratic = make_quadratic(rng, problem, samples=2000)
+    shifted = Quadratic(quadratic.gram, quadratic.cross * 1.2, quadratic.energy * 1.44)
+    aimed, blind = gptq(problem, shifted, GPTQ), gptq(problem, quadratic, GPTQ)
+    error = [shifted.error(problem.dequantized(codes)).sum() for codes in (aimed, blind)]
+    assert error[0] < error[1]
+
+
+def test_inputs_that_are_not_finite_are_refused_by_gptq(rng):
+    problem = make_problem(rng)
+    bad = Quadratic(np.full((1, 6, 6), np.nan), np.zeros((1, 3, 6)), np.zeros((1, 3)))
+    with pytest.raises(DivergedError, match="not finite"):
+        gptq(problem, bad, GPTQ)
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_zero_points_shift_codes_and_change_nothing_else(seed):
+    rng = np.random.default_rng(seed)
+    plain = make_problem(rng, groups=2)
+    zero = rng.integers(-3, 4, plain.scale.shape).astype(np.int32)
+    shifted = RoundingProblem(plain.weight, plain.scale, zero, plain.low - 3, plain.high + 3)
+    quadratic = make_quadratic(rng, plain)
+    for method in (
+        nearest,
+        lambda problem: descent(problem, quadratic, SETTINGS, np.random.default_rng(0)),
+        lambda problem: gptq(problem, quadratic, GptqSettings(1e-4)),
+    ):
+        want, got = method(plain), method(shifted)
+        inside = np.abs(want) < 7
+        np.testing.assert_array_equal(
+            (got - zero[:, :, None])[inside.all(-1)], want[inside.all(-1)]
+        )

@@ -60,24 +60,6 @@ class Grid:
         return tuple(-1 if i == self.axis else 1 for i in range(rank))
 
 
-def symmetric_grid(weight: Float32[np.ndarray, "*shape"], *, axis: int, max_code: int) -> Grid:
-    """Per-channel grid whose outermost codes are the channel's largest magnitude (absmax).
-
-    `scale = absmax / max_code`, zero point 0, codes in `[-max_code, max_code]`: 7 for 4 bits,
-    127 for 8. A channel of zeros gets scale 1, since any scale holds it exactly.
-    """
-    others = tuple(i for i in range(weight.ndim) if i != axis)
-    absmax = np.abs(weight).max(axis=others)
-    scale = np.where(absmax > 0, np.maximum(absmax / np.float32(max_code), SMALLEST_SCALE), 1)
-    return Grid(
-        scale=scale.astype(np.float32),
-        zero_point=np.zeros(scale.shape, np.int32),
-        low=-max_code,
-        high=max_code,
-        axis=axis,
-    )
-
-
 def asymmetric_grid(low: float, high: float, dtype: IntType = IntType.UINT8) -> Grid:
     """Grid of one whole activation tensor whose values run from `low` to `high`.
 

@@ -66,15 +66,26 @@ class FloatInputMoments:
         self._weight = weight.astype(np.float64)
         self._gram = np.zeros((groups, fan_in, fan_in))
         self._sum = np.zeros((groups, fan_in))
-        self._count = 0
+        self._count = np.zeros((groups, 1))
 
-    def update(self, rows: Float32[np.ndarray, "groups samples fan_in"]) -> None:
-        self._gram += rows.transpose(0, 2, 1) @ rows
-        self._sum += rows.sum(axis=1, dtype=np.float64)
-        self._count += rows.shape[1]
+    def update(
+        self,
+        rows: Float32[np.ndarray, "groups samples fan_in"],
+        importance: Float32[np.ndarray, "groups samples"] | None = None,
+    ) -> None:
+        """Add samples; one of importance 2 counts as if it were there twice."""
+        if importance is None:
+            self._gram += rows.transpose(0, 2, 1) @ rows
+            self._sum += rows.sum(axis=1, dtype=np.float64)
+            self._count += rows.shape[1]
+            return
+        weighted = rows * importance[:, :, None]
+        self._gram += weighted.transpose(0, 2, 1) @ rows
+        self._sum += weighted.sum(axis=1, dtype=np.float64)
+        self._count += importance.sum(axis=1, dtype=np.float64)[:, None]
 
     def quadratic(self, *, centred: bool) -> Quadratic:
-        gram = self._gram / self._count
+        gram = self._gram / self._count[:, :, None]
         if centred:
             mean = self._sum / self._count
             gram = gram - mean[:, :, None] * mean[:, None, :]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from qdeploy.data import images_from_array
 from qdeploy.device import load_device
+from qdeploy.methods import EfrapDescent
 from qdeploy.model import Format, Loaded, Origin, RoundedLayer
-from qdeploy.recipe import ActivationSpec, EfrapDescent, Recipe, load_recipe
+from qdeploy.recipe import ActivationSpec, Recipe, load_recipe
 from qdeploy.redteam.images import LabelledImages
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit

@@ -74,6 +74,7 @@ def _layer(plan: LayerPlan, rounded: RoundedLayer | None) -> dict[str, Any]:
         "shape": plan.site.shape,
         "bits": plan.bits,
         "max_code": plan.max_code,
+        "grid": plan.grid.model_dump(mode="json"),
         "storage": plan.storage.value,
         "rounding_planned": plan.rounding,
     }

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from qdeploy.core.grids import Grid, asymmetric_grid, symmetric_grid
+from qdeploy.core.grids import Grid, asymmetric_grid
 from qdeploy.core.observers import Extent, Histogram, mse_range, percentile_range
+from qdeploy.core.weight_grids import GRIDS
 from qdeploy.data import Images
 from qdeploy.errors import InputError
 from qdeploy.graph.io import initializers
@@ -79,13 +80,14 @@ def _observe(
 def _weight_grid(
     layer: LayerPlan, constants: Mapping[str, np.ndarray], activations: Mapping[str, Grid]
 ) -> Grid:
-    """Absmax per channel, widened where the channel's bias would not fit into int32.
+    """As planned, but widened where the channel's bias would not fit into int32.
 
     That happens to channels whose weights have all but vanished: their contribution is then far
     below the resolution of anything that follows.
     """
     site = layer.site
-    grid = symmetric_grid(constants[site.weight], axis=site.axis, max_code=layer.max_code)
+    make, per = GRIDS[layer.grid.range], layer.grid.per
+    grid = make(constants[site.weight], axis=site.axis, max_code=layer.max_code, per=per)
     smallest = np.zeros_like(grid.scale)
     for use in site.uses:
         if use.bias is not None and use.input in activations:

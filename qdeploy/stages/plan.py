@@ -11,10 +11,12 @@ from qdeploy.device import DeviceProfile
 from qdeploy.errors import PlanError
 from qdeploy.graph.io import parse
 from qdeploy.graph.sites import find_activations, find_sites
+from qdeploy.methods import method_name
 from qdeploy.model import FloatModel, LayerPlan, QuantPlan, WeightSite
 from qdeploy.recipe import Override, Recipe
 
 LARGEST_4_BIT_CODE = 7
+LARGEST_8_BIT_CODE = 127
 
 
 def plan_layers(model: FloatModel, recipe: Recipe, device: DeviceProfile) -> QuantPlan:
@@ -29,6 +31,7 @@ def plan_layers(model: FloatModel, recipe: Recipe, device: DeviceProfile) -> Qua
         raise PlanError(
             f"model {model.origin.path}: has no convolution or matrix product to quantize"
         )
+    _check_grid(recipe, device)
     names = [site.name for site in sites]
     for override in recipe.overrides:
         _must_match(override.layers, names, "overrides")
@@ -44,9 +47,25 @@ def _layer(site: WeightSite, recipe: Recipe, device: DeviceProfile) -> LayerPlan
     key: Literal["4", "8"] = "4" if bits == 4 else "8"
     storage = IntType(device.weights.storage[key])
     max_code = LARGEST_4_BIT_CODE if bits == 4 else device.weights.max_code
-    solver = getattr(recipe.rounding, "solver", None)
-    rounding = recipe.rounding.kind if solver is None else f"{recipe.rounding.kind}-{solver}"
-    return LayerPlan(site, bits, max_code, storage, rounding)
+    rounding = method_name(recipe.rounding)
+    return LayerPlan(site, bits, max_code, recipe.weights, storage, rounding)
+
+
+def _check_grid(recipe: Recipe, device: DeviceProfile) -> None:
+    """Refuse a weight grid that the device's integer kernels cannot hold."""
+    weights = recipe.weights
+    if weights.range == "minmax" and weights.per == "channel" and recipe.activations.bits == 8:
+        raise PlanError(
+            "recipe: weights: integer convolutions take one zero point for all channels, and"
+            " range minmax per channel has many",
+            hint='use per = "tensor", a symmetric range, or activations.bits = "none"',
+        )
+    if weights.range in {"half", "minmax"} and device.weights.max_code < LARGEST_8_BIT_CODE:
+        raise PlanError(
+            f"recipe: weights: range {weights.range} needs all 8-bit codes, and the device keeps"
+            f" them within {device.weights.max_code}",
+            hint="use range absmax or mse, or another --device",
+        )
 
 
 def _bits(name: str, default: int, overrides: Sequence[Override]) -> int:

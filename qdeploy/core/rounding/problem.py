@@ -1,4 +1,4 @@
-"""The choice every rounding method makes: for each weight, the code below it or the code above."""
+"""The choice every rounding method makes: for each weight, a code of its grid."""
 
 from __future__ import annotations
 
@@ -12,12 +12,24 @@ from jaxtyping import Bool, Float32, Float64, Int32
 class RoundingProblem:
     """One layer's weights on their grid, as matrices: `groups` independent ones of `rows x fan_in`.
 
-    A row is an output channel and has one scale.
+    A row is an output channel and has one scale and one zero point.
     """
 
     weight: Float32[np.ndarray, "groups rows fan_in"]
     scale: Float32[np.ndarray, "groups rows"]
-    max_code: int  # codes run from -max_code to max_code
+    zero_point: Int32[np.ndarray, "groups rows"]
+    low: int  # codes run from low to high
+    high: int
+
+    @classmethod
+    def symmetric(
+        cls,
+        weight: Float32[np.ndarray, "groups rows fan_in"],
+        scale: Float32[np.ndarray, "groups rows"],
+        max_code: int,
+    ) -> RoundingProblem:
+        """Codes from `-max_code` to `max_code`, 0 meaning 0."""
+        return cls(weight, scale, np.zeros(scale.shape, np.int32), -max_code, max_code)
 
     @property
     def steps(self) -> Float32[np.ndarray, "groups rows fan_in"]:
@@ -40,20 +52,38 @@ class RoundingProblem:
         return np.abs(np.rint(steps) - steps).astype(np.float64)
 
     @property
+    def least(self) -> Int32[np.ndarray, "groups rows 1"]:
+        """The lowest code of each row, in steps."""
+        return self.low - self.zero_point[:, :, None]
+
+    @property
+    def most(self) -> Int32[np.ndarray, "groups rows 1"]:
+        """The highest code of each row, in steps."""
+        return self.high - self.zero_point[:, :, None]
+
+    @property
     def free(self) -> Bool[np.ndarray, "groups rows fan_in"]:
         """Where there is a choice: not already on a code, and neither neighbour off the grid."""
         floor = self.floor
-        inside = (floor >= -self.max_code) & (floor + 1 <= self.max_code)
+        inside = (floor >= self.least) & (floor + 1 <= self.most)
         return inside & (self.steps != floor)
 
     def codes(
         self, up: Bool[np.ndarray, "groups rows fan_in"]
     ) -> Int32[np.ndarray, "groups rows fan_in"]:
         """The codes chosen by `up`, clipped to the grid."""
-        return np.clip(self.floor + up, -self.max_code, self.max_code).astype(np.int32)
+        return self.at(self.floor + up)
+
+    def at(
+        self, steps: Float64[np.ndarray, "groups rows fan_in"]
+    ) -> Int32[np.ndarray, "groups rows fan_in"]:
+        """The codes of whole numbers of steps, clipped to the grid."""
+        chosen = np.clip(steps, self.least, self.most) + self.zero_point[:, :, None]
+        return chosen.astype(np.int32)
 
     def dequantized(
         self, codes: Int32[np.ndarray, "groups rows fan_in"]
     ) -> Float64[np.ndarray, "groups rows fan_in"]:
         """The weights that `codes` stand for, as the runtime's float32 arithmetic has them."""
-        return (codes.astype(np.float32) * self.scale[:, :, None]).astype(np.float64)
+        steps = (codes - self.zero_point[:, :, None]).astype(np.float32)
+        return (steps * self.scale[:, :, None]).astype(np.float64)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from qdeploy.methods import Flip, Nearest, Rounding, Stochastic, Trained
 from qdeploy.model import RoundedLayer
 from qdeploy.progress import SILENT, Progress
-from qdeploy.recipe import EfrapDescent, Nearest, Rounding, Stochastic
-from qdeploy.stages.rounding.layer_by_layer import round_layer_by_layer
 from qdeploy.stages.rounding.one_pass import round_in_one_pass, round_without_images
 from qdeploy.stages.rounding.task import FORGETFUL, LayerStore, RoundingTask
 
@@ -20,10 +19,12 @@ def round_layers(
     progress: Progress = SILENT,
 ) -> tuple[RoundedLayer, ...]:
     """The codes of every planned layer, in order. A layer that `store` has is not solved again."""
-    if isinstance(spec, Nearest | Stochastic):
+    if isinstance(spec, Nearest | Stochastic | Flip):
         return round_without_images(task, spec)
-    if isinstance(spec, EfrapDescent) and spec.inputs == "float":
+    if not isinstance(spec, Trained) and spec.inputs == "float":
         return round_in_one_pass(task, spec, store, progress)
+    from qdeploy.stages.rounding.layer_by_layer import round_layer_by_layer  # torch loads here
+
     return round_layer_by_layer(task, spec, store, progress)
 
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qdeploy.core.moments import FloatInputMoments
+from qdeploy.core.rounding.flip import flip
 from qdeploy.core.rounding.nearest import nearest
 from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.core.rounding.stochastic import stochastic
-from qdeploy.model import LayerPlan, RoundedLayer
+from qdeploy.methods import BrecqDescent, Flip, Nearest, Stochastic
+from qdeploy.model import LayerPlan, RoundedLayer, WeightUse
 from qdeploy.progress import Progress
-from qdeploy.recipe import EfrapDescent, Nearest, Stochastic
+from qdeploy.stages.rounding.from_moments import MomentsMethod, solve
 from qdeploy.stages.rounding.task import (
     LayerStore,
     RoundingTask,
-    descend,
     keep,
     outcome,
     positions,
@@ -26,30 +28,36 @@ from qdeploy.stages.rounding.task import (
 )
 from qdeploy.tap import open_tap
 
+if TYPE_CHECKING:
+    from qdeploy.stages.rounding.importance import Fisher
+
 MOMENT_BYTES = 384 << 20  # of second moments held at a time
 
 
 def round_without_images(
-    task: RoundingTask, spec: Nearest | Stochastic
+    task: RoundingTask, spec: Nearest | Stochastic | Flip
 ) -> tuple[RoundedLayer, ...]:
     """Rounding that looks at nothing but the weights."""
     problems = task.problems()
 
-    def solve(layer: LayerPlan) -> RoundedLayer:
+    def one(layer: LayerPlan) -> RoundedLayer:
         started, problem = time.perf_counter(), problems[layer.site.name]
-        if isinstance(spec, Nearest):
-            codes = nearest(problem)
-        else:
-            codes = stochastic(problem, np.random.default_rng(task.layer_seed(layer)))
+        match spec:
+            case Nearest():
+                codes = nearest(problem)
+            case Flip():
+                codes = flip(problem)
+            case Stochastic():
+                codes = stochastic(problem, np.random.default_rng(task.layer_seed(layer)))
         return outcome(layer, problem, codes, started=started)
 
-    return tuple(solve(layer) for layer in task.plan.layers)
+    return tuple(one(layer) for layer in task.plan.layers)
 
 
 def round_in_one_pass(
-    task: RoundingTask, spec: EfrapDescent, store: LayerStore, progress: Progress
+    task: RoundingTask, spec: MomentsMethod, store: LayerStore, progress: Progress
 ) -> tuple[RoundedLayer, ...]:
-    """EFRAP by descent with the float model's inputs."""
+    """Every layer from the moments of the float model's inputs."""
     problems = task.problems()
     done = {layer.site.name: stored(store, layer) for layer in task.plan.layers}
     unsolved = [layer for layer in task.plan.layers if done[layer.site.name] is None]
@@ -57,7 +65,7 @@ def round_in_one_pass(
         moments = _moments(task, spec, chunk, problems, progress)
         for layer in progress.track(chunk, "solve", len(chunk)):
             name = layer.site.name
-            result = descend(task, spec, layer, problems[name], moments.pop(name))
+            result = solve(task, spec, layer, problems[name], moments.pop(name))
             keep(store, result)
             done[name] = result
     return tuple(result for result in done.values() if result is not None)
@@ -83,7 +91,7 @@ def _chunks(
 
 def _moments(
     task: RoundingTask,
-    spec: EfrapDescent,
+    spec: MomentsMethod,
     layers: list[LayerPlan],
     problems: Mapping[str, RoundingProblem],
     progress: Progress,
@@ -100,10 +108,27 @@ def _moments(
         for layer in layers
         for pair in zip(layer.site.uses, moments[layer.site.name], strict=True)
     ]
-    tap = open_tap(task.model.onnx, task.model.input_name, (use.input for use, _ in pairs))
+    input_name = task.model.input_name
+    names = [use.input for use, _ in pairs]
+    fisher = _fisher(task, spec, [use for use, _ in pairs])
+    tap = open_tap(task.model.onnx, input_name, [*names, input_name] if fisher else names)
     generator = np.random.default_rng(task.seed)
     for values in tap.stream(task.calibration(), progress, "moments"):
+        importance = fisher.importance(values[input_name]) if fisher else {}
         for use, moment in pairs:
             x = values[use.input]
-            moment.update(rows(use, x, positions(use, x, spec.positions, generator)))
+            at = positions(use, x, spec.positions, generator)
+            counts = importance[use.output][:, :, at] if fisher else None
+            moment.update(
+                rows(use, x, at), None if counts is None else counts.reshape(len(counts), -1)
+            )
     return moments
+
+
+def _fisher(task: RoundingTask, spec: MomentsMethod, uses: list[WeightUse]) -> Fisher | None:
+    """What weighs the samples; None where all count the same."""
+    if not isinstance(spec, BrecqDescent):
+        return None
+    from qdeploy.stages.rounding.importance import Fisher  # torch loads here
+
+    return Fisher.of(task.model, uses, task.seed)

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from qdeploy.core.grids import Grid
-from qdeploy.core.moments import Moments, Quadratic
+from qdeploy.core.moments import Quadratic
 from qdeploy.core.patches import choose_positions, convolution_rows, linear_rows
-from qdeploy.core.rounding.descent import DescentSettings, descent
 from qdeploy.core.rounding.nearest import nearest
 from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.data import Images
-from qdeploy.errors import DivergedError
 from qdeploy.graph.io import initializers
 from qdeploy.model import FloatModel, Grids, LayerPlan, QuantPlan, RoundedLayer, WeightUse
-from qdeploy.recipe import EfrapDescent
 
 
 @runtime_checkable
@@ -75,28 +70,6 @@ class RoundingTask:
         return self.images
 
 
-def descend(
-    task: RoundingTask,
-    spec: EfrapDescent,
-    layer: LayerPlan,
-    problem: RoundingProblem,
-    moments: Sequence[Moments],
-) -> RoundedLayer:
-    """Solve one layer by coordinate descent; `moments` has one entry per use of its weight."""
-    started = time.perf_counter()
-    correct = spec.bias_correction and all(use.takes_bias for use in layer.site.uses)
-    quadratic = reduce(add, (moment.quadratic(centred=correct) for moment in moments))
-    settings = DescentSettings(spec.flip_weight, spec.start, spec.sweeps, spec.damping)
-    try:
-        codes = descent(problem, quadratic, settings, np.random.default_rng(task.layer_seed(layer)))
-    except DivergedError as error:
-        return degraded(layer, problem, str(error), started)
-    errors = Errors.of(problem, quadratic, codes)
-    rounded = problem.dequantized(codes)
-    corrections = tuple(m.bias_correction(rounded).reshape(-1) for m in moments) if correct else ()
-    return outcome(layer, problem, codes, errors=errors, corrections=corrections, started=started)
-
-
 @dataclass(frozen=True, slots=True)
 class Errors:
     """Mean squared output error over the output's variance, of the choice and of nearest."""
@@ -106,6 +79,7 @@ class Errors:
 
     @classmethod
     def of(cls, problem: RoundingProblem, quadratic: Quadratic, codes: np.ndarray) -> Errors:
+        """As the moments have them."""
         energy = max(float(quadratic.energy.sum()), np.finfo(np.float64).tiny)
         errors = (quadratic.error(problem.dequantized(c)).sum() for c in (codes, nearest(problem)))
         return cls(*(float(error) / energy for error in errors))

@@ -1,21 +1,54 @@
-"""A layer of the graph as a torch function of its weights, for the published solver."""
+"""A layer of the graph as a torch function of its weights, for the methods that train."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qdeploy.core.rounding.adam import AdamSettings, Unit, adam
+from qdeploy.core.program import Program, evaluate
+from qdeploy.core.rounding.adam import AdamSettings, adam
+from qdeploy.core.rounding.adaround import AdaroundSettings, OutputLoss, adaround
+from qdeploy.core.rounding.brecq import fisher_loss
+from qdeploy.core.rounding.flexround import flexround
+from qdeploy.core.rounding.nearest import nearest
+from qdeploy.core.rounding.pdquant import prediction_loss
 from qdeploy.core.rounding.problem import RoundingProblem
+from qdeploy.core.rounding.trained import Chosen, Schedule, Unit
+from qdeploy.methods import AdaroundAdam, BrecqAdam, EfrapAdam, FlexRound, PdQuant
 from qdeploy.model import WeightSite, WeightUse
 from qdeploy.progress import Progress
-from qdeploy.recipe import EfrapAdam
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+BATCH = 64
+
+TrainedMethod = EfrapAdam | AdaroundAdam | BrecqAdam | PdQuant | FlexRound
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Behind:
+    """The float network behind a unit."""
+
+    program: Program
+    output: str  # the unit's
+    logits: str
+    given: Mapping[str, np.ndarray]  # what else it reads, for all images
+    float_logits: np.ndarray  # of the float model
+    channels_last: bool  # in the unit's output; here they come second
+
+    def part(self) -> Program:
+        return self.program.part([*self.given, self.output], [self.logits])
+
+    def values(self, part: Program, chosen: Chosen) -> dict[str, Tensor]:
+        """What else the part reads, for some of the images."""
+        read = {name for step in part.steps for name in step.inputs}
+        index = chosen.numpy()
+        found = {n: np.asarray(v[index]) for n, v in self.given.items() if n in read}
+        return {name: torch.from_numpy(value) for name, value in found.items()}
 
 
 def make_unit(
@@ -38,10 +71,15 @@ def make_unit(
     return Unit(forward, inputs, wanted if use.window else np.moveaxis(wanted, -1, 1))
 
 
-def train(
-    problem: RoundingProblem, unit: Unit, spec: EfrapAdam, seed: Sequence[int], progress: Progress
+def train_unit(
+    problem: RoundingProblem,
+    unit: Unit,
+    spec: TrainedMethod,
+    seed: Sequence[int],
+    behind: Behind | None,
+    progress: Progress,
 ) -> np.ndarray:
-    """The codes the published solver chooses.
+    """The codes that a training method chooses.
 
     Raises:
         DivergedError: its loss is no longer finite.
@@ -49,10 +87,58 @@ def train(
     generator = torch.Generator().manual_seed(
         int(np.random.SeedSequence(seed).generate_state(1)[0])
     )
-    settings = AdamSettings(
-        spec.steps, spec.batch, spec.learning_rate, spec.flip_weight, spec.decide_weight
-    )
-    return adam(problem, unit, settings, generator, progress)
+    schedule = Schedule(spec.steps, spec.batch, spec.learning_rate)
+    match spec:
+        case EfrapAdam():
+            settings = AdamSettings(schedule, spec.flip_weight, spec.decide_weight)
+            return adam(problem, unit, settings, generator, progress)
+        case FlexRound():
+            return flexround(problem, unit, schedule, generator, progress)
+    relaxed = AdaroundSettings(schedule, spec.decide_weight, spec.warm_up, spec.sharpness)
+    error = _error(problem, unit, spec, behind)
+    return adaround(problem, unit, relaxed, generator, progress, error=error)
+
+
+def _error(
+    problem: RoundingProblem,
+    unit: Unit,
+    spec: AdaroundAdam | BrecqAdam | PdQuant,
+    behind: Behind | None,
+) -> OutputLoss | None:
+    """What stands for the output error; None for its square."""
+    if behind is None or isinstance(spec, AdaroundAdam):
+        return None
+    part = behind.part()
+
+    def predict(y: Tensor, chosen: Chosen) -> Tensor:
+        output = y.movedim(1, -1) if behind.channels_last else y
+        given = behind.values(part, chosen) | {behind.output: output}
+        return evaluate(part, given, [behind.logits])[0]
+
+    if isinstance(spec, PdQuant):
+        return prediction_loss(predict, behind.float_logits, spec.temperature)
+    weight = torch.from_numpy(problem.dequantized(nearest(problem)).astype(np.float32))
+    return fisher_loss(_squared_gradients(unit, weight, predict, behind.float_logits))
+
+
+def _squared_gradients(
+    unit: Unit,
+    weight: Tensor,
+    predict: Callable[[Tensor, Chosen], Tensor],
+    float_logits: np.ndarray,
+) -> np.ndarray:
+    """BRECQ's weights: of the divergence from the float prediction, the unit holding `weight`."""
+    found = []
+    for chosen in torch.arange(len(unit.inputs)).split(BATCH):
+        with torch.no_grad():
+            output = unit.forward(weight, torch.from_numpy(unit.inputs[chosen.numpy()]))
+        output = output.detach().requires_grad_()
+        answer = predict(output, chosen).log_softmax(1)
+        target = torch.from_numpy(float_logits[chosen.numpy()]).softmax(1)
+        divergence = F.kl_div(answer, target, reduction="sum")
+        (gradient,) = torch.autograd.grad(divergence, output)
+        found.append(gradient.square().numpy())
+    return np.concatenate(found)
 
 
 def _convolve(
