@@ -16,6 +16,7 @@ from qdeploy.options import (
     ARTIFACTS,
     CALIBRATION,
     EVIDENCE,
+    MATRIX,
     METHOD,
     MODEL,
     RECIPE,
@@ -95,6 +96,37 @@ def validate(options: Options) -> None:
     report = pipeline.judge_file(request, options.quantized, console.TerminalProgress())
     console.show_report(report)
     _exit(report.outcome)
+
+
+@app.command()
+@takes(
+    "models",
+    "out",
+    *MATRIX,
+    *CALIBRATION[:2],
+    *EVIDENCE,
+    "test_images",
+    "arch",
+    "arch_args",
+    "device",
+)
+def compare(options: Options) -> None:
+    """Set rounding methods side by side: every one on every grid, on every model."""
+    from dataclasses import replace
+
+    from qdeploy import console
+    from qdeploy.compare.matrix import parse_matrix
+    from qdeploy.compare.run import compare as compare_all
+    from qdeploy.request import make_request
+
+    matrix = parse_matrix(
+        options.methods, options.grids, options.widths, options.activation_widths, options.seeds
+    )
+    requests = [make_request(replace(options, model=path)) for path in options.models or ()]
+    progress = console.TerminalProgress()
+    result = compare_all(requests, matrix, options.out, options.steps, progress)
+    console.show_text(result.table)
+    console.show_pairs(("wrote", str(path)) for path in result.written)
 
 
 @app.command()

@@ -1,0 +1,74 @@
+"""The measured cells as a table for people, mean and standard deviation over seeds, and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from statistics import mean, stdev
+from typing import Any
+
+COLUMNS = (
+    "model", "activations", "bits", "grid", "method", "seed", "accuracy", "success", "agreement",
+    "logit_mse", "flipped", "seconds", "cpu_seconds", "bytes", "degraded",
+)  # fmt: skip
+GROUP = ("model", "activations", "bits", "grid", "method")
+SHOWN = (  # key, heading, digits
+    ("accuracy", "CDA %", 2),
+    ("success", "ASR %", 2),
+    ("agreement", "agree %", 2),
+    ("logit_mse", "logit MSE", 4),
+    ("flipped", "flipped %", 1),
+    ("cpu_seconds", "CPU s", 1),
+)
+WORDS = {"8": "8-bit activations", "none": "weights only"}
+
+
+def as_csv(records: Iterable[Mapping[str, Any]]) -> str:
+    """A line for each cell."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        degraded = "; ".join(record.get("degraded", {}))
+        writer.writerow({**record, "degraded": degraded})
+    return buffer.getvalue()
+
+
+def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
+    """A table for each model."""
+    parts: list[str] = []
+    for model, of_model in groupby(records, key=lambda record: record["model"]):
+        lines = [f"### {model}", "", _row(["", *(heading for _, heading, _ in SHOWN)])]
+        lines.append("|---" + "|---:" * len(SHOWN) + "|")
+        lines.extend(_lines(list(of_model)))
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _lines(records: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    first = records[0]
+    yield _row([first["method"], *(_figure([first.get(key)], digits) for key, _, digits in SHOWN)])
+    cells = records[1:]
+    for key, group in groupby(cells, key=lambda record: tuple(record[k] for k in GROUP[1:])):
+        activations, bits, grid, method = key
+        same = list(group)
+        name = f"{method}, {bits} bits, {grid}, {WORDS[activations]}"
+        if any(record["degraded"] for record in same):
+            name += " (degraded)"
+        figures = (_figure([r.get(key) for r in same], digits) for key, _, digits in SHOWN)
+        yield _row([name, *figures])
+
+
+def _figure(values: Sequence[float | None], digits: int) -> str:
+    """The mean, and the standard deviation of several."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    text = f"{mean(known):.{digits}f}"
+    return text if len(known) == 1 else f"{text} ±{stdev(known):.{digits}f}"
+
+
+def _row(fields: Iterable[str]) -> str:
+    return f"| {' | '.join(fields)} |"
