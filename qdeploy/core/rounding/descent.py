@@ -8,8 +8,8 @@ relaxation is trained for 10,000 Adam steps; at binary choices `h` (1 = up) the 
 
 where `error` is quadratic (`qdeploy.core.moments`) and the price for agreeing with nearest rounding
 grows with the rounding error, the carrier of the attack. Rows are independent and share a Gram
-matrix, so one choice per row is flipped at a time for all rows at once; column blocks keep the
-gradient up to date with one matrix product per block, as GPTQ does (Frantar et al., 2022).
+matrix, so every row makes its best flip at the same time; column blocks keep the gradient up to
+date with one matrix product per block, as GPTQ does (Frantar et al., 2022).
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int32
+from jaxtyping import Bool, Float64, Int32, Int64
 
 from qdeploy.core.moments import Quadratic
 from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.errors import DivergedError
 
 BLOCK = 64
+ROUNDOFF = 1e-13  # of float64 gains, relative to the row's energy
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def descent(
     """Codes at which no single flip lowers the objective (or `sweeps` sweeps were made).
 
     Deterministic but for the seeded start. All arithmetic is float64: gradients are updated in
-    place over thousands of flips, and a flip is taken for any gain above zero.
+    place over thousands of flips, and in float32 a flip could be made and unmade for ever.
 
     Raises:
         DivergedError: the inputs were not finite, so that there is nothing to descend.
@@ -99,15 +100,28 @@ def _damp(quadratic: Quadratic, problem: RoundingProblem, damping: float) -> Qua
 
 @dataclass(slots=True, eq=False)
 class _Flips:
-    """What the next flip of each weight would do; laid out groups, fan_in, rows."""
+    """What the next flip of each weight would do, for a set of rows."""
 
-    step: Float64[np.ndarray, "groups fan_in rows"]  # change of the weight
-    toll: Float64[np.ndarray, "groups fan_in rows"]  # change of the price; inf where not free
-    made: Bool[np.ndarray, "groups fan_in rows"]  # flipped against the start
+    gradient: Float64[np.ndarray, "rows columns"]  # half the slope of the error
+    step: Float64[np.ndarray, "rows columns"]  # change of the weight
+    toll: Float64[np.ndarray, "rows columns"]  # change of the price; inf where not free
+    curvature: Float64[np.ndarray, "rows columns"]  # diagonal of the Gram matrix
 
-    def columns(self, block: slice) -> _Flips:
-        """The same arrays, seen through a window of columns."""
-        return _Flips(self.step[:, block], self.toll[:, block], self.made[:, block])
+    @property
+    def gain(self) -> Float64[np.ndarray, "rows columns"]:
+        """Change of the objective: `step (2 gradient + step G_ii) + toll`."""
+        return self.step * (2 * self.gradient + self.step * self.curvature) + self.toll
+
+    def of(self, rows: Int64[np.ndarray, " some"]) -> _Flips:
+        """A copy of some of the rows."""
+        arrays = (self.gradient, self.step, self.toll, self.curvature)
+        return _Flips(*(array[rows] for array in arrays))
+
+    def put(self, rows: Int64[np.ndarray, " some"], flips: _Flips) -> None:
+        """Take some of the rows back."""
+        self.gradient[rows], self.step[rows], self.toll[rows] = (
+            flips.gradient, flips.step, flips.toll,
+        )  # fmt: skip
 
 
 def _sweep(
@@ -117,57 +131,78 @@ def _sweep(
     up: Bool[np.ndarray, "groups rows fan_in"],
     sweeps: int,
 ) -> Bool[np.ndarray, "groups rows fan_in"]:
-    """Flip whatever lowers the objective, column after column, until nothing does."""
-    gram = quadratic.gram
+    """Flip whatever lowers the objective, block of columns after block, until nothing does."""
+    gram, (groups, rows, fan_in) = quadratic.gram, up.shape
     weight = problem.dequantized(problem.codes(up))
-    gradient = _by_column(weight @ gram - quadratic.cross)
+    gradient = weight @ gram - quadratic.cross
     above = problem.dequantized(problem.codes(np.ones_like(up)))
     below = problem.dequantized(problem.codes(np.zeros_like(up)))
-    toll = np.where(up == problem.nearest_up, -price, price)
-    flips = _Flips(
-        step=_by_column(np.where(up, below - above, above - below)),
-        toll=_by_column(np.where(problem.free, toll, np.inf)),
-        made=_by_column(np.zeros_like(up)),
-    )
-    fan_in = gram.shape[-1]
+    step = np.where(up, below - above, above - below)
+    toll = np.where(problem.free, np.where(up == problem.nearest_up, -price, price), np.inf)
+    made = np.zeros_like(up)
+    curvature = np.broadcast_to(np.einsum("gkk->gk", gram)[:, None], up.shape)
+    group = np.repeat(np.arange(groups), rows)
+    least = -ROUNDOFF * quadratic.energy.reshape(-1)
     for _ in range(sweeps):
         moved = False
         for first in range(0, fan_in, BLOCK):
-            block = slice(first, min(first + BLOCK, fan_in))
-            delta = _sweep_block(gram[:, block, block], gradient[:, block], flips.columns(block))
-            if delta is not None:
-                gradient += gram[:, :, block] @ delta
-                moved = True
+            block = np.s_[:, :, first : first + BLOCK]
+            views = (gradient[block], step[block], toll[block], curvature[block])
+            flips = _Flips(*(view.copy().reshape(groups * rows, -1) for view in views))
+            changed = _descend(gram[block[0], block[2], block[2]], flips, group, least)
+            if not changed.any():
+                continue
+            delta = np.where(changed, -flips.step, 0).reshape(step[block].shape)
+            step[block], toll[block] = (
+                values.reshape(delta.shape) for values in (flips.step, flips.toll)
+            )
+            made[block] ^= changed.reshape(delta.shape)
+            _add_product(gradient, delta, gram[block[0], block[2]])
+            moved = True
         if not moved:
             break
-    return up ^ flips.made.transpose(0, 2, 1)
+    return up ^ made
 
 
-def _sweep_block(
-    gram: Float64[np.ndarray, "groups block block"],
-    gradient: Float64[np.ndarray, "groups block rows"],
+def _descend(
+    gram: Float64[np.ndarray, "groups columns columns"],
     flips: _Flips,
-) -> Float64[np.ndarray, "groups block rows"] | None:
-    """Flip within one block of columns, in `flips`; the change of the weights, None for no change.
+    group: Int64[np.ndarray, " rows"],
+    least: Float64[np.ndarray, " rows"],
+) -> Bool[np.ndarray, "rows columns"]:
+    """Steepest descent within one block of columns, in `flips`: which weights end up flipped.
 
-    Flipping weight i changes the objective by `step_i (2 gradient_i + step_i G_ii) + toll_i`.
+    In every round each row makes its best flip; rows that have none left drop out. A gain smaller
+    than roundoff does not count, or a flip could be made and unmade for ever.
     """
-    gradient = gradient.copy()
-    delta = np.zeros_like(gradient)
-    for j in range(gram.shape[-1]):
-        step = flips.step[:, j]
-        gain = step * (2 * gradient[:, j] + step * gram[:, j, j, None]) + flips.toll[:, j]
-        flip = gain < 0
-        if not flip.any():
-            continue
-        delta[:, j] = np.where(flip, step, 0)
-        gradient[:, j + 1 :] += gram[:, j + 1 :, j, None] * delta[:, None, j]
-        flips.step[:, j] = np.where(flip, -step, step)
-        flips.toll[:, j] = np.where(flip, -flips.toll[:, j], flips.toll[:, j])
-        flips.made[:, j] ^= flip
-    return delta if delta.any() else None
+    start = flips.step.copy()
+    live = np.flatnonzero((flips.gain < least[:, None]).any(axis=1))
+    while live.size:
+        part = flips.of(live)
+        gain = part.gain
+        best = gain.argmin(axis=1)
+        improves = gain[np.arange(live.size), best] < least[live]
+        if not improves.all():
+            live, best = live[improves], best[improves]
+            part = flips.of(live)
+        here = np.arange(live.size)
+        delta = part.step[here, best]
+        part.gradient += gram[group[live], best] * delta[:, None]
+        part.step[here, best] = -delta
+        part.toll[here, best] *= -1
+        flips.put(live, part)
+    changed: np.ndarray = flips.step != start
+    return changed
 
 
-def _by_column(x: np.ndarray) -> np.ndarray:
-    """`groups rows fan_in` to contiguous `groups fan_in rows`."""
-    return np.ascontiguousarray(x.transpose(0, 2, 1))
+def _add_product(
+    gradient: Float64[np.ndarray, "groups rows fan_in"],
+    delta: Float64[np.ndarray, "groups rows columns"],
+    gram: Float64[np.ndarray, "groups columns fan_in"],
+) -> None:
+    """Bring the gradient up to date with the flips of one block, for the rows that had any."""
+    if len(gram) > 1:
+        gradient += delta @ gram
+        return
+    rows = np.flatnonzero(delta[0].any(axis=1))
+    gradient[0, rows] += delta[0, rows] @ gram[0]
