@@ -50,4 +50,5 @@ def open_tap(model: bytes, input_name: str, names: Iterable[str]) -> Tap:
     """A tap at the tensors `names` of `model`, on the CPU."""
     wanted = tuple(dict.fromkeys(names))
     inner = [name for name in wanted if name != input_name]
-    return Tap(wanted, input_name, open_session(cut_to(model, inner)) if inner else None)
+    session = open_session(cut_to(model, inner), spinning=False) if inner else None
+    return Tap(wanted, input_name, session)

@@ -47,7 +47,7 @@ class Walk:
         """
         part = next_part(model, self.values, self.done, wanted)
         if part.model is not None:
-            session = open_session(part.model)
+            session = open_session(part.model, spinning=False)
             images = len(next(iter(self.values.values())))
             for first in range(0, images, BATCH):
                 at = slice(first, first + BATCH)

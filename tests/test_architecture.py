@@ -18,7 +18,7 @@ LEVELS = (
     ("schema", "card", "methods", "recipe", "device", "core"),
     ("model", "data", "triggers", "rundir", "architectures"),
     ("graph", "runtime"),
-    ("tap", "walk", "evidence", "verdict", "checks", "sources", "doctor"),
+    ("tap", "walk", "parallel", "evidence", "verdict", "checks", "sources", "doctor"),
     ("stages",),
     ("inputs",),
     ("report",),
@@ -40,6 +40,7 @@ LIBRARIES = {
     "onnxscript": {"graph"},
     "torch": {"core", "architectures", "redteam", "stages"},
     "PIL": {"data"},
+    "threadpoolctl": {"parallel"},
     "matplotlib": {"redteam", "compare"},
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +17,7 @@ from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.core.rounding.stochastic import stochastic
 from qdeploy.methods import BrecqDescent, Flip, Nearest, Stochastic
 from qdeploy.model import LayerPlan, RoundedLayer, WeightUse
+from qdeploy.parallel import in_parallel
 from qdeploy.progress import Progress
 from qdeploy.stages.rounding.from_moments import MomentsMethod, solve
 from qdeploy.stages.rounding.task import (
@@ -63,12 +66,23 @@ def round_in_one_pass(
     unsolved = [layer for layer in task.plan.layers if done[layer.site.name] is None]
     for chunk in _chunks(unsolved, problems):
         moments = _moments(task, spec, chunk, problems, progress)
-        for layer in progress.track(chunk, "solve", len(chunk)):
-            name = layer.site.name
-            result = solve(task, spec, layer, problems[name], moments.pop(name))
+        work = partial(_solve, task, spec, problems, moments)
+        for result in progress.track(in_parallel(work, chunk), "solve", len(chunk)):
             keep(store, result)
-            done[name] = result
+            done[result.name] = result
     return tuple(result for result in done.values() if result is not None)
+
+
+def _solve(
+    task: RoundingTask,
+    spec: MomentsMethod,
+    problems: Mapping[str, RoundingProblem],
+    moments: dict[str, list[FloatInputMoments]],
+    layer: LayerPlan,
+) -> RoundedLayer:
+    """Solve one layer, and let its moments go."""
+    name = layer.site.name
+    return solve(task, spec, layer, problems[name], moments.pop(name))
 
 
 def _chunks(
@@ -115,14 +129,32 @@ def _moments(
     generator = np.random.default_rng(task.seed)
     for values in tap.stream(task.calibration(), progress, "moments"):
         importance = fisher.importance(values[input_name]) if fisher else {}
+        samples = []
         for use, moment in pairs:
             x = values[use.input]
             at = positions(use, x, spec.positions, generator)
-            counts = importance[use.output][:, :, at] if fisher else None
-            moment.update(
-                rows(use, x, at), None if counts is None else counts.reshape(len(counts), -1)
-            )
+            counts = importance[use.output][:, :, at] if importance else None
+            samples.append(_Samples(moment, use, x, at, counts))
+        for _ in in_parallel(_Samples.count, samples):
+            pass
     return moments
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Samples:
+    """What one batch of images adds to the moments of one use of a weight."""
+
+    moment: FloatInputMoments
+    use: WeightUse
+    inputs: np.ndarray
+    positions: np.ndarray
+    importance: np.ndarray | None  # groups, images, positions
+
+    def count(self) -> None:
+        """Add them."""
+        matrix = rows(self.use, self.inputs, self.positions)
+        weight = self.importance
+        self.moment.update(matrix, None if weight is None else weight.reshape(len(weight), -1))
 
 
 def _fisher(task: RoundingTask, spec: MomentsMethod, uses: list[WeightUse]) -> Fisher | None:

@@ -1,0 +1,48 @@
+"""qdeploy on the common task: `python qdeploy_rounding.py FOLDER METHOD [STEPS]`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from qdeploy.compare.matrix import Cell
+from qdeploy.data import Preprocessing, images_from_array
+from qdeploy.device import load_device
+from qdeploy.recipe import load_recipe
+from qdeploy.runtime.sessions import open_session
+from qdeploy.stages.calibrate import calibrate
+from qdeploy.stages.emit import emit
+from qdeploy.stages.export import export
+from qdeploy.stages.load import load
+from qdeploy.stages.plan import plan_layers
+from qdeploy.stages.rounding import RoundingTask, round_layers
+
+
+def main() -> None:
+    folder, method = Path(sys.argv[1]), sys.argv[2]
+    steps = int(sys.argv[3]) if len(sys.argv) > 3 else None
+    recipe = Cell(method, "absmax", 4, "8", 0).recipe(load_recipe("int4"), steps)
+    pixels = np.load(folder / "pixels.npz")
+    mean, std = (tuple(float(v) for v in pixels[name]) for name in ("mean", "std"))
+    preprocessing = Preprocessing(pixels["x"].shape[1:], mean, std)
+    images = images_from_array("calibration", pixels["x"], preprocessing)
+    started = time.process_time()
+    model = export(load(folder / "float.onnx"), shape=None)
+    plan = plan_layers(model, recipe, load_device("x86-vnni"))
+    grids = calibrate(model, plan, images, recipe.activations)
+    layers = round_layers(RoundingTask(model, plan, grids, images, 0), recipe.rounding)
+    file = emit(model, plan, grids, layers).onnx
+    seconds = time.process_time() - started
+    session = open_session(file)
+    inputs = np.load(folder / "inputs.npy")
+    logits = np.concatenate([session.logits(x) for x in np.array_split(inputs, len(inputs) // 100)])
+    np.save(folder / "logits.npy", logits)
+    print(json.dumps({"cpu_seconds": seconds, "version": f"qdeploy {version('qdeploy')}"}))
+
+
+main()
