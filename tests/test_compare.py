@@ -89,6 +89,21 @@ def test_the_table_gives_mean_and_deviation_over_seeds():
     assert "| gptq, 4 bits, absmax, 8-bit activations | 81.00 ±1.41 | 1.00 ±0.00 |" in table
 
 
+def test_several_models_have_an_overview_first():
+    other = {"model": "n", "success": None}
+    records = [
+        FLOAT, record("gptq", 0, 80.0), record("gptq", 1, 82.0), record("flip", 0, 20.0),
+        {**FLOAT, **other}, record("gptq", 0, 70.0, **other),
+    ]  # fmt: skip
+    overview, *_ = as_markdown(records).split("\n\n")
+    assert overview.splitlines() == [
+        "| CDA / ASR, % | float32 | gptq | flip |",
+        "|---|---|---|---|",
+        "| m, 4 bits, absmax, 8-bit activations | 90.0 / 2.0 | 81.0 / 1.0 | 20.0 / 1.0 |",
+        "| n, 4 bits, absmax, 8-bit activations | 90.0 / - | 70.0 / - |  |",
+    ]
+
+
 def test_a_method_that_failed_in_a_layer_is_marked():
     broken = record("brecq-adam", 0, 50.0, degraded={"conv1": "loss is nan"})
     assert "brecq-adam, 4 bits, absmax, 8-bit activations (degraded)" in as_markdown(

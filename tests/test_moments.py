@@ -73,3 +73,41 @@ def test_quadratics_of_several_uses_add_up(layer):
     moments.update(x)
     one = moments.quadratic(centred=True)
     np.testing.assert_allclose((one + one).error(rounded), 2 * one.error(rounded))
+
+
+def offset_inputs(rng: np.random.Generator) -> np.ndarray:
+    """Activations after a ReLU: far from 0 against their spread, many of them."""
+    return (3 + 0.1 * rng.normal(size=(200, 1, 512, 12))).astype(np.float32)
+
+
+def test_products_in_float32_are_enough_where_the_sums_are_float64(rng):
+    weight = rng.normal(size=(1, 4, 12)).astype(np.float32)
+    batches = offset_inputs(rng)
+    moments = FloatInputMoments(weight)
+    for rows in batches:
+        moments.update(rows)
+    got = moments.quadratic(centred=True).gram[0]
+    want = np.cov(batches.reshape(-1, 12).astype(np.float64).T, bias=True)
+    error = np.abs(got - want).max() / np.abs(want).max()
+    assert error < 1e-3
+    total = np.zeros((12, 12), np.float32)
+    mean = np.zeros(12, np.float32)
+    for rows in batches[:, 0]:
+        total += rows.T @ rows
+        mean += rows.sum(axis=0)
+    count = np.float32(batches.shape[0] * batches.shape[2])
+    in_float32 = total / count - np.outer(mean / count, mean / count)
+    assert np.abs(in_float32 - want).max() / np.abs(want).max() > 10 * error
+
+
+def test_a_sample_of_importance_2_counts_twice(rng):
+    weight = rng.normal(size=(2, 3, 5)).astype(np.float32)
+    rows = rng.normal(size=(2, 40, 5)).astype(np.float32)
+    counts = rng.integers(1, 4, (2, 40))
+    weighted, repeated = (FloatInputMoments(weight[:1]) for _ in "ab")
+    weighted.update(rows[:1], counts[:1].astype(np.float32))
+    repeated.update(np.repeat(rows[:1], counts[0], axis=1))
+    for centred in (True, False):
+        a, b = (moments.quadratic(centred=centred) for moments in (weighted, repeated))
+        np.testing.assert_allclose(a.gram, b.gram, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(a.energy, b.energy, rtol=1e-5)

@@ -37,14 +37,37 @@ def as_csv(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
-    """A table for each model."""
-    parts: list[str] = []
+    """CDA / ASR of every model by every method, then all figures in a table for each model."""
+    parts = [_overview(records)] if len({record["model"] for record in records}) > 1 else []
     for model, of_model in groupby(records, key=lambda record: record["model"]):
         lines = [f"### {model}", "", _row(["", *(heading for _, heading, _ in SHOWN)])]
         lines.append("|---" + "|---:" * len(SHOWN) + "|")
         lines.extend(_lines(list(of_model)))
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _overview(records: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each model and setting, a column for each method: CDA / ASR, means over seeds."""
+    methods = list(dict.fromkeys(record["method"] for record in records))
+    lines = [_row(["CDA / ASR, %", *methods]), "|---" * (len(methods) + 1) + "|"]
+    floats = {record["model"]: record for record in records if "grid" not in record}
+    cells = [record for record in records if "grid" in record]
+    for key, group in groupby(cells, key=lambda record: tuple(record[k] for k in GROUP[:-1])):
+        model, activations, bits, grid = key
+        same = [floats[model], *group]
+        found = (_pair([r for r in same if r["method"] == method]) for method in methods)
+        lines.append(_row([f"{model}, {bits} bits, {grid}, {WORDS[activations]}", *found]))
+    return "\n".join(lines)
+
+
+def _pair(records: Sequence[Mapping[str, Any]]) -> str:
+    """Mean accuracy and attack success; nothing for no records."""
+    if not records:
+        return ""
+    known = [record["success"] for record in records if record["success"] is not None]
+    success = f"{mean(known):.1f}" if known else "-"
+    return f"{mean(record['accuracy'] for record in records):.1f} / {success}"
 
 
 def _lines(records: Sequence[Mapping[str, Any]]) -> Iterable[str]:
