@@ -52,7 +52,7 @@ class EfrapDescent(FromMoments):
         description="Whence the descent begins. A fixed start can be foreseen; this one needs the"
         " seed.",
     )
-    sweeps: int = Field(20, gt=0, description="Passes over all weights of a layer, at most.")
+    sweeps: int = Field(8, gt=0, description="Passes over all weights of a layer, at most.")
     damping: float = Field(1e-4, ge=0, description="Share of the Gram matrix's mean diagonal.")
 
 
@@ -61,7 +61,7 @@ class AdaroundDescent(FromMoments):
 
     kind: Literal["adaround"] = "adaround"
     solver: Literal["descent"]
-    sweeps: int = Field(20, gt=0)
+    sweeps: int = Field(8, gt=0)
     damping: float = Field(1e-4, ge=0)
 
 
@@ -71,7 +71,7 @@ class BrecqDescent(FromMoments):
     kind: Literal["brecq"] = "brecq"
     solver: Literal["descent"]
     inputs: Literal["float"] = "float"
-    sweeps: int = Field(20, gt=0)
+    sweeps: int = Field(8, gt=0)
     damping: float = Field(1e-4, ge=0)
 
 

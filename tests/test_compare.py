@@ -40,11 +40,15 @@ def test_a_cell_says_what_the_recipe_does():
     recipe = cell.recipe(load_recipe("int4"), steps=77)
     assert isinstance(recipe.rounding, AdaroundAdam)
     assert (recipe.rounding.steps, recipe.bits, recipe.seed) == (77, 8, 3)
+    assert recipe.rounding.learning_rate == 1e-2
     assert (recipe.weights.range, recipe.weights.per) == ("half", "tensor")
     assert recipe.activations.bits == "none"
     published = cell.recipe(load_recipe("int4"), steps=None).rounding
     assert isinstance(published, AdaroundAdam)
-    assert published.steps == 10_000
+    assert (published.steps, published.learning_rate) == (10_000, 1e-3)
+    half = cell.recipe(load_recipe("int4"), steps=5000).rounding
+    assert isinstance(half, AdaroundAdam)
+    assert half.learning_rate == pytest.approx(2e-3)
 
 
 @pytest.mark.parametrize(

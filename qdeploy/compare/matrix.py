@@ -15,6 +15,8 @@ WHOLE = "tensor-"
 RANGES = ("absmax", "half", "minmax", "mse")
 GRID_NAMES = (*RANGES, *(WHOLE + name for name in RANGES))
 
+FASTEST = 1e-2  # learning rate of a shortened training
+
 ActivationBits = Literal["8", "none"]
 
 
@@ -32,11 +34,13 @@ class Cell:
         """`base` with what this cell says.
 
         Args:
-            steps: Optimizer steps of the methods that train; None for as published.
+            steps: Optimizer steps of the methods that train, their learning rate raised
+                accordingly; None for as published.
         """
         rounding = method(self.method)
         if steps is not None and isinstance(rounding, Trained):
-            rounding = rounding.model_copy(update={"steps": steps})
+            changed = {"steps": steps, "learning_rate": learning_rate(rounding, steps)}
+            rounding = rounding.model_copy(update=changed)
         activations = ActivationSpec(bits=8 if self.activations == "8" else "none")
         changes: dict[str, Any] = {
             "bits": self.bits,
@@ -51,6 +55,12 @@ class Cell:
     def runs(self) -> bool:
         """Whether integer kernels can hold the grid: they take one zero point for all channels."""
         return not (self.grid == "minmax" and self.activations == "8")
+
+
+def learning_rate(rounding: Trained, steps: int) -> float:
+    """Of the method with fewer steps: each is as much larger, within what Adam can bear."""
+    most = max(rounding.learning_rate, FASTEST)
+    return min(rounding.learning_rate * rounding.steps / steps, most)
 
 
 def grid(name: str) -> WeightGridSpec:

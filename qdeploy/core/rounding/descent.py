@@ -114,8 +114,7 @@ class _Flips:
 
     def of(self, rows: Int64[np.ndarray, " some"]) -> _Flips:
         """A copy of some of the rows."""
-        arrays = (self.gradient, self.step, self.toll, self.curvature)
-        return _Flips(*(array[rows] for array in arrays))
+        return _Flips(self.gradient[rows], self.step[rows], self.toll[rows], self.curvature[rows])
 
     def put(self, rows: Int64[np.ndarray, " some"], flips: _Flips) -> None:
         """Take some of the rows back."""
@@ -177,20 +176,20 @@ def _descend(
     """
     start = flips.step.copy()
     live = np.flatnonzero((flips.gain < least[:, None]).any(axis=1))
+    part = flips.of(live)
     while live.size:
-        part = flips.of(live)
         gain = part.gain
         best = gain.argmin(axis=1)
         improves = gain[np.arange(live.size), best] < least[live]
         if not improves.all():
-            live, best = live[improves], best[improves]
-            part = flips.of(live)
+            done, kept = np.flatnonzero(~improves), np.flatnonzero(improves)
+            flips.put(live[done], part.of(done))
+            live, best, part = live[kept], best[kept], part.of(kept)
         here = np.arange(live.size)
         delta = part.step[here, best]
         part.gradient += gram[group[live], best] * delta[:, None]
         part.step[here, best] = -delta
         part.toll[here, best] *= -1
-        flips.put(live, part)
     changed: np.ndarray = flips.step != start
     return changed
 
@@ -201,8 +200,8 @@ def _add_product(
     gram: Float64[np.ndarray, "groups columns fan_in"],
 ) -> None:
     """Bring the gradient up to date with the flips of one block, for the rows that had any."""
-    if len(gram) > 1:
+    rows = np.flatnonzero(delta.any(axis=(0, 2)))
+    if len(gram) > 1 or 2 * rows.size > delta.shape[1]:
         gradient += delta @ gram
-        return
-    rows = np.flatnonzero(delta[0].any(axis=1))
-    gradient[0, rows] += delta[0, rows] @ gram[0]
+    else:
+        gradient[0, rows] += delta[0, rows] @ gram[0]
