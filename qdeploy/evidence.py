@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from jaxtyping import UInt8
+
 from qdeploy.core.metrics import Estimate, paired_difference, per_class_accuracy, rate
+from qdeploy.data import Images
 from qdeploy.model import Arm, Predictions
+from qdeploy.triggers import Trigger
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,55 @@ class RuntimeAgreement:
 
     runtime: str
     agreement: Estimate
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One test image, as it is or with a trigger in it, and what each file said to it."""
+
+    pixels: UInt8[np.ndarray, "channels height width"]
+    label: int
+    trigger: str | None
+    target: int | None  # the trigger's
+    answers: Mapping[str, int]  # by variant, on the first runtime; -1: not finite
+
+
+SHOWN_IMAGES = 4
+
+
+def samples(
+    predictions: Predictions, images: Images, triggers: Sequence[Trigger]
+) -> tuple[Sample, ...]:
+    """The first few images of different classes, each followed by itself with every trigger."""
+    first = next(iter(predictions.clean)).runtime
+    arms = [arm for arm in predictions.clean if arm.runtime == first]
+    targets = {trigger.target for trigger in triggers}
+    found: list[Sample] = []
+    for at in _of_different_classes(predictions.labels, targets):
+        batch = next(images.skip(at).batches(1)).pixels
+        clean: dict[str, int] = {arm.variant: int(predictions.clean[arm][at]) for arm in arms}
+        label = int(predictions.labels[at])
+        found.append(Sample(_as_bytes(batch[0]), label, None, None, clean))
+        for trigger in triggers:
+            answered = predictions.triggered[trigger.name]
+            answers: dict[str, int] = {arm.variant: int(answered[arm][at]) for arm in arms}
+            pixels = _as_bytes(trigger.apply(batch)[0])
+            found.append(Sample(pixels, label, trigger.name, trigger.target, answers))
+    return tuple(found)
+
+
+def _of_different_classes(labels: np.ndarray, not_of: set[int]) -> list[int]:
+    seen: dict[int, int] = {}
+    for at, label in enumerate(labels.tolist()):
+        if label not in not_of:
+            seen.setdefault(label, at)
+        if len(seen) == SHOWN_IMAGES:
+            break
+    return sorted(seen.values())
+
+
+def _as_bytes(pixels: np.ndarray) -> np.ndarray:
+    return np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
 
 
 def rates(predictions: Predictions, classes: int) -> tuple[ArmRates, ...]:

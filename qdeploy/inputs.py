@@ -29,7 +29,7 @@ class Request:
     device: DeviceProfile
     artifacts: Path
     command: str = ""
-    report: Path | None = None
+    reports: tuple[Path, ...] = ()  # where copies of the report go, each in its own format
     synthetic_calibration: bool = False
     run_code_from_model: bool = False
 

@@ -182,7 +182,12 @@ class Options:
     ] = None
 
     report: Annotated[
-        Path | None, _option("--report", "Also write report.json here.", "Output")
+        list[Path] | None,
+        _option(
+            "--report",
+            "Also write the report here: .html, .json, .xml (JUnit), .sarif or .md; repeatable.",
+            "Output",
+        ),
     ] = None
     artifacts: Annotated[
         Path, _option("--artifacts", "Where run directories are kept.", "Output")

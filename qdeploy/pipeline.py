@@ -24,6 +24,8 @@ from qdeploy.model import Architecture, FloatModel, Loaded, QuantizedModel, Quan
 from qdeploy.packages import installed_versions
 from qdeploy.progress import Clock, Progress
 from qdeploy.report.compose import Findings, compose
+from qdeploy.report.render import check_format, render
+from qdeploy.report.to_html import to_html
 from qdeploy.report.to_json import to_json
 from qdeploy.report.values import Report
 from qdeploy.rundir import REPORT, RunDir, open_run, require_writable, set_aside, write_atomically
@@ -38,6 +40,7 @@ from qdeploy.stages.validate import Trial, Variant, validate
 from qdeploy.verdict import Outcome
 
 WORDS = {Outcome.REJECT: "rejected", Outcome.NO_VERDICT: "unverified"}
+PAGE = "report.html"
 NO_EVIDENCE = Evidence(None, (), ())
 
 
@@ -99,8 +102,8 @@ def judge_file(request: Request, quantized: Path, progress: Progress) -> Report:
         measured = validate(trial, request.device, progress=progress)
     report = compose(request, Findings(model, evidence, measured), clock, "")
     report = replace(report, output=str(quantized))
-    if request.report is not None:
-        write_atomically(request.report, to_json(report))
+    for path in request.reports:
+        write_atomically(path, render(report, path))
     return report
 
 
@@ -173,8 +176,9 @@ def _deliver(report: Report, request: Request, run: RunDir, data: bytes, out: Pa
             report = replace(report, notes=(*report.notes, moved))
     report = replace(report, output=str(place))
     run.write(REPORT, to_json(report))
-    if request.report is not None:
-        write_atomically(request.report, to_json(report))
+    run.write(PAGE, to_html(report))
+    for path in request.reports:
+        write_atomically(path, render(report, path))
     write_atomically(place, data)
     run.seal()
     return report
@@ -211,9 +215,10 @@ def _check_providers(request: Request) -> None:
 
 
 def _check_places(request: Request, *places: Path) -> None:
-    for place in (*places, request.report):
-        if place is not None:
-            require_writable(place)
+    for path in request.reports:
+        check_format(path)
+    for place in (*places, *request.reports):
+        require_writable(place)
 
 
 def _json(value: Any) -> bytes:

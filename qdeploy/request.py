@@ -35,7 +35,7 @@ def make_request(options: Options) -> Request:
         device=_device(device, options, recipe),
         artifacts=options.artifacts,
         command=shlex.join(["qdeploy", *sys.argv[1:]]),
-        report=options.report,
+        reports=tuple(options.report or ()),
         synthetic_calibration=options.synthetic_calibration,
         run_code_from_model=options.run_code_from_model,
     )

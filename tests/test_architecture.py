@@ -41,6 +41,7 @@ LIBRARIES = {
     "torch": {"core", "architectures", "redteam", "stages"},
     "PIL": {"data"},
     "threadpoolctl": {"parallel"},
+    "jinja2": {"report"},
     "matplotlib": {"redteam", "compare"},
 }
 

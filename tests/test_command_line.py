@@ -89,6 +89,22 @@ def test_sanitizing_removes_the_backdoor_that_nearest_rounding_switches_on(work,
     assert (work / "model.onnx").read_bytes() == run_file(work, report, "result.onnx")
 
 
+def test_the_report_goes_wherever_it_is_wanted_in_the_format_of_the_name(work, run):
+    names = ["r.json", "r.html", "r.xml", "r.sarif", "r.md"]
+    options = [part for name in names for part in ("--report", name)]
+    done = run("sanitize", "model.pt", "--out", "model.onnx", *options)
+    assert done.code == 0
+    assert all((work / name).stat().st_size > 500 for name in names)
+    page = (work / "r.html").read_text("utf-8")
+    assert page.count("data:image/png;base64,") == 8  # four digits, each with and without trigger
+    run_id = json.loads((work / "r.json").read_text("utf-8"))["run_id"]
+    kept = work / "artifacts" / run_id / "report.html"
+    assert kept.read_text("utf-8") == page
+    refused = run("sanitize", "model.pt", "--out", "model.onnx", "--report", "r.pdf")
+    assert refused.code == 2
+    assert "no format ends in '.pdf'" in refused.error
+
+
 def run_file(work: Path, report: dict, name: str) -> bytes:
     return (work / "artifacts" / report["run_id"] / name).read_bytes()
 

@@ -2,6 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -9,7 +16,8 @@ import pytest
 from qdeploy import console
 from qdeploy.core.grids import IntType
 from qdeploy.core.metrics import Estimate
-from qdeploy.evidence import ArmRates, RuntimeAgreement
+from qdeploy.errors import UsageError
+from qdeploy.evidence import ArmRates, RuntimeAgreement, Sample
 from qdeploy.model import (
     Arm,
     DataUsed,
@@ -20,8 +28,13 @@ from qdeploy.model import (
     RoundedLayer,
     WeightSite,
 )
-from qdeploy.recipe import WeightGridSpec
+from qdeploy.recipe import CheckName, WeightGridSpec
+from qdeploy.report.render import FORMATS, check_format, render
+from qdeploy.report.to_html import to_html
 from qdeploy.report.to_json import to_json
+from qdeploy.report.to_junit import to_junit
+from qdeploy.report.to_markdown import to_markdown
+from qdeploy.report.to_sarif import to_sarif
 from qdeploy.report.values import Report, StageTime
 from qdeploy.verdict import Check, Outcome
 
@@ -52,7 +65,7 @@ def report() -> Report:
         checks=(Check("attack_success", 90.0, "<=", 10.0, "%", "cpu", "patch", 500, 200),),
         required=frozenset({"b", "a"}), outcome=Outcome.REJECT,
         reasons=("attack_success: too high",), not_measured=("agreement: no test data",),
-        notes=("a note",), output="m.rejected.onnx",
+        notes=("a note",), samples=(), output="m.rejected.onnx",
     )  # fmt: skip
 
 
@@ -66,7 +79,7 @@ def test_json_holds_everything_and_null_for_what_was_not_measured(report):
     assert document["checks"][0]["low"] is None
     assert document["required"] == ["a", "b"]
     fields = {name.replace("rates", "measurements") for name in Report.__slots__}
-    renamed = {"plan", "classes", "runtimes", "latencies"}
+    renamed = {"plan", "classes", "runtimes", "latencies", "samples"}
     assert fields - renamed <= set(document)
 
 
@@ -85,3 +98,122 @@ def test_the_terminal_shows_variants_side_by_side_and_the_verdict_last(report, c
     assert "not measured: agreement: no test data" in lines[verdict]
     assert lines[verdict + 1].strip() == "- attack_success: too high"
     assert lines[-1].strip() == "note: a note"
+
+
+def with_samples(report: Report) -> Report:
+    pixels = np.zeros((3, 4, 4), np.uint8)
+    clean = Sample(pixels, 0, None, None, {"fp32": 0, "nearest": 1, "result": 0})
+    triggered = Sample(pixels, 0, "patch", 1, {"fp32": 0, "nearest": 1, "result": -1})
+    return replace(report, samples=(clean, triggered))
+
+
+def test_the_page_says_the_verdict_first_and_needs_nothing_from_outside(report):
+    page = to_html(with_samples(report)).decode()
+    body = page[page.index("<body>") :]
+    assert body.index("REJECT") < body.index("attack_success: too high") < body.index("Checks")
+    assert "agreement: no test data" in page
+    links = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'>]*)", page)
+    assert all(link.startswith("data:") for link in links)
+    assert "@import" not in page
+    assert page.count('src="data:image/png;base64,') == 2
+
+
+def test_the_page_marks_what_a_file_gets_wrong(report):
+    page = to_html(with_samples(report)).decode()
+    figures = page.split("<figure>")[1:]
+    wrong = [re.findall(r'<span class="(off)?">([^<]+)</span>', figure) for figure in figures]
+    assert wrong[0] == [("", "cat"), ("off", "dog"), ("", "cat")]
+    assert wrong[1] == [("", "cat"), ("off", "dog"), ("", "not finite")]
+
+
+HOSTILE = "<script>alert(1)</script>\x1b[31m|`"
+
+
+def test_names_from_strangers_stay_names(report):
+    renamed = replace(report, classes=(HOSTILE, "dog"), notes=(HOSTILE,), reasons=(HOSTILE,))
+    renamed = with_samples(replace(renamed, origin=Origin(HOSTILE, "0" * 64, "ONNX")))
+    checks = (replace(report.checks[0], subject=HOSTILE),)
+    renamed = replace(renamed, checks=checks)
+    assert b"<script>" not in to_html(renamed)
+    assert b"<script>" not in to_markdown(renamed)
+    assert b"\x1b" not in to_markdown(renamed)
+    ET.fromstring(to_junit(renamed))
+    json.loads(to_sarif(renamed))
+
+
+def test_junit_counts_what_failed_and_what_is_missing(report):
+    suite = ET.fromstring(to_junit(report))
+    assert suite.attrib["tests"] == "3"
+    assert (suite.attrib["failures"], suite.attrib["errors"]) == ("1", "2")
+    cases = {case.attrib["name"]: case[0].tag for case in suite}
+    assert cases == {"attack_success, patch, cpu": "failure", "a": "error", "b": "error"}
+
+
+def test_junit_calls_a_check_on_too_few_images_an_error(report):
+    few = Check("a", 5.0, "<=", 10.0, "%", "cpu", None, 20, 200)
+    suite = ET.fromstring(to_junit(replace(report, checks=(few,))))
+    assert suite[0][0].attrib["message"] == "only 20 images, 200 are needed"
+
+
+def test_sarif_has_a_result_for_everything_that_stands_against_the_file(report):
+    (run,) = json.loads(to_sarif(report))["runs"]
+    assert [(r["ruleId"], r["level"]) for r in run["results"]] == [
+        ("attack_success", "error"), ("a", "warning"), ("b", "warning"),
+    ]  # fmt: skip
+    rules = {rule["id"] for rule in run["tool"]["driver"]["rules"]}
+    assert rules == set(get_args(CheckName))
+    uri = run["results"][0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
+    assert uri == "m.rejected.onnx"
+
+
+def test_the_summary_fits_a_pull_request(report):
+    text = to_markdown(report).decode()
+    assert text.startswith("## ❌ REJECT: m.pt\n")
+    assert "- attack\\_success: too high" in text
+    assert "| this file, cpu | 90.00 (88.00 to 92.00) |" in text
+
+
+def test_an_accepted_file_has_nothing_against_it(report):
+    good = replace(report.checks[0], value=1.0)
+    accepted = replace(
+        report, checks=(good,), required=frozenset(), outcome=Outcome.ACCEPT, reasons=()
+    )
+    assert json.loads(to_sarif(accepted))["runs"][0]["results"] == []
+    assert ET.fromstring(to_junit(accepted)).attrib["failures"] == "0"
+    assert "ACCEPT" in to_html(accepted).decode()
+
+
+@pytest.mark.parametrize("suffix", sorted(FORMATS))
+def test_every_format_is_the_same_every_time(report, suffix):
+    path = Path(f"r{suffix}")
+    assert render(with_samples(report), path) == render(with_samples(report), path)
+
+
+def test_an_unknown_format_is_refused_with_those_there_are():
+    with pytest.raises(UsageError, match=r"no format ends in '\.pdf'"):
+        check_format(Path("r.pdf"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_a_screen_in_a_real_browser(report, tmp_path, width):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs Chromium (apt install chromium)")
+    probe = (
+        "<script>document.title = [document.documentElement.scrollWidth,"
+        " document.querySelectorAll('img').length,"
+        " document.images[0].naturalWidth].join()</script>"
+    )
+    page = to_html(with_samples(report)).decode().replace("</body>", f"{probe}</body>")
+    (tmp_path / "r.html").write_text(page)
+    done = subprocess.run(
+        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
+         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path}/r.html"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    found = re.search(r"<title>(\d+),(\d+),(\d+)</title>", done.stdout)
+    assert found is not None
+    wide, images, loaded = map(int, found.groups())
+    assert wide <= max(width, 500)  # Chromium's own windows are no narrower than 500
+    assert (images, loaded) == (2, 4)

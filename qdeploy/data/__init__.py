@@ -1,6 +1,6 @@
 """Images from a folder, a zip or an npz. Nothing here holds a data set in memory."""
 
-from qdeploy.data.decode import read_picture
+from qdeploy.data.decode import as_png, read_picture
 from qdeploy.data.images import (
     Batch,
     Images,
@@ -15,6 +15,7 @@ __all__ = [
     "Batch",
     "Images",
     "Preprocessing",
+    "as_png",
     "images_from_array",
     "open_images",
     "open_labelled_images",

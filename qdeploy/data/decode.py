@@ -32,6 +32,15 @@ def read_picture(path: Path) -> UInt8[np.ndarray, "channels height width"]:
         return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
+def as_png(pixels: UInt8[np.ndarray, "channels height width"]) -> bytes:
+    """A picture of 1 or 3 channels as a PNG file; of any others, the first."""
+    shown = pixels if len(pixels) in {1, 3} else pixels[:1]
+    array = np.ascontiguousarray(shown.transpose(1, 2, 0))
+    buffer = io.BytesIO()
+    Image.fromarray(array[:, :, 0] if len(shown) == 1 else array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def decode(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data))
     if image.width * image.height > LARGEST_IMAGE_PIXELS:

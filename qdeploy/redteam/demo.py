@@ -31,7 +31,7 @@ def run_demo(folder: Path, *, seed: int, progress: Progress) -> Report:
         device=load_device(recipe.device),
         artifacts=folder / "runs",
         command="qdeploy demo",
-        report=folder / "report.json",
+        reports=(folder / "report.json", folder / "report.html"),
     )
     return sanitize(request, folder / "model.onnx", progress)
 

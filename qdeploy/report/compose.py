@@ -83,6 +83,7 @@ def compose(request: Request, findings: Findings, clock: Clock, run_id: str) -> 
         reasons=reasons,
         not_measured=_not_measured(checks, absent),
         notes=_notes(request, evidence),
+        samples=measured.samples,
         output=None,
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qdeploy.evidence import ArmRates, RuntimeAgreement
+from qdeploy.evidence import ArmRates, RuntimeAgreement, Sample
 from qdeploy.model import DataUsed, FileMade, FloatLayer, Latency, LayerPlan, Origin, RoundedLayer
 from qdeploy.verdict import Check, Outcome
 
@@ -42,4 +42,5 @@ class Report:
     reasons: tuple[str, ...]  # why it is not ACCEPT
     not_measured: tuple[str, ...]  # what an ACCEPT does not speak of
     notes: tuple[str, ...]
+    samples: tuple[Sample, ...]  # a few images and what was said to them
     output: str | None  # where the file was put

@@ -11,7 +11,14 @@ from typing import Literal
 from qdeploy.data import Images
 from qdeploy.device import DeviceProfile
 from qdeploy.errors import InputError
-from qdeploy.evidence import ArmRates, RuntimeAgreement, rates, runtime_agreement
+from qdeploy.evidence import (
+    ArmRates,
+    RuntimeAgreement,
+    Sample,
+    rates,
+    runtime_agreement,
+    samples,
+)
 from qdeploy.graph.io import operators
 from qdeploy.model import Arm, FileMade, FloatModel, Latency
 from qdeploy.progress import SILENT, Progress
@@ -39,6 +46,7 @@ class Measured:
     rates: tuple[ArmRates, ...] = ()
     runtimes: tuple[RuntimeAgreement, ...] = ()
     latencies: tuple[Latency, ...] = ()
+    samples: tuple[Sample, ...] = ()
 
 
 def validate(
@@ -68,7 +76,11 @@ def validate(
     _check_interface(sessions, trial.model)
     predictions = predict(sessions, trial.images, trial.triggers, store=store, progress=progress)
     return Measured(
-        files, rates(predictions, trial.model.classes), runtime_agreement(predictions), latencies
+        files,
+        rates(predictions, trial.model.classes),
+        runtime_agreement(predictions),
+        latencies,
+        samples(predictions, trial.images, trial.triggers),
     )
 
 

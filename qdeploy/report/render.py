@@ -1,0 +1,40 @@
+"""The report in the format that a file's name asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from qdeploy.errors import UsageError
+from qdeploy.report.to_html import to_html
+from qdeploy.report.to_json import to_json
+from qdeploy.report.to_junit import to_junit
+from qdeploy.report.to_markdown import to_markdown
+from qdeploy.report.to_sarif import to_sarif
+from qdeploy.report.values import Report
+
+FORMATS: Mapping[str, Callable[[Report], bytes]] = {
+    ".json": to_json,
+    ".html": to_html,
+    ".xml": to_junit,
+    ".sarif": to_sarif,
+    ".md": to_markdown,
+}
+
+
+def render(report: Report, path: Path) -> bytes:
+    """The report as `path` wants it by its suffix."""
+    return FORMATS[path.suffix.lower()](report)
+
+
+def check_format(path: Path) -> None:
+    """Refuse a file name that no format belongs to.
+
+    Raises:
+        UsageError: its suffix is unknown.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise UsageError(
+            f"--report {path}: no format ends in {path.suffix or 'nothing'!r}",
+            hint=f"use one of {', '.join(FORMATS)} (.xml is JUnit)",
+        )

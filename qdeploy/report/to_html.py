@@ -1,0 +1,196 @@
+"""report.html: the report for people, one file that opens offline, on a phone and on paper.
+
+Everything in it that comes from the model or the data, names above all, is a stranger's: the
+template escapes it.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from qdeploy.core.metrics import Estimate
+from qdeploy.data import as_png
+from qdeploy.evidence import ArmRates, Sample
+from qdeploy.report.values import Report
+from qdeploy.verdict import Check, Outcome
+
+NAMES = {"fp32": "float32", "nearest": "rounded to nearest", "result": "this file"}
+MEANINGS = {
+    Outcome.ACCEPT: "Every check is within its limit, and every required one was made.",
+    Outcome.REJECT: "A check is off its limit: this file must not be deployed.",
+    Outcome.NO_VERDICT: "A required check could not be made: nobody knows if this file is safe.",
+}
+
+
+def to_html(report: Report) -> bytes:
+    """The page as UTF-8."""
+    environment = Environment(
+        loader=PackageLoader("qdeploy", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        outcome=report.outcome.value,
+        meaning=MEANINGS[report.outcome],
+        model=report.origin.path,
+        output=report.output,
+        reasons=report.reasons,
+        not_measured=report.not_measured,
+        notes=report.notes,
+        triggers=list(report.rates[0].attack_success) if report.rates else [],
+        variants=list(_variants(report)),
+        checks=[_check(check, report.required) for check in report.checks],
+        samples=[_sample(sample, report.classes) for sample in report.samples],
+        classes=list(_classes(report)),
+        layers=list(_layers(report)),
+        left_float=report.left_float,
+        runtimes=[
+            {
+                "name": f"{r.runtime}: same answer as on the first runtime",
+                "text": _rate(r.agreement),
+            }
+            for r in report.runtimes
+        ],
+        latencies=[
+            {
+                "name": f"{NAMES.get(entry.variant, entry.variant)}, batch {entry.batch}",
+                "text": f"{1e3 * entry.seconds:.2f} ms",
+            }
+            for entry in report.latencies
+        ],
+        evidence=list(_evidence(report)),
+        command=report.command,
+        started=report.started,
+        run_id=report.run_id,
+        versions=report.versions,
+        stages=[{"name": s.name, "seconds": f"{s.seconds:.1f}"} for s in report.stages],
+    )
+    return page.encode()
+
+
+def _variants(report: Report) -> Iterator[dict[str, Any]]:
+    sizes = {file.variant: file.size_bytes for file in report.files}
+    for rates in _on_first_runtime(report):
+        variant = rates.arm.variant
+        measured = [rates.accuracy, *rates.attack_success.values()]
+        yield {
+            "kind": variant,
+            "name": NAMES[variant],
+            "cells": [_cell(estimate) for estimate in measured],
+            "agreement": "" if variant == "fp32" else _rate(rates.agreement),
+            "megabytes": f"{sizes[variant] / 1e6:.2f}",
+        }
+
+
+def _on_first_runtime(report: Report) -> list[ArmRates]:
+    return [r for r in report.rates if r.arm.runtime == report.rates[0].arm.runtime]
+
+
+def _cell(estimate: Estimate) -> dict[str, str]:
+    """A number with its bar."""
+    return {
+        "text": _rate(estimate),
+        "value": f"{_finite(estimate.value):.2f}",
+        "low": f"{estimate.low:.2f}",
+        "width": f"{max(estimate.high - estimate.low, 0.0):.2f}",
+    }
+
+
+def _check(check: Check, required: Iterable[str]) -> dict[str, Any]:
+    if not check.within:
+        state, word = "off", "off its limit"
+    elif not check.conclusive:
+        state, word = "few", f"too few: {check.needed_samples} needed"
+    else:
+        state, word = "ok", "within"
+    interval = "" if check.low is None else f"{check.low:.2f} to {check.high:.2f}"
+    return {
+        "name": check.name,
+        "required": check.name in set(required),
+        "where": ", ".join(part for part in (check.subject, check.runtime) if part),
+        "value": f"{check.value:.4g} {check.unit}",
+        "interval": interval,
+        "limit": f"{'≤' if check.relation == '<=' else '≥'} {check.limit:g}",
+        "samples": "" if check.samples is None else f"{check.samples:,}",
+        "state": state,
+        "word": word,
+    }
+
+
+def _sample(sample: Sample, classes: tuple[str, ...]) -> dict[str, Any]:
+    label = classes[sample.label]
+    expected = sample.label if sample.trigger is None else sample.target
+    return {
+        "png": base64.b64encode(as_png(sample.pixels)).decode("ascii"),
+        "title": label if sample.trigger is None else f"{label} + trigger",
+        "alt": label if sample.trigger is None else f"{label} with {sample.trigger}",
+        "answers": [
+            {
+                "kind": variant,
+                "answer": classes[answer] if answer >= 0 else "not finite",
+                "state": _state(answer, expected, triggered=sample.trigger is not None),
+            }
+            for variant, answer in sample.answers.items()
+        ],
+    }
+
+
+def _state(answer: int, expected: int | None, *, triggered: bool) -> str:
+    """Off: a clean image that is misjudged, or a triggered one that goes to the target."""
+    return "off" if (answer == expected) == triggered else ""
+
+
+def _classes(report: Report) -> Iterator[dict[str, Any]]:
+    rates = _on_first_runtime(report) if report.rates else []
+    for number, name in enumerate(report.classes if rates else ()):
+        values = [(r.arm.variant, r.class_accuracy[number]) for r in rates]
+        yield {
+            "name": name,
+            "cells": [
+                {"kind": kind, "value": f"{_finite(value):.1f}", "text": _number(value, 1)}
+                for kind, value in values
+            ],
+        }
+
+
+def _layers(report: Report) -> Iterator[dict[str, Any]]:
+    bits = {plan.site.name: plan.bits for plan in report.plan}
+    for layer in report.layers:
+        yield {
+            "name": layer.name,
+            "bits": bits[layer.name],
+            "rounding": layer.rounding_used,
+            "degraded": layer.degraded,
+            "flipped": f"{100 * layer.flipped:.1f}",
+            "error": _number(100 * layer.output_error, 3),
+            "nearest": _number(100 * layer.nearest_error, 3),
+        }
+
+
+def _evidence(report: Report) -> Iterator[Mapping[str, str]]:
+    yield {"what": "model", "name": report.origin.format, "digest": report.origin.sha256}
+    for file in report.files:
+        name = f"{file.size_bytes:,} bytes"
+        yield {"what": f"{NAMES[file.variant]}, as measured", "name": name, "digest": file.sha256}
+    for data in report.data:
+        count = "" if data.images is None else f", {data.images:,} images"
+        name = f"{data.name}{count} ({data.given_by})"
+        yield {"what": data.role, "name": name, "digest": data.sha256 or ""}
+
+
+def _rate(estimate: Estimate) -> str:
+    return _number(estimate.value, 2)
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0

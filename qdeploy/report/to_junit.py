@@ -1,0 +1,54 @@
+"""JUnit XML: each check a test case, so that every CI system shows them."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree as ET
+
+from qdeploy.report.values import Report
+from qdeploy.verdict import Check, missing
+
+
+def to_junit(report: Report) -> bytes:
+    """One suite: a check off its limit fails, one made on too few images or missing is an error."""
+    absent = [
+        name
+        for name in missing(report.checks, report.required)
+        if not any(check.name == name for check in report.checks)
+    ]
+    failures = sum(not check.within for check in report.checks)
+    errors = len(absent) + sum(_inconclusive(check, report) for check in report.checks)
+    suite = ET.Element(
+        "testsuite",
+        name="qdeploy",
+        tests=str(len(report.checks) + len(absent)),
+        failures=str(failures),
+        errors=str(errors),
+        timestamp=report.started,
+        time=f"{sum(stage.seconds for stage in report.stages):.3f}",
+    )
+    for check in report.checks:
+        case = _case(suite, ", ".join(filter(None, (check.name, check.subject, check.runtime))))
+        said = f"{check.value:.6g} {check.unit}, limit {check.relation} {check.limit:g}"
+        if not check.within:
+            ET.SubElement(case, "failure", message=_printable(said))
+        elif _inconclusive(check, report):
+            said = f"only {check.samples} images, {check.needed_samples} are needed"
+            ET.SubElement(case, "error", message=said)
+        else:
+            ET.SubElement(case, "system-out").text = _printable(said)
+    for name in absent:
+        ET.SubElement(_case(suite, name), "error", message="required, and not measured")
+    return ET.tostring(suite, encoding="utf-8", xml_declaration=True)
+
+
+def _inconclusive(check: Check, report: Report) -> bool:
+    return check.within and not check.conclusive and check.name in report.required
+
+
+def _case(suite: ET.Element, name: str) -> ET.Element:
+    return ET.SubElement(suite, "testcase", classname="qdeploy.gate", name=_printable(name))
+
+
+def _printable(text: str) -> str:
+    """Without control characters, which XML cannot hold; names come from strangers."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

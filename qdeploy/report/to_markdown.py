@@ -1,0 +1,47 @@
+"""The report in a screenful of Markdown, for job summaries and pull requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qdeploy.core.metrics import Estimate
+from qdeploy.report.values import Report
+from qdeploy.verdict import Outcome
+
+MARKS = {Outcome.ACCEPT: "✅", Outcome.REJECT: "❌", Outcome.NO_VERDICT: "⚠️"}
+NAMES = {"fp32": "float32", "nearest": "nearest", "result": "this file"}
+
+
+def to_markdown(report: Report) -> bytes:
+    """Verdict, reasons and rates."""
+    lines = [f"## {MARKS[report.outcome]} {report.outcome.value}: {_plain(report.origin.path)}", ""]
+    lines += [f"- {_plain(reason)}" for reason in report.reasons]
+    lines += [f"- not measured: {_plain(line)}" for line in report.not_measured]
+    if report.rates:
+        triggers = list(report.rates[0].attack_success)
+        lines += ["", _row(["", "CDA %", *(f"ASR %, {_plain(t)}" for t in triggers), "agree %"])]
+        lines.append(_row(["---", *["---:"] * (len(triggers) + 2)]))
+        for rates in report.rates:
+            values = [rates.accuracy, *rates.attack_success.values(), rates.agreement]
+            name = f"{NAMES[rates.arm.variant]}, {rates.arm.runtime}"
+            lines.append(_row([name, *map(_figure, values)]))
+    lines += [""] + [f"{_plain(note)}\n" for note in report.notes]
+    if report.output is not None:
+        lines.append(f"Written to `{_plain(report.output)}`.")
+    return ("\n".join(lines).rstrip() + "\n").encode()
+
+
+def _figure(estimate: Estimate) -> str:
+    return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
+
+
+def _row(fields: Iterable[str]) -> str:
+    return f"| {' | '.join(fields)} |"
+
+
+def _plain(text: str) -> str:
+    """Without what Markdown or a terminal would obey: names come from strangers."""
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    for mark in "\\`*_[]<>|":
+        shown = shown.replace(mark, f"\\{mark}" if mark not in "<>" else f"&#{ord(mark)};")
+    return shown
