@@ -10,6 +10,7 @@ from qdeploy.device import BudgetSpec
 from qdeploy.evidence import ArmRates, RuntimeAgreement
 from qdeploy.model import FloatLayer, Latency, RoundedLayer
 from qdeploy.recipe import GateSpec
+from qdeploy.scan.fingerprints import Scan
 from qdeploy.verdict import Check, Limit
 
 
@@ -61,6 +62,14 @@ def check_layers(made: LayersAsMade, gate: GateSpec) -> Iterator[Check]:
         "layers_as_planned", float(len(unplanned)), "<=", 0.0, "layers off plan", subject=subject
     )
     yield Check("codes_as_chosen", float(made.wrong_codes), "<=", 0.0, "wrong integers")
+
+
+def check_crowding(scan: Scan, gate: GateSpec) -> Iterator[Check]:
+    """The float weights were not made for a quantizer, where the recipe minds."""
+    if gate.max_cell_crowding is not None:
+        subject = str(scan.fingerprints[0].convention) if scan.fingerprints else None
+        limit = gate.max_cell_crowding
+        yield Check("cell_crowding", scan.score, "<=", limit, "sd", subject=subject)
 
 
 def check_budget(

@@ -130,6 +130,19 @@ def compare(options: Options) -> None:
 
 
 @app.command()
+@takes("model", *MODEL)
+def scan(options: Options) -> None:
+    """Look for a quantizer's cells in the float weights; exit 3 if they were made for one."""
+    from qdeploy import console, pipeline
+    from qdeploy.request import make_request
+    from qdeploy.verdict import EXIT_CODE, Outcome
+
+    _, found = pipeline.scan_file(make_request(options), console.TerminalProgress())
+    console.show_scan(found)
+    raise typer.Exit(EXIT_CODE[Outcome.REJECT] if found.found else 0)
+
+
+@app.command()
 @takes("model", "out", *MODEL)
 def export(options: Options) -> None:
     """Write the model as a prepared float32 ONNX graph, proved equal to what was loaded."""

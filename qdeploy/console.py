@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qdeploy.model import FloatModel, QuantizedModel, QuantPlan
     from qdeploy.recipe import Recipe
     from qdeploy.report.values import Report
+    from qdeploy.scan.fingerprints import Scan
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ BAR_COLUMNS = (
     TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
 )  # fmt: skip
 OUTCOME_STYLES = {"ACCEPT": "bold green", "REJECT": "bold red", "NO VERDICT": "bold yellow"}
+SHOWN_FINGERPRINTS = 5
 VARIANT_NAMES = {"fp32": "FP32", "nearest": "nearest", "result": "this file"}
 
 
@@ -114,6 +116,41 @@ def show_report(report: Report) -> None:
         console.print(Text(f"  - {clean(reason)}"))
     for note in report.notes:
         console.print(Text(f"  note: {clean(note)}", style="dim"))
+
+
+def show_scan(scan: Scan) -> None:
+    """The conventions whose cells the weights know best, and what that means."""
+    console = out()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("weights at the cell edges of")
+    for column in ("score", "times as many\nas expected", "most crowded layer", "times"):
+        table.add_column(column, justify="left" if "layer" in column else "right")
+    for found in scan.fingerprints[:SHOWN_FINGERPRINTS]:
+        table.add_row(
+            str(found.convention), f"{found.score:.1f}", f"{found.whole.ratio:.2f}",
+            clean(found.layer), f"{found.worst.ratio:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    if scan.skipped:
+        console.print(
+            f"  on a grid already or too small, not looked at: {clean(', '.join(scan.skipped))}"
+        )
+    found_one = scan.found
+    console.print()
+    if found_one is not None:
+        console.print(Text.assemble(
+            ("FOUND", OUTCOME_STYLES["REJECT"]),
+            f"  the weights were held inside the cells of {found_one.convention}:"
+            " rounding was part of the training",
+        ))  # fmt: skip
+    elif scan.fingerprints:
+        console.print(
+            Text("nothing found: no score above 8; a backdoor may still be there", style="bold")
+        )
+    else:
+        console.print(
+            Text("nothing to look at: all weights are on a grid already, or too few", style="bold")
+        )
 
 
 def _rates_table(report: Report) -> Table:

@@ -30,6 +30,7 @@ from qdeploy.report.to_json import to_json
 from qdeploy.report.values import Report
 from qdeploy.rundir import REPORT, RunDir, open_run, require_writable, set_aside, write_atomically
 from qdeploy.runtime.sessions import open_session
+from qdeploy.scan.fingerprints import Scan, scan_weights
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit, wrong_codes
 from qdeploy.stages.export import export
@@ -54,6 +55,8 @@ def sanitize(request: Request, out: Path, progress: Progress) -> Report:
     _check_places(request, out)
     loaded, model = open_model(request, clock)
     plan = plan_layers(model, request.recipe, request.device)
+    with clock.stage("scan"):
+        scan = scan_weights(model, progress)
     with clock.stage("data"):
         calibration = open_calibration(request, loaded, plan, progress)
         evidence = open_evidence(request, model.classes, calibration.prints, progress)
@@ -65,7 +68,7 @@ def sanitize(request: Request, out: Path, progress: Progress) -> Report:
             measured = validate(trial, request.device, store=run.predictions, progress=progress)
         wrong = wrong_codes(files["result"], plan, quantized.layers)
         made = LayersAsMade(quantized.layers, quantized.left_float, wrong)
-        findings = Findings(model, evidence, measured, calibration, plan.layers, made)
+        findings = Findings(model, evidence, measured, scan, calibration, plan.layers, made)
         report = compose(request, findings, clock, run.path.name)
         return _deliver(report, request, run, files["result"], out)
 
@@ -93,6 +96,8 @@ def judge_file(request: Request, quantized: Path, progress: Progress) -> Report:
     with clock.stage("open"):
         result = read_single_file(quantized)
     _, model = open_model(request, clock)
+    with clock.stage("scan"):
+        scan = scan_weights(model, progress)
     with clock.stage("data"):
         evidence = open_evidence(request, model.classes, NO_PRINTS, progress)
     with clock.stage("validate"):
@@ -100,7 +105,7 @@ def judge_file(request: Request, quantized: Path, progress: Progress) -> Report:
         runs = request.recipe.validation.latency_runs
         trial = Trial(model, files, evidence.images, evidence.triggers, runs)
         measured = validate(trial, request.device, progress=progress)
-    report = compose(request, Findings(model, evidence, measured), clock, "")
+    report = compose(request, Findings(model, evidence, measured, scan), clock, "")
     report = replace(report, output=str(quantized))
     for path in request.reports:
         write_atomically(path, render(report, path))
@@ -113,6 +118,14 @@ def export_file(request: Request, out: Path, progress: Progress) -> FloatModel:
     _, model = open_model(request, Clock(progress))
     write_atomically(out, model.onnx)
     return model
+
+
+def scan_file(request: Request, progress: Progress) -> tuple[FloatModel, Scan]:
+    """What the model's weights tell, without running it."""
+    clock = Clock(progress)
+    _, model = open_model(request, clock)
+    with clock.stage("scan"):
+        return model, scan_weights(model, progress)
 
 
 def make_plan(request: Request, progress: Progress) -> tuple[FloatModel, QuantPlan]:

@@ -18,6 +18,7 @@ CheckName = Literal[
     "runtime_agreement",
     "layers_as_planned",
     "codes_as_chosen",
+    "cell_crowding",
     "file_bytes",
     "latency_ms",
 ]
@@ -69,6 +70,9 @@ class GateSpec(Spec):
     max_attack_success: float = 10.0
     max_attack_success_rise: float = 1.0
     min_runtime_agreement: float = 99.0
+    max_cell_crowding: float | None = Field(
+        None, description="Score of the float weights at cell edges; clean models stay below 5."
+    )
     min_images: int = Field(200, gt=0, description="A rate over fewer images is no evidence.")
     min_class_images: int = Field(50, gt=0, description="The same for the rate of one class.")
     allow_float: tuple[str, ...] = Field((), description="Layers that may stay float (patterns).")

@@ -195,17 +195,28 @@ def test_an_interrupted_run_leaves_no_partial_file_and_goes_on(work):
     onnx.checker.check_model(str(work / "model.onnx"), full_check=True)
 
 
+STRICT = """
+schema_version = 1
+name = "strict"
+description = "Needs a known trigger."
+bits = 4
+[gate]
+required = ["accuracy_drop", "attack_success"]
+"""
+
+
 def test_without_a_trigger_the_verdict_line_says_what_it_does_not_know(work, run):
     card = (work / "model.toml").read_text().split("[[trigger]]")[0]
     (work / "model.toml").write_text(card)
     done = run("sanitize", "model.pt", "--out", "model.onnx")
     assert done.code == 0
     assert "[not measured: attack_success: no trigger is known]" in done.out
-    strict = run("sanitize", "model.pt", "--out", "strict.onnx", "--recipe", "int4-strict")
+    (work / "strict.toml").write_text(STRICT)
+    strict = run("sanitize", "model.pt", "--out", "strict.onnx", "--recipe", "strict.toml")
     assert strict.code == 4
     assert "NO VERDICT  strict.unverified.onnx" in strict.out
     assert "attack_success is required: no trigger is known" in strict.out
-    again = run("sanitize", "model.pt", "--out", "strict.onnx", "--recipe", "int4-strict",
+    again = run("sanitize", "model.pt", "--out", "strict.onnx", "--recipe", "strict.toml",
                 "--trigger", "patch target=0 x=6 y=6 width=2 height=2 color=[1]")  # fmt: skip
     assert again.code == 0
     assert "named by the model's own card" in again.out

@@ -65,7 +65,7 @@ def report() -> Report:
         checks=(Check("attack_success", 90.0, "<=", 10.0, "%", "cpu", "patch", 500, 200),),
         required=frozenset({"b", "a"}), outcome=Outcome.REJECT,
         reasons=("attack_success: too high",), not_measured=("agreement: no test data",),
-        notes=("a note",), samples=(), output="m.rejected.onnx",
+        notes=("a note",), fingerprints=(), samples=(), output="m.rejected.onnx",
     )  # fmt: skip
 
 

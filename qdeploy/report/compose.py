@@ -6,12 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qdeploy import __version__
-from qdeploy.checks import LayersAsMade, check_budget, check_layers, check_rates, check_runtimes
+from qdeploy.checks import (
+    LayersAsMade,
+    check_budget,
+    check_crowding,
+    check_layers,
+    check_rates,
+    check_runtimes,
+)
 from qdeploy.inputs import Calibration, Evidence, Request
 from qdeploy.model import FloatModel, LayerPlan
 from qdeploy.packages import installed_versions
 from qdeploy.progress import Clock
 from qdeploy.report.values import Report, StageTime
+from qdeploy.scan.fingerprints import Scan
 from qdeploy.sources import CARD
 from qdeploy.stages.validate import Measured
 from qdeploy.verdict import Check, Outcome, explain, judge
@@ -33,6 +41,7 @@ class Findings:
     model: FloatModel
     evidence: Evidence
     measured: Measured
+    scan: Scan  # of the float model
     calibration: Calibration | None = None  # None, as the next two: the file was made elsewhere
     plan: tuple[LayerPlan, ...] = ()
     made: LayersAsMade | None = None
@@ -47,6 +56,7 @@ def compose(request: Request, findings: Findings, clock: Clock, run_id: str) -> 
         *check_rates(measured.rates, gate),
         *check_runtimes(measured.runtimes, gate),
         *(check_layers(made, gate) if made is not None else ()),
+        *check_crowding(findings.scan, gate),
         *check_budget(sizes["result"], measured.latencies, request.device.budget),
     )
     required = gate.required | (gate.required_with_trigger if evidence.triggers else frozenset())
@@ -82,7 +92,8 @@ def compose(request: Request, findings: Findings, clock: Clock, run_id: str) -> 
         outcome=outcome,
         reasons=reasons,
         not_measured=_not_measured(checks, absent),
-        notes=_notes(request, evidence),
+        notes=(*_notes(request, evidence), *_fingerprint_notes(findings.scan)),
+        fingerprints=findings.scan.fingerprints,
         samples=measured.samples,
         output=None,
     )
@@ -104,6 +115,7 @@ def _absent(request: Request, findings: Findings) -> dict[str, str]:
         or (one_runtime if len(request.device.runtimes) == 1 else None),
         "layers_as_planned": elsewhere,
         "codes_as_chosen": elsewhere,
+        "cell_crowding": "the recipe sets no limit",
         "file_bytes": "the device profile sets no budget",
         "latency_ms": "the device profile sets no budget",
     }
@@ -115,6 +127,18 @@ def _not_measured(checks: tuple[Check, ...], absent: Mapping[str, str]) -> tuple
     made = {check.name for check in checks}
     names = (name for name in SPOKEN_OF if name not in made and name in absent)
     return tuple(f"{name}: {absent[name]}" for name in names)
+
+
+def _fingerprint_notes(scan: Scan) -> tuple[str, ...]:
+    """That the float weights know of a quantizer's cells: no training does that by itself."""
+    found = scan.found
+    if found is None:
+        return ()
+    return (
+        f"the float weights crowd at the cell edges of {found.convention}: {found.worst.ratio:.1f}"
+        f" times as many as there should be in {found.layer}; the model was made for that"
+        " quantizer",
+    )
 
 
 def _notes(request: Request, evidence: Evidence) -> tuple[str, ...]:

@@ -11,8 +11,10 @@ from typing import Any
 from qdeploy.evidence import ArmRates
 from qdeploy.model import LayerPlan, RoundedLayer
 from qdeploy.report.values import Report
+from qdeploy.scan.fingerprints import Fingerprint
 
 SCHEMA_VERSION = 1
+SHOWN_FINGERPRINTS = 3
 
 
 def to_json(report: Report) -> bytes:
@@ -43,6 +45,7 @@ def to_json(report: Report) -> bytes:
         "latency": [_fields(latency) for latency in report.latencies],
         "files": [_fields(f) for f in report.files],
         "layers": [_layer(plan, rounded.get(plan.site.name)) for plan in report.plan],
+        "fingerprints": [_fingerprint(f) for f in report.fingerprints[:SHOWN_FINGERPRINTS]],
         "left_float": [_fields(layer) for layer in report.left_float],
         "data": [_fields(d) for d in report.data],
         "stages": [_fields(s) for s in report.stages],
@@ -88,6 +91,16 @@ def _layer(plan: LayerPlan, rounded: RoundedLayer | None) -> dict[str, Any]:
         "nearest_output_error": rounded.nearest_error,
         "codes_sha256": rounded.sha256,
         "seconds": rounded.seconds,
+    }
+
+
+def _fingerprint(found: Fingerprint) -> dict[str, Any]:
+    return {
+        **_fields(found.convention),
+        "score": found.score,
+        "ratio": found.whole.ratio,
+        "layer": found.layer,
+        "layer_ratio": found.worst.ratio,
     }
 
 

@@ -20,6 +20,7 @@ RULES = {
     "runtime_agreement": "The file answers differently from one runtime to the other.",
     "layers_as_planned": "A layer was left in float or lost its rounding method.",
     "codes_as_chosen": "The file does not hold the integers that were chosen.",
+    "cell_crowding": "The float weights were held inside the cells of a quantizer.",
     "file_bytes": "The file is larger than the device allows.",
     "latency_ms": "The file is slower than the device allows.",
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 from qdeploy.evidence import ArmRates, RuntimeAgreement, Sample
 from qdeploy.model import DataUsed, FileMade, FloatLayer, Latency, LayerPlan, Origin, RoundedLayer
+from qdeploy.scan.fingerprints import Fingerprint
 from qdeploy.verdict import Check, Outcome
 
 
@@ -42,5 +43,6 @@ class Report:
     reasons: tuple[str, ...]  # why it is not ACCEPT
     not_measured: tuple[str, ...]  # what an ACCEPT does not speak of
     notes: tuple[str, ...]
+    fingerprints: tuple[Fingerprint, ...]  # of the float weights, the strongest first
     samples: tuple[Sample, ...]  # a few images and what was said to them
     output: str | None  # where the file was put
