@@ -157,6 +157,15 @@ def test_the_command_measures_resumes_and_shows(poisoned, tmp_path, capsys):
     assert "nearest, 8 bits" in again
 
 
+def test_methods_with_and_without_images_follow_each_other(poisoned, tmp_path):
+    options = ["--methods", "nearest,efrap", "--activation-bits", "none,8"]
+    assert compare(poisoned / "model.pt", "--out", tmp_path / "out", *options) == 0
+    rows = list(csv.DictReader((tmp_path / "out" / "cells.csv").read_text().splitlines()))
+    assert [(row["method"], row["activations"]) for row in rows[1:]] == [
+        ("nearest", "none"), ("efrap-descent", "none"), ("nearest", "8"), ("efrap-descent", "8"),
+    ]  # fmt: skip
+
+
 def test_a_model_without_test_images_cannot_be_compared(poisoned, tmp_path, capsys):
     folder = tmp_path / "bare"
     folder.mkdir()

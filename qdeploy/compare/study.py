@@ -14,6 +14,7 @@ from qdeploy.data import Images
 from qdeploy.errors import UsageError
 from qdeploy.evidence import ArmRates, rates
 from qdeploy.inputs import NO_PRINTS, Evidence, Request, open_calibration, open_evidence
+from qdeploy.methods import EfrapDescent
 from qdeploy.model import Arm, FloatModel, Grids, Loaded, Predictions, QuantPlan, RoundedLayer
 from qdeploy.pipeline import open_model
 from qdeploy.progress import Clock, Progress
@@ -100,10 +101,14 @@ class Study:
     def _ground_for(
         self, cell: Cell, recipe: Recipe, plan: QuantPlan
     ) -> tuple[Grids, Images | None]:
-        """The grids and calibration images, which all methods have in common."""
+        """The grids and calibration images, which all methods have in common.
+
+        The images are there also for methods that look at none: the next one may.
+        """
         key = replace(cell, method="")
         if self._ground is None or self._ground[0] != key:
-            request = replace(self.request, recipe=recipe)
+            needs_images = recipe.model_copy(update={"rounding": EfrapDescent()})
+            request = replace(self.request, recipe=needs_images)
             opened = open_calibration(request, self.loaded, plan, self.progress)
             grids = calibrate(self.model, plan, opened.images, recipe.activations, self.progress)
             self._ground = key, grids, opened.images
