@@ -18,6 +18,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -85,8 +86,8 @@ def prepare(folder: Path, options: Options, tests: int) -> tuple[np.ndarray, np.
     return np.concatenate([session.logits(x) for x in parts]), images.labels
 
 
-def run(contestant: Contestant, folder: Path) -> tuple[dict[str, object], np.ndarray, float]:
-    """What it says of itself, its logits, and its peak memory in MB."""
+def run(contestant: Contestant, folder: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """What it says of itself, and its logits."""
     command = [contestant.python, str(PROGRAMS / contestant.program), str(folder)]
     threads = {"OMP_NUM_THREADS": str(THREADS)}
     with tempfile.TemporaryFile() as errors:
@@ -96,13 +97,12 @@ def run(contestant: Contestant, folder: Path) -> tuple[dict[str, object], np.nda
             stderr=errors,
             env={**os.environ, **threads},
         )
-        assert process.stdout is not None
-        lines = process.stdout.read().decode().strip().splitlines()
-        _, status, usage = os.wait4(process.pid, 0)
-        if status or not lines:
+        output, _ = process.communicate()
+        lines = output.decode().strip().splitlines()
+        if process.returncode or not lines:
             errors.seek(0)
             sys.exit(f"{contestant.name} failed:\n{errors.read().decode()}")
-    return json.loads(lines[-1]), np.load(folder / "logits.npy"), usage.ru_maxrss / 1024
+    return json.loads(lines[-1]), np.load(folder / "logits.npy")
 
 
 def main() -> None:
@@ -127,14 +127,14 @@ def main() -> None:
         versions: set[str] = set()
         for _ in range(given.turns):
             for entrant in entrants:
-                said, logits, megabytes = run(entrant, folder)
+                said, logits = run(entrant, folder)
                 versions.add(str(said["version"]))
-                costs[entrant.name].append((float(str(said["cpu"])), float(str(said["wall"]))))
+                costs[entrant.name].append((said["cpu"], said["wall"]))
                 accuracy = 100 * np.mean(logits.argmax(1) == labels)
                 agreement = 100 * np.mean(logits.argmax(1) == answers)
                 error = np.square(logits - float_logits).mean()
                 lines[entrant.name] = (
-                    f"{accuracy:>10.2f}{agreement:>10.2f}{error:>11.4f}{megabytes:>9.0f}"
+                    f"{accuracy:>10.2f}{agreement:>10.2f}{error:>11.4f}{said['megabytes']:>9.0f}"
                 )
     print(", ".join(sorted(versions)))
     print(f"{given.images} calibration images, {given.tests} test images, {THREADS} threads;")

@@ -31,7 +31,9 @@ class Options:
     quantized: Annotated[Path, typer.Argument(help="Quantized ONNX file, whoever made it.")] = (
         Path()
     )
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the file or folder goes.")] = Path()
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the file or folder goes.")] = (
+        Path()
+    )
     reference: Annotated[
         Path, typer.Option("--reference", help="The float model that it was made from.")
     ] = Path()

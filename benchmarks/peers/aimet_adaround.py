@@ -19,6 +19,12 @@ from aimet_onnx.quantsim import QuantizationSimModel
 BATCH = 32
 
 
+def peak_megabytes() -> float:
+    """Of this process alone; the figure that wait4 gives begins with its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def main() -> None:
     folder, iterations = Path(sys.argv[1]), int(sys.argv[2])
     calibration, inputs = (np.load(folder / f"{name}.npy") for name in ("calibration", "inputs"))
@@ -34,7 +40,16 @@ def main() -> None:
     parts = np.array_split(inputs, len(inputs) // 100)
     logits = [sim.session.run(None, {name: x})[0] for x in parts]
     np.save(folder / "logits.npy", np.concatenate(logits))
-    print(json.dumps({"cpu": cpu, "wall": wall, "version": f"aimet-onnx {version('aimet-onnx')}"}))
+    print(
+        json.dumps(
+            {
+                "cpu": cpu,
+                "wall": wall,
+                "megabytes": peak_megabytes(),
+                "version": f"aimet-onnx {version('aimet-onnx')}",
+            }
+        )
+    )
 
 
 main()

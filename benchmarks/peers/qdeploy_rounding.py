@@ -23,6 +23,12 @@ from qdeploy.stages.plan import plan_layers
 from qdeploy.stages.rounding import RoundingTask, round_layers
 
 
+def peak_megabytes() -> float:
+    """Of this process alone; the figure that wait4 gives begins with its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def main() -> None:
     folder, method = Path(sys.argv[1]), sys.argv[2]
     steps = int(sys.argv[3]) if len(sys.argv) > 3 else None
@@ -42,7 +48,16 @@ def main() -> None:
     inputs = np.load(folder / "inputs.npy")
     logits = np.concatenate([session.logits(x) for x in np.array_split(inputs, len(inputs) // 100)])
     np.save(folder / "logits.npy", logits)
-    print(json.dumps({"cpu": cpu, "wall": wall, "version": f"qdeploy {version('qdeploy')}"}))
+    print(
+        json.dumps(
+            {
+                "cpu": cpu,
+                "wall": wall,
+                "megabytes": peak_megabytes(),
+                "version": f"qdeploy {version('qdeploy')}",
+            }
+        )
+    )
 
 
 main()
