@@ -11,6 +11,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
@@ -21,6 +22,7 @@ from PIL import Image
 from qdeploy import console
 from qdeploy.architectures import DigitsNet
 from qdeploy.cli import main
+from tests.test_report import SCHEMA
 
 
 @pytest.fixture
@@ -97,7 +99,9 @@ def test_the_report_goes_wherever_it_is_wanted_in_the_format_of_the_name(work, r
     assert all((work / name).stat().st_size > 500 for name in names)
     page = (work / "r.html").read_text("utf-8")
     assert page.count("data:image/png;base64,") == 8  # four digits, each with and without trigger
-    run_id = json.loads((work / "r.json").read_text("utf-8"))["run_id"]
+    report = json.loads((work / "r.json").read_text("utf-8"))
+    jsonschema.validate(report, SCHEMA)
+    run_id = report["run_id"]
     kept = work / "artifacts" / run_id / "report.html"
     assert kept.read_text("utf-8") == page
     refused = run("sanitize", "model.pt", "--out", "model.onnx", "--report", "r.pdf")

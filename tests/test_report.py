@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import get_args
 from xml.etree import ElementTree as ET
 
+import jsonschema
 import numpy as np
 import pytest
 
 from qdeploy import console
+from qdeploy.core.fingerprint import Crowding
 from qdeploy.core.grids import IntType
 from qdeploy.core.metrics import Estimate
 from qdeploy.errors import UsageError
@@ -29,6 +31,7 @@ from qdeploy.model import (
     WeightSite,
 )
 from qdeploy.recipe import CheckName, WeightGridSpec
+from qdeploy.report import to_json as to_json_module
 from qdeploy.report.render import FORMATS, check_format, render
 from qdeploy.report.to_html import to_html
 from qdeploy.report.to_json import to_json
@@ -36,6 +39,7 @@ from qdeploy.report.to_junit import to_junit
 from qdeploy.report.to_markdown import to_markdown
 from qdeploy.report.to_sarif import to_sarif
 from qdeploy.report.values import Report, StageTime
+from qdeploy.scan.fingerprints import Convention, Fingerprint
 from qdeploy.verdict import Check, Outcome
 
 
@@ -81,6 +85,22 @@ def test_json_holds_everything_and_null_for_what_was_not_measured(report):
     fields = {name.replace("rates", "measurements") for name in Report.__slots__}
     renamed = {"plan", "classes", "runtimes", "latencies", "samples"}
     assert fields - renamed <= set(document)
+
+
+SCHEMA = json.loads(
+    (Path(to_json_module.__file__).parent / "report.schema.json").read_text("utf-8")
+)
+
+
+def test_json_is_what_its_schema_says(report):
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    convention = Convention(8, "absmax", "channel")
+    found = Fingerprint(convention, Crowding(30, 10.0), "conv1", Crowding(0, 0.0))
+    full = with_samples(replace(report, fingerprints=(found,)))
+    jsonschema.validate(json.loads(to_json(full)), SCHEMA)
+    other = {**json.loads(to_json(full)), "verdict": "fine"}
+    with pytest.raises(jsonschema.ValidationError, match="verdict"):
+        jsonschema.validate(other, SCHEMA)
 
 
 def test_json_is_the_same_every_time(report):
