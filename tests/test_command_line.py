@@ -526,7 +526,7 @@ def test_the_run_directory_holds_the_evidence(work, run):
     folder = work / "artifacts" / report["run_id"]
     names = {p.name for p in folder.iterdir()}
     assert names == {
-        ".lock", "manifest.json", "report.json", "recipe.json", "device.json",
+        ".lock", "manifest.json", "report.json", "report.html", "recipe.json", "device.json",
         "fp32.onnx", "nearest.onnx", "result.onnx",
     }  # fmt: skip
     assert (folder / "report.json").read_bytes() == (work / "report.json").read_bytes()
