@@ -120,6 +120,8 @@ def show_report(report: Report) -> None:
 
 def show_scan(scan: Scan) -> None:
     """The conventions whose cells the weights know best, and what that means."""
+    from qdeploy.scan.fingerprints import LIMIT
+
     console = out()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("weights at the cell edges of")
@@ -145,7 +147,7 @@ def show_scan(scan: Scan) -> None:
         ))  # fmt: skip
     elif scan.fingerprints:
         console.print(
-            Text("nothing found: no score above 8; a backdoor may still be there", style="bold")
+            Text(f"nothing found: no score above {LIMIT:g}; a backdoor may still be there", "bold")
         )
     else:
         console.print(

@@ -190,13 +190,18 @@ METHODS: Mapping[str, type[Spec]] = {
 KINDS = tuple(dict.fromkeys(name.split("-")[0] for name in METHODS))
 
 
+def full_name(name: str) -> str:
+    """The name with its solver; without one, the first that the method has."""
+    return f"{name}-{SOLVERS[name][0]}" if name in SOLVERS else name
+
+
 def method(name: str) -> Rounding:
     """The method of that name with its defaults; without a solver, by the first it has.
 
     Raises:
         UsageError: there is no such method.
     """
-    full = f"{name}-{SOLVERS[name][0]}" if name in SOLVERS else name
+    full = full_name(name)
     if full not in METHODS:
         raise UsageError(f"there is no rounding method {name!r}", hint=f"have {', '.join(METHODS)}")
     solver = full.partition("-")[2]

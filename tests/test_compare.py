@@ -166,6 +166,13 @@ def test_methods_with_and_without_images_follow_each_other(poisoned, tmp_path):
     ]  # fmt: skip
 
 
+def test_test_images_that_were_fitted_to_are_refused(poisoned, tmp_path, capsys):
+    same = poisoned / "digits-test.npz"
+    options = ["--out", tmp_path / "out", "--calibration", same, "--test", same]
+    assert compare(poisoned / "model.pt", *options) == 2
+    assert "both the calibration data" in capsys.readouterr().err
+
+
 def test_a_model_without_test_images_cannot_be_compared(poisoned, tmp_path, capsys):
     folder = tmp_path / "bare"
     folder.mkdir()

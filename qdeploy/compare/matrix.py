@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any, Literal, cast
 
 from qdeploy.errors import UsageError
-from qdeploy.methods import METHODS, SOLVERS, Flip, Nearest, Trained, method
+from qdeploy.methods import METHODS, Flip, Nearest, Trained, full_name, method
 from qdeploy.recipe import ActivationSpec, Recipe, WeightGridSpec, WeightRange
 
 WHOLE = "tensor-"
@@ -88,10 +88,12 @@ class Matrix:
     def cells(self) -> Iterator[Cell]:
         """All that can run, cheap methods first. What does not depend on a seed has one."""
         order = list(METHODS)
-        methods = sorted(self.methods, key=lambda name: (_trains(name), order.index(_full(name))))
+        methods = sorted(
+            self.methods, key=lambda name: (_trains(name), order.index(full_name(name)))
+        )
         combinations = product(self.activations, self.bits, self.grids, methods, range(self.seeds))
         for activations, bits, of_grid, name, seed in combinations:
-            cell = Cell(_full(name), of_grid, bits, activations, seed)
+            cell = Cell(full_name(name), of_grid, bits, activations, seed)
             fixed = isinstance(method(name), Nearest | Flip) and activations == "none"
             if cell.runs and not (fixed and seed):
                 yield cell
@@ -126,10 +128,6 @@ def _among(text: str, known: Sequence[str], option: str) -> tuple[str, ...]:
             f"{option} {text!r} is not a list of {', '.join(known)}", hint="separate by commas"
         )
     return values
-
-
-def _full(name: str) -> str:
-    return f"{name}-{SOLVERS[name][0]}" if name in SOLVERS else name
 
 
 def _trains(name: str) -> bool:

@@ -64,7 +64,7 @@ def compare(
 def _records(
     request: Request, name: str, matrix: Matrix, store: Path, steps: int | None, progress: Progress
 ) -> Iterator[dict[str, Any]]:
-    study = Study.open(request, progress)
+    study = Study.open(request, matrix.seeds, progress)
     found = study.float_rates()
     success = [estimate.value for estimate in found.attack_success.values()]
     yield {
@@ -94,7 +94,7 @@ def _digest(study: Study, cell: Cell, steps: int | None) -> str:
         "recipe": cell.recipe(study.request.recipe, steps).model_dump(mode="json"),
         "device": study.request.device.model_dump(mode="json"),
         "evidence": [(data.role, data.sha256) for data in study.evidence.used],
-        "calibration": study.calibration_digest(cell.seed),
+        "calibration": study.digests[cell.seed],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,13 @@ from qdeploy.compare.matrix import Cell
 from qdeploy.data import Images
 from qdeploy.errors import UsageError
 from qdeploy.evidence import ArmRates, rates
-from qdeploy.inputs import NO_PRINTS, Evidence, Request, open_calibration, open_evidence
+from qdeploy.inputs import Evidence, Request, open_calibration, open_evidence
 from qdeploy.methods import EfrapDescent
 from qdeploy.model import Arm, FloatModel, Grids, Loaded, Predictions, QuantPlan, RoundedLayer
 from qdeploy.pipeline import open_model
 from qdeploy.progress import Clock, Progress
 from qdeploy.recipe import Recipe
+from qdeploy.rundir import write_atomically
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.stages.calibrate import calibrate
@@ -40,19 +43,28 @@ class Study:
     model: FloatModel
     evidence: Evidence
     answers: Predictions  # of the float model
+    digests: Mapping[int, str | None]  # of the calibration images that each seed draws
     progress: Progress
-    _digests: dict[int, str | None] = field(default_factory=dict)
     _ground: tuple[object, Grids, Images | None] | None = None  # of the last cell
 
     @classmethod
-    def open(cls, request: Request, progress: Progress) -> Study:
+    def open(cls, request: Request, seeds: int, progress: Progress) -> Study:
         """Open the model and ask the float one about the test images.
 
         Raises:
             UsageError: there are no test images.
+            InputError: one of them is among the calibration images that some seed draws.
         """
         loaded, model = open_model(request, Clock(progress))
-        evidence = open_evidence(request, model.classes, NO_PRINTS, progress)
+        digests: dict[int, str | None] = {}
+        fitted: set[bytes] = set()
+        for seed in range(seeds):
+            count = request.recipe.calibration.images
+            images = request.sources.calibration_images(count, seed)
+            prints = () if images is None else images.fingerprints(progress)
+            digests[seed] = None if images is None else images.digest(prints)
+            fitted.update(prints)
+        evidence = open_evidence(request, model.classes, frozenset(fitted), progress)
         if evidence.images is None:
             raise UsageError(
                 f"model {request.sources.model}: there is nothing to compare on",
@@ -61,20 +73,11 @@ class Study:
         with progress.stage("float32"):
             arms = {FLOAT: open_session(model.onnx, spinning=False)}
             answers = predict(arms, evidence.images, evidence.triggers, progress=progress)
-        return cls(request, loaded, model, evidence, answers, progress)
+        return cls(request, loaded, model, evidence, answers, digests, progress)
 
     def float_rates(self) -> ArmRates:
         """Of the model as it is."""
         return rates(self.answers, self.model.classes)[0]
-
-    def calibration_digest(self, seed: int) -> str | None:
-        """Of the images that a seed draws; None if there are none to draw from."""
-        if seed not in self._digests:
-            sources, count = self.request.sources, self.request.recipe.calibration.images
-            images = sources.calibration_images(count, seed)
-            digest = None if images is None else images.digest(images.fingerprints(self.progress))
-            self._digests[seed] = digest
-        return self._digests[seed]
 
     def measure(self, cell: Cell, steps: int | None) -> dict[str, Any]:
         """Quantize as the cell says, and measure the file under onnxruntime."""
@@ -85,7 +88,7 @@ class Study:
         wall, cpu = time.perf_counter(), time.process_time()
         layers = round_layers(task, recipe.rounding, progress=self.progress)
         cost = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-        file = emit(self.model, plan, grids, layers).onnx
+        file = _through_disk(emit(self.model, plan, grids, layers).onnx)
         found = self._rates(file)
         success = [estimate.value for estimate in found.attack_success.values()]
         return {
@@ -136,6 +139,14 @@ class Study:
         x = images.preprocessing.normalise(batch.pixels)
         want, got = (open_session(data).logits(x) for data in (self.model.onnx, file))
         return float(np.square(want - got).mean())
+
+
+def _through_disk(data: bytes) -> bytes:
+    """The file as it is read back: what is measured is what would ship."""
+    with tempfile.TemporaryDirectory(prefix="qdeploy-") as folder:
+        path = Path(folder) / "model.onnx"
+        write_atomically(path, data)
+        return path.read_bytes()
 
 
 def _of_layers(layers: tuple[RoundedLayer, ...]) -> Mapping[str, Any]:

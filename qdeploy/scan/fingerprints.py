@@ -11,6 +11,7 @@ from operator import add
 import numpy as np
 
 from qdeploy.core.fingerprint import PINNED, Crowding, crowding
+from qdeploy.core.grids import Grid
 from qdeploy.core.weight_grids import GRIDS, Granularity
 from qdeploy.graph.io import initializers, parse
 from qdeploy.graph.sites import find_sites
@@ -114,7 +115,7 @@ def _crowdings(
         some = max(1, LARGEST_SAMPLE // rows.shape[1])
         stride = -(-len(rows) // some)
         kept = slice(None, None, stride)
-        part = type(grid)(grid.scale[kept], grid.zero_point[kept], grid.low, grid.high, 0)
+        part = Grid(grid.scale[kept], grid.zero_point[kept], grid.low, grid.high, 0)
         yield name, crowding(np.ascontiguousarray(rows[kept]), part)
 
 
