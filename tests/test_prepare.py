@@ -214,3 +214,13 @@ def test_biases_survive_as_they_were():
     want = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     got = initializers(float_model(residual_net()).onnx)
     np.testing.assert_array_equal(got["stem.weight"], want["stem.weight"])
+
+
+def test_a_constant_that_already_has_a_name_to_be_given_is_in_nobodys_way():
+    net = Net()
+    x = net.relu(net.conv(net.x, 4, 3, 3, 3))  # its weight will be Conv_1.weight
+    weight, bias = net.weight(4, 4, 3, 3), net.constant(np.ones(4, np.float32), "Conv_1.weight")
+    data = net.model(net.head(net.node("Conv", x, weight, bias), 4))
+    model = float_model(data)
+    assert {"Conv_1.weight", "Conv_2.bias"} <= set(initializers(model.onnx))
+    same_outputs(data, model.onnx)

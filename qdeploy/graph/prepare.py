@@ -227,9 +227,12 @@ def _rename(graph: ir.Graph) -> None:
     """Name each node after its weight, or after its operator; tensors and constants after nodes."""
     taken: set[str] = set()
     renamed: set[ir.Value] = set()
+    stems = {value: value.name for value in graph.initializers.values()}
+    for i, constant in enumerate(stems):  # so that no name that is to be given is there already
+        constant.name = f"{constant.name}#{i}"
     for node in graph:
         weight = node.inputs[1] if len(node.inputs) > 1 else None
-        stem = _stem(weight.name) if weight is not None and weight.is_initializer() else None
+        stem = _stem(stems.get(weight)) if weight is not None else None
         node.name = next(n for n in _candidates(stem, node) if n not in taken)
         taken.add(node.name)
         for i, output in enumerate(node.outputs):
