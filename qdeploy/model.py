@@ -59,6 +59,16 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """Something about a file that was seen without running it."""
+
+    rule: str  # kebab-case, stable
+    level: Literal["error", "warning", "note"]  # error: no classifier has any business with it
+    where: str  # tensor, node or archive member; empty for the whole file
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class FloatModel:
     """A prepared float32 classifier: one image input with a dynamic batch, one output of logits."""
 
@@ -67,6 +77,18 @@ class FloatModel:
     input_name: str
     input_shape: tuple[int, int, int]  # channels, height, width
     output_name: str
+    classes: int
+
+    @property
+    def interface(self) -> Interface:
+        return Interface(self.input_shape, self.classes)
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """What a classifier takes and gives."""
+
+    input_shape: tuple[int, int, int]  # channels, height, width
     classes: int
 
 
@@ -217,6 +239,8 @@ class Latency:
     batch: int
     seconds: float
     runs: int
+    low: float  # 95 % confidence interval of the median
+    high: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -197,7 +197,7 @@ def test_a_quantized_model_is_not_rounded_again(proto):
     proto.graph.node[0].op_type = "QuantizeLinear"
     with pytest.raises(InputError, match="already quantized") as error:
         refuse_quantized(proto, "model.onnx")
-    assert "qdeploy validate" in (error.value.hint or "")
+    assert "qdeploy gate" in (error.value.hint or "")
 
 
 def test_writing_what_was_read_gives_the_same_bytes():

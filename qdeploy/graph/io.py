@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
-from onnx.external_data_helper import load_external_data_for_model
+from google.protobuf.message import DecodeError, Message
 from onnx_ir.passes import common
 
-from qdeploy.errors import InputError, foreign_reader
+from qdeploy.errors import InputError
+from qdeploy.graph.external import external_data, is_external, load_external
+from qdeploy.graph.inspect import errors
+from qdeploy.graph.nodes import STANDARD_DOMAINS
+from qdeploy.graph.tensors import all_tensors, half_precision
 
 LARGEST_MODEL_BYTES = (1 << 31) - 1  # a protobuf message cannot be larger
-STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
-TYPED_FIELDS: dict[int, str] = {
-    onnx.TensorProto.FLOAT: "float_data",
-    onnx.TensorProto.DOUBLE: "double_data",
-    onnx.TensorProto.INT64: "int64_data",
-}
-BIT_WIDTHS: dict[int, int] = {
-    t.value: t.bitwidth for t in ir.DataType if t not in {ir.DataType.UNDEFINED, ir.DataType.STRING}
-}
 QUANTIZATION_OPS = frozenset({
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
     "ConvInteger", "MatMulInteger",
@@ -45,7 +41,23 @@ def parse_proto(data: bytes, where: str) -> onnx.ModelProto:
         raise InputError(f"model {where}: not an ONNX file, or a truncated one") from error
     if not proto.graph.node or not proto.ir_version:
         raise InputError(f"model {where}: not an ONNX file (no graph in it)")
+    if not _holds_text(proto):
+        raise InputError(f"model {where}: a damaged ONNX file (names that are not UTF-8)")
     return proto
+
+
+def _holds_text(proto: Message) -> bool:
+    """Whether every text in the message is text: protobuf gives bytes where it is not UTF-8."""
+    waiting: list[Message] = [proto]
+    while waiting:
+        for field, value in waiting.pop().ListFields():
+            single = isinstance(value, str | bytes | Message)
+            values: Any = [value] if single else value
+            if field.type == field.TYPE_MESSAGE:
+                waiting.extend(values)
+            elif field.type == field.TYPE_STRING and not all(isinstance(v, str) for v in values):
+                return False
+    return True
 
 
 def read_untrusted(path: Path) -> onnx.ModelProto:
@@ -62,13 +74,19 @@ def read_untrusted(path: Path) -> onnx.ModelProto:
     if path.stat().st_size > LARGEST_MODEL_BYTES:
         raise InputError(f"model {where}: larger than {LARGEST_MODEL_BYTES} bytes")
     proto = parse_proto(path.read_bytes(), where)
-    _load_external_data(proto, path)
+    for finding in external_data(proto, path):
+        if finding.level == "error":
+            raise InputError(f"model {where}: {finding.message}")
+    load_external(proto, path)
     check(proto, where)
     return proto
 
 
-def read_single_file(path: Path) -> bytes:
+def read_single_file(path: Path, *, allow: Sequence[str] = ()) -> bytes:
     """The bytes of a model, checked like any untrusted one, that keeps everything in one file.
+
+    Args:
+        allow: Patterns of the rules that it may break.
 
     Raises:
         InputError: as `read_untrusted`, or it keeps tensors in other files.
@@ -79,30 +97,35 @@ def read_single_file(path: Path) -> bytes:
     except OSError as error:
         raise InputError(f"model {where}: {error.strerror}") from error
     proto = parse_proto(data, where)
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _all_tensors(proto)):
+    if any(map(is_external, all_tensors(proto))):
         raise InputError(
             f"model {where}: keeps tensors in other files; what is judged must be one file"
         )
-    check(proto, where)
+    check(proto, where, allow=allow)
     return data
 
 
-def check(proto: onnx.ModelProto, where: str) -> None:
+def check(proto: onnx.ModelProto, where: str, *, allow: Sequence[str] = ()) -> None:
     """Refuse a model that claims, holds or asks for what a classifier has no business with.
 
+    Args:
+        allow: Patterns of the rules that it may break.
+
     Raises:
-        InputError: as `read_untrusted`.
+        InputError: the first error that `inspect` finds, or weights in 16 bits.
     """
-    for tensor in proto.graph.initializer:
-        _check_claims(tensor, where)
-    if proto.graph.sparse_initializer:
-        raise InputError(f"model {where}: sparse initializers are not supported")
-    for node in [*proto.graph.node, *(n for f in proto.functions for n in f.node)]:
-        _check_node(node, {f.domain for f in proto.functions}, where)
-    with foreign_reader(f"model {where}: fails ONNX's own check"):
-        onnx.checker.check_model(proto, full_check=True)
-    for tensor in proto.graph.initializer:
-        _check_finite(tensor, where)
+    for finding in chain(errors(proto), half_precision(proto)):
+        if not any(fnmatchcase(finding.rule, pattern) for pattern in allow):
+            raise InputError(f"model {where}: {finding.message}")
+
+
+def is_quantized(data: bytes) -> bool:
+    """Whether a model, well-formed or not, holds quantization operators."""
+    try:
+        nodes = onnx.ModelProto.FromString(data).graph.node
+    except DecodeError:
+        return False
+    return any(node.op_type.startswith(("QLinear", *QUANTIZATION_OPS)) for node in nodes)
 
 
 def refuse_quantized(proto: onnx.ModelProto, where: str) -> None:
@@ -115,7 +138,7 @@ def refuse_quantized(proto: onnx.ModelProto, where: str) -> None:
         if node.op_type in QUANTIZATION_OPS:
             raise InputError(
                 f"model {where}: is already quantized ({node.op_type})",
-                hint="give the float32 model it was made from; qdeploy validate judges this file",
+                hint="give the float32 model it was made from; qdeploy gate judges this file",
             )
 
 
@@ -172,79 +195,3 @@ def identity() -> bytes:
 def check_written(model: ir.Model) -> None:
     """Apply ONNX's full check to a model of our own making."""
     common.CheckerPass(full_check=True)(model)
-
-
-def _load_external_data(proto: onnx.ModelProto, path: Path) -> None:
-    folder = path.resolve().parent
-    for tensor in _all_tensors(proto):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        location = entries.get("location", "")
-        file = (folder / location).resolve()
-        if not location or not file.is_relative_to(folder):
-            raise InputError(
-                f"model {path}: tensor {tensor.name!r} points outside of its folder: {location!r}"
-            )
-        try:
-            offset, length = int(entries.get("offset", "0")), int(entries.get("length", "0"))
-            size = file.stat().st_size
-        except (OSError, ValueError) as error:
-            raise InputError(f"model {path}: external data {location!r}: {error}") from error
-        if offset < 0 or length < 0 or offset + length > size:
-            raise InputError(
-                f"model {path}: tensor {tensor.name!r} claims bytes {offset} to {offset + length}"
-                f" of {location!r}, which has {size}"
-            )
-    with foreign_reader(f"model {path}: external data"):
-        load_external_data_for_model(proto, str(folder))
-
-
-def _all_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    yield from proto.graph.initializer
-    for node in proto.graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-
-
-def _check_claims(tensor: onnx.TensorProto, where: str) -> None:
-    """A tensor holds as many values as its shape says."""
-    if any(size < 0 for size in tensor.dims):
-        raise InputError(f"model {where}: tensor {tensor.name!r} has shape {tuple(tensor.dims)}")
-    claimed = math.prod(tensor.dims)
-    if tensor.data_type in TYPED_FIELDS and not tensor.HasField("raw_data"):
-        held = len(getattr(tensor, TYPED_FIELDS[tensor.data_type]))
-    elif tensor.HasField("raw_data") and tensor.data_type in BIT_WIDTHS:
-        held, claimed = len(tensor.raw_data), -(-claimed * BIT_WIDTHS[tensor.data_type] // 8)
-    else:
-        return  # the rarer typed fields are compared by onnx's check
-    if held != claimed:
-        raise InputError(
-            f"model {where}: tensor {tensor.name!r} claims shape {tuple(tensor.dims)} "
-            f"but holds {held} of {claimed} {'bytes' if tensor.HasField('raw_data') else 'values'}"
-        )
-
-
-def _check_node(node: onnx.NodeProto, local_domains: set[str], where: str) -> None:
-    if node.domain not in STANDARD_DOMAINS | local_domains:
-        raise InputError(
-            f"model {where}: operator {node.domain}.{node.op_type} is not a standard ONNX operator"
-        )
-    if any(a.HasField("g") or a.graphs for a in node.attribute):
-        raise InputError(f"model {where}: control flow ({node.op_type}) is not supported")
-
-
-def _check_finite(tensor: onnx.TensorProto, where: str) -> None:
-    if tensor.data_type in {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}:
-        raise InputError(f"model {where}: tensor {tensor.name!r} is 16-bit; export in float32")
-    if tensor.data_type not in {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE}:
-        return
-    values = onnx.numpy_helper.to_array(tensor)
-    bad = int(np.count_nonzero(~np.isfinite(values)))
-    if bad:
-        raise InputError(
-            f"model {where}: tensor {tensor.name!r} has {bad} of {values.size} values that are "
-            "NaN or infinite"
-        )

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from qdeploy.architectures import build_named, construct
 from qdeploy.errors import InputError, UsageError, foreign_reader
 from qdeploy.model import Architecture
+from qdeploy.stages.load.script_code import file_operations
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 PARALLEL_PREFIX = "module."
-FILE_OPERATIONS = re.compile(r"\b(torch\.(save|load|from_file)\b|ops\.(?!prim\.|aten\.)\w+\.\w+)")
 
 
 def checkpoint(path: Path, *, unpickle: bool = False) -> Any:
@@ -63,13 +63,10 @@ def torchscript(path: Path) -> torch.jit.ScriptModule:
         InputError: it does, or the file is damaged.
     """
     with _reading(path), zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            code = archive.read(entry).decode("utf-8", "replace")
-            found = FILE_OPERATIONS.search(code) if entry.filename.endswith(".py") else None
-            if found:
-                raise InputError(
-                    f"model {path}: its TorchScript calls {found[0]}, which no classifier needs"
-                )
+        for _, call in file_operations(archive):
+            raise InputError(
+                f"model {path}: its TorchScript calls {call}, which no classifier needs"
+            )
         with warnings.catch_warnings():  # torch advises its users against TorchScript
             warnings.simplefilter("ignore", DeprecationWarning)
             return torch.jit.load(path, map_location="cpu").eval()

@@ -1,0 +1,248 @@
+"""Integer weights and their grids: what no quantizer would have left there.
+
+A quantizer that takes its scale from a channel's largest magnitude lets every channel that is not
+zero reach the end of the grid: 127, or 7 for 4 bits, whichever type stores them. So a single code
+behind that end, or a channel that stays far from it, was put there by something else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from qdeploy.graph.nodes import constant_tensors
+from qdeploy.graph.tensors import values
+from qdeploy.model import Finding
+
+RULES = {
+    "bad-scale": "A scale is not a positive finite number.",
+    "code-off-grid": "Single integers lie behind the end of the grid that all others keep to.",
+    "mixed-zero-points": "A few channels of a weight have another zero point than the rest.",
+    "scale-outlier": "A channel's scale is far larger than its integers need.",
+}
+SIGNED = frozenset({onnx.TensorProto.INT4, onnx.TensorProto.INT8, onnx.TensorProto.INT16})
+UNSIGNED = frozenset({onnx.TensorProto.UINT4, onnx.TensorProto.UINT8, onnx.TensorProto.UINT16})
+ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div"})
+FEWEST_CHANNELS = 10  # to say where a grid ends; smaller weights are judged together
+FEW = 0.125  # share of the zero points that may be called exceptions
+ALIKE = 3  # channels that end where they should below 0, for each one that goes further
+NARROW = 8  # times below the end of the grid: a channel that does not use it
+FAR = 100  # times the median scale
+LARGE_BIAS = 1 << 29  # quantizers widen a channel's scale until its bias fits into 32 bits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """An integer weight with a row for each of its scales."""
+
+    name: str
+    data_type: int
+    rows: np.ndarray
+    scale: np.ndarray
+    zero_point: np.ndarray
+    widened: np.ndarray  # rows whose scale is that of a large bias
+
+    @property
+    def reach(self) -> np.ndarray:
+        """The largest distance of each row's codes from its zero point; 0 for a row of zeros."""
+        low, high = self.rows.min(axis=1), self.rows.max(axis=1)
+        return np.maximum(high - self.zero_point, self.zero_point - low)
+
+
+def integer_weights(proto: onnx.ModelProto) -> Iterator[Finding]:
+    """What is odd about the codes, scales and zero points of the model's integer weights."""
+    found = list(_weights(proto))
+    yield from _codes_off_grid(found)
+    for weight in found:
+        yield from _mixed_zero_points(weight)
+        yield from _scale_outliers(weight)
+
+
+def bad_scales(proto: onnx.ModelProto) -> Iterator[Finding]:
+    """Scales that no quantizer could have meant."""
+    constants = constant_tensors(proto)
+    names = {
+        node.input[1]
+        for node in proto.graph.node
+        if node.op_type in {"QuantizeLinear", "DequantizeLinear"} and len(node.input) > 1
+    }
+    for name in sorted(names & constants.keys()):
+        scale = values(constants[name])
+        if scale is None or scale.dtype.kind != "f":
+            continue  # not one of numpy's own types: narrower floats cannot be compared here
+        bad = int(np.count_nonzero(~((scale > 0) & np.isfinite(scale))))
+        if bad:
+            text = f"{bad} of {scale.size} scales in {name!r} are not positive finite numbers"
+            yield Finding("bad-scale", "error", name, text)
+
+
+def _weights(proto: onnx.ModelProto) -> Iterator[Weight]:
+    constants = constant_tensors(proto)
+    biases = _large_biases(proto.graph.node, constants)
+    added = _read_elementwise(proto.graph.node)
+    for node in proto.graph.node:
+        tensor = constants.get(node.input[0]) if node.input else None
+        dequantizes = node.op_type == "DequantizeLinear" and len(node.input) > 1 and node.output
+        if tensor is None or not dequantizes:
+            continue
+        if tensor.data_type in SIGNED | UNSIGNED and added.isdisjoint(node.output):
+            weight = _weight(node, tensor, constants, biases)
+            if weight is not None:
+                yield weight
+
+
+def _read_elementwise(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Constants that are summands or factors: those have the grids of activations."""
+    return {name for node in nodes if node.op_type in ELEMENTWISE for name in node.input}
+
+
+def _weight(
+    node: onnx.NodeProto,
+    tensor: onnx.TensorProto,
+    constants: Mapping[str, onnx.TensorProto],
+    biases: Mapping[str, np.ndarray],
+) -> Weight | None:
+    """The weight that a node reads; None if it is no constant one whose parts fit each other."""
+    codes, scale = (
+        None if name not in constants else values(constants[name]) for name in node.input[:2]
+    )
+    if codes is None or scale is None or not codes.size:
+        return None
+    zero = _zero_points(node, constants, scale)
+    rows = _rows(node, codes, scale)
+    if zero is None or rows is None or len(rows) != scale.size:
+        return None
+    large = biases.get(node.output[0])
+    widened = large if large is not None and large.size == scale.size else np.zeros(scale.size, "?")
+    flat = scale.astype(np.float64).ravel() if scale.ndim < 2 else _block_rows(node, scale, 1)
+    points = zero.ravel() if zero.ndim < 2 else _block_rows(node, zero, 1)
+    return Weight(node.input[0], tensor.data_type, rows, flat.ravel(), points.ravel(), widened)
+
+
+def _zero_points(
+    node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], scale: np.ndarray
+) -> np.ndarray | None:
+    if len(node.input) < 3 or not node.input[2]:
+        return np.zeros(scale.shape, np.int64)
+    tensor = constants.get(node.input[2])
+    zero = None if tensor is None else values(tensor)
+    return None if zero is None or zero.shape != scale.shape else zero.astype(np.int64)
+
+
+def _rows(node: onnx.NodeProto, codes: np.ndarray, scale: np.ndarray) -> np.ndarray | None:
+    """The codes with one row per scale, in the order of the scales; None if they do not fit."""
+    codes = codes.astype(np.int32 if codes.dtype.itemsize > 1 else np.int16)
+    if scale.size == 1:
+        return codes.reshape(1, -1)
+    axis = _attribute(node, "axis", 1)
+    if not -codes.ndim <= axis < codes.ndim:
+        return None
+    if scale.ndim == 1:
+        moved = np.moveaxis(codes, axis, 0)
+        return moved.reshape(len(moved), -1)
+    block = _attribute(node, "block_size", 0)
+    if block < 1 or codes.shape[axis] % block:
+        return None
+    return _block_rows(node, codes, block)
+
+
+def _block_rows(node: onnx.NodeProto, array: np.ndarray, block: int) -> np.ndarray:
+    return np.moveaxis(array, _attribute(node, "axis", 1), -1).reshape(-1, block)
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    return next((a.i for a in node.attribute if a.name == name), default)
+
+
+def _large_biases(
+    nodes: Iterable[onnx.NodeProto], constants: Mapping[str, onnx.TensorProto]
+) -> dict[str, np.ndarray]:
+    """For each weight that goes with an integer bias: which of the bias's codes are large."""
+    by_output = {
+        node.output[0]: node.input[0]
+        for node in nodes
+        if node.op_type == "DequantizeLinear" and node.input and node.output
+    }
+    found = {}
+    for node in nodes:
+        if node.op_type not in {"Conv", "Gemm"} or len(node.input) < 3:
+            continue
+        tensor = constants.get(by_output.get(node.input[2], ""))
+        codes = None if tensor is None else values(tensor)
+        if codes is not None and codes.dtype == np.int32:
+            found[node.input[1]] = np.abs(codes.astype(np.int64)).ravel() >= LARGE_BIAS
+    return found
+
+
+def _codes_off_grid(found: list[Weight]) -> Iterator[Finding]:
+    """Weights of few channels, or of one scale, are judged together with others of their type."""
+    pools = defaultdict(list)
+    for weight in found:
+        if weight.data_type in SIGNED and not weight.zero_point.any():
+            alone = len(weight.rows) >= FEWEST_CHANNELS
+            pools[weight.name if alone else weight.data_type].append(weight)
+    for pool in pools.values():
+        rows = [weight.rows[~weight.widened] for weight in pool]
+        low = np.concatenate([codes.min(axis=1) for codes in rows])
+        high = np.concatenate([codes.max(axis=1) for codes in rows])
+        end = _end_of_grid(low, high)
+        for weight in pool:
+            beyond = 0 if end is None else int(np.count_nonzero(np.abs(weight.rows) > end))
+            if beyond:
+                text = (
+                    f"{beyond} of {weight.rows.size} codes of {weight.name!r} lie beyond {end},"
+                    " where the grid of the others ends"
+                )
+                yield Finding("code-off-grid", "warning", weight.name, text)
+
+
+def _end_of_grid(low: np.ndarray, high: np.ndarray) -> int | None:
+    """Where most channels end; None if they do not agree, or many go further.
+
+    Only 2^k - 1 and 2^k are taken for ends: quantizers use no others. Some quantizers take half a
+    step more, so that channels that reach further down than up end at -2^k, the others at 2^k - 1:
+    no exceptions there. Where these are exceptions, others end at -(2^k - 1).
+    """
+    reach = np.maximum(high, -low)
+    if np.count_nonzero(reach) < FEWEST_CHANNELS:
+        return None
+    end, count = Counter(reach[reach > 0].tolist()).most_common(1)[0]
+    further = np.count_nonzero(reach > end)
+    whole = end.bit_count() == 1 or (end + 1).bit_count() == 1
+    most = 2 * count > np.count_nonzero(reach)
+    alone = ALIKE * further <= np.count_nonzero(low == -end)
+    return int(end) if whole and most and alone else None
+
+
+def _mixed_zero_points(weight: Weight) -> Iterator[Finding]:
+    usual, count = Counter(weight.zero_point.tolist()).most_common(1)[0]
+    others = weight.zero_point.size - count
+    if 0 < others <= FEW * weight.zero_point.size:
+        text = (
+            f"{others} of {weight.zero_point.size} zero points of {weight.name!r} are not {usual}"
+            " like the others"
+        )
+        yield Finding("mixed-zero-points", "warning", weight.name, text)
+
+
+def _scale_outliers(weight: Weight) -> Iterator[Finding]:
+    """A row of zeros may have any scale; the smallest normal number is one of necessity."""
+    reach, scale = weight.reach, weight.scale
+    free = (reach > 0) & ~weight.widened & (scale > np.finfo(np.float32).tiny)
+    if len(reach) < 2 or not free.any():
+        return
+    end = int(reach.max())
+    narrow = reach * NARROW < end
+    far = (scale > FAR * np.median(scale[reach > 0])) & (reach * 2 < end)
+    rows = np.flatnonzero(free & (narrow | far))
+    if rows.size:
+        worst = rows[np.argmin(reach[rows])]
+        text = (
+            f"{rows.size} of {len(reach)} channels of {weight.name!r} do not use their scale:"
+            f" channel {worst} reaches {reach[worst]} of {end}"
+        )
+        yield Finding("scale-outlier", "warning", weight.name, text)

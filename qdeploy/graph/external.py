@@ -1,0 +1,103 @@
+"""Tensors that a model keeps in other files: where they point to, before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import onnx
+from onnx.external_data_helper import load_external_data_for_model
+
+from qdeploy.errors import InputError, foreign_reader
+from qdeploy.graph.tensors import all_tensors
+from qdeploy.model import Finding
+
+RULES = {
+    "external-path": "External data lies outside of the model's own folder, or nowhere.",
+    "external-range": "External data claims bytes that its file does not have, or far too many.",
+    "external-overlap": "Several tensors share bytes of external data.",
+}
+LARGEST_TOTAL_BYTES = (1 << 31) - 1  # as much as a model in one file can hold
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    tensor: str
+    location: str
+    start: int
+    end: int
+
+
+def is_external(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_location == onnx.TensorProto.EXTERNAL
+
+
+def external_data(proto: onnx.ModelProto, path: Path) -> Iterator[Finding]:
+    """What is wrong with the places that a model at `path` says its tensors lie at.
+
+    Links are followed first: a file counts as inside of the folder if its content is.
+    """
+    folder = path.resolve().parent
+    ranges = []
+    for tensor in filter(is_external, all_tensors(proto)):
+        found = _range(tensor, folder)
+        if isinstance(found, Finding):
+            yield found
+        else:
+            ranges.append(found)
+    total = sum(r.end - r.start for r in ranges)
+    if total > LARGEST_TOTAL_BYTES:
+        yield Finding(
+            "external-range", "error", "",
+            f"external data claims {total} bytes together, more than {LARGEST_TOTAL_BYTES}",
+        )  # fmt: skip
+    ordered = sorted(ranges, key=lambda r: (r.location, r.start, r.end))
+    for one, other in pairwise(ordered):
+        if one.location == other.location and other.start < min(one.end, other.end):
+            yield Finding(
+                "external-overlap", "warning", other.tensor,
+                f"tensor {other.tensor!r} shares bytes of {other.location!r} with {one.tensor!r}",
+            )  # fmt: skip
+
+
+def load_external(proto: onnx.ModelProto, path: Path) -> None:
+    """Read the external data of a model in which `external_data` finds no error.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with foreign_reader(f"model {path}: external data"):
+        load_external_data_for_model(proto, str(path.resolve().parent))
+    if any(map(is_external, all_tensors(proto))):
+        raise InputError(f"model {path}: a local function keeps tensors in other files")
+
+
+def _range(tensor: onnx.TensorProto, folder: Path) -> _Range | Finding:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location, name = entries.get("location", ""), tensor.name
+    try:
+        file = (folder / location).resolve()
+        inside = bool(location) and file.is_relative_to(folder) and not Path(location).is_absolute()
+    except (OSError, ValueError, RuntimeError):
+        inside = False  # a zero byte, or links in a circle
+    if not inside:
+        complaint = f"tensor {name!r} points outside of its folder: {location!r}"
+        return Finding("external-path", "error", name, complaint)
+    if not file.is_file():
+        complaint = f"external data {location!r} of tensor {name!r}: no such file"
+        return Finding("external-path", "error", name, complaint)
+    size = file.stat().st_size
+    try:
+        start = int(entries.get("offset", "0"))
+        end = start + int(entries["length"]) if "length" in entries else size
+    except ValueError as error:
+        complaint = f"external data {location!r} of tensor {name!r}: {error}"
+        return Finding("external-range", "error", name, complaint)
+    if not 0 <= start <= end <= size:
+        complaint = (
+            f"tensor {name!r} claims bytes {start} to {end} of {location!r}, which has {size}"
+        )
+        return Finding("external-range", "error", name, complaint)
+    return _Range(name, location, start, end)
