@@ -1,0 +1,1 @@
+"""Signed statements of what was found out about a file: in-toto in DSSE envelopes."""

@@ -1,0 +1,65 @@
+"""Attesting: from a judged file and its report to a signed envelope."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qdeploy.attest.envelope import seal
+from qdeploy.attest.keys import load_signer
+from qdeploy.attest.statement import Verdict, make_statement, make_verdict
+from qdeploy.errors import InputError, UsageError
+from qdeploy.report.kept import file_sha256, read_report
+from qdeploy.rundir import require_writable, write_atomically
+
+SUFFIX = ".intoto.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Attestation:
+    """An envelope that was written."""
+
+    path: Path
+    sha256: str  # of the file it is about
+    keyid: str
+    verdict: Verdict
+
+
+def beside(model: Path) -> Path:
+    """Where the envelope of `model` lies unless somebody says otherwise."""
+    return model.with_name(model.name + SUFFIX)
+
+
+def attest(
+    model: Path, report: Path, key: Path, out: Path | None, *, password: str | None
+) -> Attestation:
+    """Sign what the report says of the file at `model`, which is read and hashed now.
+
+    Any outcome can be attested; only ACCEPT will verify.
+
+    Args:
+        key: Private key in PEM.
+        out: Where the envelope goes; else beside the model.
+
+    Raises:
+        InputError: the report is about another file, or something cannot be read.
+        OutputError: the envelope cannot be written.
+        UsageError: the envelope would replace one of the files it is made from.
+    """
+    place = out or beside(model)
+    if place.resolve() in {path.resolve() for path in (model, report, key)}:
+        raise UsageError(f"--out {place}: this file is read here and would be replaced")
+    require_writable(place)
+    kept = read_report(report)
+    sha256 = file_sha256(model, what="model")
+    judged = kept.content.judged_sha256
+    if judged != sha256:
+        raise InputError(
+            f"report {report} is about another file: {model} has sha256 {sha256},"
+            f" judged was {judged or 'none'}",
+            hint="attest the file together with the report of the run that made or judged it",
+        )
+    verdict = make_verdict(kept)
+    signer = load_signer(key, password)
+    write_atomically(place, seal(make_statement(model.name, sha256, verdict), signer))
+    return Attestation(place, sha256, signer.public_key.keyid, verdict)

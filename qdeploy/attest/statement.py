@@ -1,0 +1,156 @@
+"""The in-toto statement of a verdict: built from a report, and read back. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qdeploy.errors import InputError
+from qdeploy.report.kept import KeptReport, Written, parse_object
+from qdeploy.schema import validate
+
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "urn:qdeploy:verdict:v1"  # a name; nothing is to be found there
+
+
+class Settings(Written):
+    """A recipe, policy or device profile: its name, and the digest of its canonical JSON."""
+
+    name: str | None
+    sha256: str
+
+
+class AttestedCheck(Written):
+    name: str
+    value: float | None
+    relation: Literal["<=", ">="]
+    limit: float
+    unit: str
+    runtime: str | None
+    subject: str | None
+    within: bool
+
+
+class AttestedData(Written):
+    role: str
+    name: str
+    images: int | None
+    sha256: str | None
+
+
+class AttestedLayer(Written):
+    name: str
+    codes_sha256: str
+
+
+class Verdict(Written):
+    """The predicate. Unknown keys are ignored, as in-toto asks; names are those of report.json."""
+
+    outcome: Literal["ACCEPT", "REJECT", "NO VERDICT"]
+    reasons: tuple[str, ...]
+    run_id: str
+    started: str  # of the run, UTC, ISO 8601
+    qdeploy_version: str | None
+    report_sha256: str
+    source_sha256: str | None  # of the float model as it came
+    recipe: Settings | None
+    policy: Settings | None
+    device: Settings | None
+    required: tuple[str, ...]
+    checks: tuple[AttestedCheck, ...]
+    data: tuple[AttestedData, ...]
+    layers: tuple[AttestedLayer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """Which file is spoken of, and what is said of it."""
+
+    name: str
+    sha256: str
+    predicate_type: str
+    verdict: Verdict | None  # None: a predicate of another type
+
+
+def canonical_sha256(value: Mapping[str, Any]) -> str:
+    """The digest of `value` as JSON with sorted keys, no spaces, in UTF-8."""
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_verdict(kept: KeptReport) -> Verdict:
+    """What the report says, without the measurements that its digest stands for."""
+    report = kept.content
+    return Verdict(
+        outcome=report.outcome,
+        reasons=report.reasons,
+        run_id=report.run_id,
+        started=report.started,
+        qdeploy_version=report.versions.get("qdeploy"),
+        report_sha256=kept.sha256,
+        source_sha256=report.origin.sha256 if report.origin else None,
+        recipe=_settings(report.recipe),
+        policy=_settings(report.policy),
+        device=_settings(report.device),
+        required=report.required,
+        checks=tuple(
+            AttestedCheck(**check.model_dump(exclude={"state", "within"}), within=check.holds)
+            for check in report.checks
+        ),
+        data=tuple(AttestedData(**data.model_dump()) for data in report.data),
+        layers=tuple(
+            AttestedLayer(name=layer.name, codes_sha256=layer.codes_sha256)
+            for layer in report.layers
+            if layer.codes_sha256 is not None
+        ),
+    )
+
+
+def make_statement(name: str, sha256: str, verdict: Verdict) -> bytes:
+    """The statement that `verdict` was passed on the file with this digest, as UTF-8 JSON."""
+    document = {
+        "_type": STATEMENT_TYPE,
+        "subject": [{"name": name, "digest": {"sha256": sha256}}],
+        "predicateType": PREDICATE_TYPE,
+        "predicate": verdict.model_dump(mode="json"),
+    }
+    return json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
+
+
+def read_statement(payload: bytes) -> Statement:
+    """The statement in `payload`; whom to believe is not decided here.
+
+    Raises:
+        InputError: it is not an in-toto statement v1 about one file, or the verdict has no sense.
+    """
+    table = parse_object(payload, what="attestation")
+    if table.get("_type") != STATEMENT_TYPE:
+        raise InputError(f"attestation: not an in-toto statement of type {STATEMENT_TYPE}")
+    name, sha256 = _subject(table.get("subject"))
+    predicate_type = table.get("predicateType")
+    if not isinstance(predicate_type, str):
+        raise InputError("attestation: predicateType is not a string")
+    verdict = None
+    if predicate_type == PREDICATE_TYPE:
+        verdict = validate(table.get("predicate"), Verdict, where="attestation: predicate")
+    return Statement(name, sha256, predicate_type, verdict)
+
+
+def _subject(subjects: object) -> tuple[str, str]:
+    match subjects:
+        case [{"digest": {"sha256": str(sha256)}, **rest}]:
+            name = rest.get("name", "_")
+            return (name if isinstance(name, str) else "_"), sha256
+    raise InputError("attestation: subject is not one file with its sha256")
+
+
+def _settings(table: Mapping[str, Any] | None) -> Settings | None:
+    if table is None:
+        return None
+    name = table.get("name")
+    return Settings(name=name if isinstance(name, str) else None, sha256=canonical_sha256(table))
