@@ -1,0 +1,1 @@
+"""Runs as entries of an experiment tracker."""
