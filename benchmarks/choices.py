@@ -92,7 +92,9 @@ class Bench:
 
 def figures(measured: ArmRates) -> str:
     success = max((e.value for e in measured.attack_success.values()), default=float("nan"))
-    return f"{measured.accuracy.value:>8.2f}{success:>8.2f}{measured.agreement.value:>8.2f}"
+    assert measured.against_float is not None
+    agreement = measured.against_float.agreement.value
+    return f"{measured.accuracy.value:>8.2f}{success:>8.2f}{agreement:>8.2f}"
 
 
 def main() -> None:

@@ -16,14 +16,18 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from qdeploy.attest.sign import Attestation
+    from qdeploy.attest.verify import Verification
     from qdeploy.core.metrics import Estimate
     from qdeploy.device import DeviceProfile
     from qdeploy.errors import QdeployError
     from qdeploy.evidence import ArmRates
-    from qdeploy.model import FloatModel, QuantizedModel, QuantPlan
+    from qdeploy.model import Finding, FloatModel, QuantizedModel, QuantPlan
     from qdeploy.recipe import Recipe
+    from qdeploy.report.looks import Look
     from qdeploy.report.values import Report
     from qdeploy.scan.fingerprints import Scan
+    from qdeploy.scan.provenance import Provenance
 
 T = TypeVar("T")
 
@@ -31,6 +35,7 @@ BAR_COLUMNS = (
     TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
 )  # fmt: skip
 OUTCOME_STYLES = {"ACCEPT": "bold green", "REJECT": "bold red", "NO VERDICT": "bold yellow"}
+FINDING_STYLES = {"error": "bold red", "warning": "bold yellow", "note": "dim"}
 SHOWN_FINGERPRINTS = 5
 VARIANT_NAMES = {"fp32": "FP32", "nearest": "nearest", "result": "this file"}
 
@@ -100,15 +105,10 @@ def show_interrupted() -> None:
 def show_report(report: Report) -> None:
     """The measured rates side by side, then the verdict and what it rests on."""
     console = out()
-    if report.rates:
-        console.print(_rates_table(report))
-    for other in report.runtimes:
-        console.print(
-            f"  answers like {report.rates[0].arm.runtime} on {clean(other.runtime)}: "
-            f"{other.agreement.value:.2f} % of {other.agreement.samples} images"
-        )
-    if report.layers:
-        console.print(f"  {_layers_line(report)}")
+    _show_measured(report, console)
+    for found in report.findings:
+        if found.level != "note":
+            console.print(Text(f"  {found.level}: {clean(_finding_line(found))}"))
     outcome = report.outcome.value
     console.print()
     console.print(Text.assemble((outcome, OUTCOME_STYLES[outcome]), f"  {_verdict_line(report)}"))
@@ -118,40 +118,52 @@ def show_report(report: Report) -> None:
         console.print(Text(f"  note: {clean(note)}", style="dim"))
 
 
-def show_scan(scan: Scan) -> None:
-    """The conventions whose cells the weights know best, and what that means."""
-    from qdeploy.scan.fingerprints import LIMIT
+def _show_measured(report: Report, console: Console) -> None:
+    if report.rates:
+        console.print(_rates_table(report))
+    for other in report.runtimes:
+        console.print(
+            f"  answers like {report.rates[0].arm.runtime} on {clean(other.runtime)}: "
+            f"{other.agreement.value:.2f} % of {other.agreement.samples} images"
+        )
+    if report.layers:
+        console.print(f"  {_layers_line(report)}")
+    if report.provenance is not None and not report.layers:
+        console.print(f"  {_traced_line(report.provenance)}")
 
+
+def show_look(look: Look) -> None:
+    """What was seen in a file, the worst first, and what its weights tell."""
+    console = out()
+    console.print(Text(clean(look.path), style="bold"))
+    for found in look.seen:
+        style = FINDING_STYLES[found.level]
+        console.print(Text.assemble((f"  {found.level:<8}", style), clean(_finding_line(found))))
+    if look.scan is not None:
+        _show_scan(look.scan)
+    else:
+        console.print(f"  weights not compared with a quantizer's cells: {look.not_scanned}")
+    if not look.stands_against:
+        console.print("  nothing stands against it; that is no proof that it is harmless")
+
+
+def _show_scan(scan: Scan) -> None:
+    """The conventions whose cells the weights know best, and what that means."""
     console = out()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("weights at the cell edges of")
+    table.add_column("  weights at the cell edges of")
     for column in ("score", "times as many\nas expected", "most crowded layer", "times"):
         table.add_column(column, justify="left" if "layer" in column else "right")
     for found in scan.fingerprints[:SHOWN_FINGERPRINTS]:
         table.add_row(
-            str(found.convention), f"{found.score:.1f}", f"{found.whole.ratio:.2f}",
+            f"  {found.convention}", f"{found.score:.1f}", f"{found.whole.ratio:.2f}",
             clean(found.layer), f"{found.worst.ratio:.2f}",
         )  # fmt: skip
-    console.print(table)
+    if scan.fingerprints:
+        console.print(table)
     if scan.skipped:
         console.print(
             f"  on a grid already or too small, not looked at: {clean(', '.join(scan.skipped))}"
-        )
-    found_one = scan.found
-    console.print()
-    if found_one is not None:
-        console.print(Text.assemble(
-            ("FOUND", OUTCOME_STYLES["REJECT"]),
-            f"  the weights were held inside the cells of {found_one.convention}:"
-            " rounding was part of the training",
-        ))  # fmt: skip
-    elif scan.fingerprints:
-        console.print(
-            Text(f"nothing found: no score above {LIMIT:g}; a backdoor may still be there", "bold")
-        )
-    else:
-        console.print(
-            Text("nothing to look at: all weights are on a grid already, or too few", style="bold")
         )
 
 
@@ -172,11 +184,16 @@ def _rates_table(report: Report) -> Table:
             VARIANT_NAMES[variant] + ("" if main else f", {runtime}"),
             _percent(rates.accuracy),
             *(_attack(rates, name) for name in triggers),
-            "" if variant == "fp32" else f"{rates.agreement.value:.2f}",
+            _agreement(rates),
             _megabytes(report, variant) if main else "",
             *(cell for batch in (1, 32) for cell in _latency(report, variant, batch) if main),
         )
     return table
+
+
+def _agreement(rates: ArmRates) -> str:
+    beside = rates.against_float
+    return "" if beside is None or rates.arm.variant == "fp32" else f"{beside.agreement.value:.2f}"
 
 
 def _percent(estimate: Estimate) -> str:
@@ -198,7 +215,11 @@ def _latency(report: Report, variant: str, batch: int) -> tuple[str, str]:
     seconds = {x.variant: x.seconds for x in report.latencies if x.batch == batch}
     if variant not in seconds:
         return "", ""
-    times = "" if variant == "fp32" else f"{seconds['fp32'] / seconds[variant]:.1f}x"
+    times = (
+        ""
+        if "fp32" not in seconds or variant == "fp32"
+        else f"{seconds['fp32'] / seconds[variant]:.1f}x"
+    )
     return f"{seconds[variant] * 1e3:.2f}", times
 
 
@@ -211,6 +232,25 @@ def _layers_line(report: Report) -> str:
         f"{len(report.layers)} layers, {weights:,} weights rounded by {methods}; "
         f"{100 * flipped:.1f} % of the integers differ from nearest{left}"
     )
+
+
+def _traced_line(found: Provenance) -> str:
+    """How the integers of a file that was made elsewhere relate to the float weights."""
+    if found.not_compared is not None:
+        return f"not compared with the float model: {clean(found.not_compared)}"
+    if not found.layers:
+        return "no integers in it"
+    weights = sum(layer.weights for layer in found.layers)
+    flipped = sum(layer.flipped * layer.weights for layer in found.layers) / weights
+    return (
+        f"{len(found.layers)} layers, {weights:,} integers; {100 * flipped:.1f} % of them differ"
+        " from nearest rounding of the float weights"
+    )
+
+
+def _finding_line(found: Finding) -> str:
+    where = f" in {found.where}" if found.where else ""
+    return f"{found.rule}{where}: {found.message}"
 
 
 def _verdict_line(report: Report) -> str:
@@ -261,7 +301,7 @@ def show_quantized(quantized: QuantizedModel, path: Path) -> None:
     console = out()
     console.print(
         f"{clean(path)}: {len(quantized.layers)} layers, {weights:,} weights, "
-        f"{len(quantized.onnx) / 1e6:.2f} MB; not judged (qdeploy validate does)"
+        f"{len(quantized.onnx) / 1e6:.2f} MB; not judged (qdeploy gate does)"
     )
     for layer in quantized.layers:
         if layer.degraded is not None:
@@ -277,6 +317,32 @@ def show_exported(model: FloatModel, path: Path) -> None:
         f"{clean(path)}: {model.input_name} (N, {', '.join(map(str, model.input_shape))}) to "
         f"{model.output_name} (N, {model.classes}), {len(model.onnx) / 1e6:.2f} MB"
     )
+
+
+def show_attestation(made: Attestation) -> None:
+    outcome = made.verdict.outcome
+    out().print(Text.assemble((outcome, OUTCOME_STYLES[outcome]), f"  {clean(made.path)}"))
+    show_pairs([("file sha256", made.sha256), ("signed by key", made.keyid)])
+
+
+def show_verification(verification: Verification) -> None:
+    """What was signed, then whether to rely on it, one line for each reason not to."""
+    statement = verification.statement
+    if statement is not None:
+        verdict = statement.verdict
+        rows = [("attested file", f"{statement.name}, sha256 {statement.sha256}")]
+        if verdict is not None:
+            settings = {"recipe": verdict.recipe, "policy": verdict.policy}
+            rows += [("outcome", verdict.outcome), ("run", f"{verdict.run_id}, {verdict.started}")]
+            rows += [(kind, s.name or s.sha256) for kind, s in settings.items() if s is not None]
+            rows.append(("checks", ", ".join(dict.fromkeys(c.name for c in verdict.checks))))
+            rows += [(d.role, f"{d.name}, sha256 {d.sha256 or 'none'}") for d in verdict.data]
+        show_pairs([*rows, ("signed by key", verification.keyid or "")])
+    word, style = ("VERIFIED", "ACCEPT") if verification.verified else ("NOT VERIFIED", "REJECT")
+    line = Text.assemble((word, OUTCOME_STYLES[style]), f"  {clean(verification.model)}")
+    out().print(line, soft_wrap=True)
+    for refusal in verification.refusals:
+        out().print(Text(f"  - {clean(refusal)}"), soft_wrap=True)
 
 
 def show_pairs(rows: Iterable[tuple[str, str]]) -> None:

@@ -8,24 +8,39 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import UInt8
 
-from qdeploy.core.metrics import Estimate, paired_difference, per_class_accuracy, rate
+from qdeploy.core.metrics import (
+    Estimate,
+    largest_drop,
+    paired_difference,
+    per_class_accuracy,
+    rate,
+    relative_difference,
+)
 from qdeploy.data import Images
 from qdeploy.model import Arm, Predictions
 from qdeploy.triggers import Trigger
 
 
 @dataclass(frozen=True, slots=True)
+class AgainstFloat:
+    """How one file did beside the float model on the same images, in percentage points."""
+
+    accuracy_drop: Estimate
+    accuracy_drop_relative: Estimate  # percent of the float model's accuracy
+    class_drop: Estimate  # of the class that lost most
+    agreement: Estimate  # share of images with the float model's answer, percent
+    attack_success_rise: Mapping[str, Estimate]  # by trigger
+
+
+@dataclass(frozen=True, slots=True)
 class ArmRates:
-    """How one file did on one runtime. Percent, and percentage points against the float model."""
+    """How one file did on one runtime, in percent."""
 
     arm: Arm
     accuracy: Estimate  # CDA
-    accuracy_drop: Estimate
     class_accuracy: tuple[float, ...]  # nan: no images of that class
-    class_drop: Estimate  # of the class that lost most
-    agreement: Estimate  # share of images with the float model's answer
     attack_success: Mapping[str, Estimate]  # ASR by trigger; images of the target class excluded
-    attack_success_rise: Mapping[str, Estimate]
+    against_float: AgainstFloat | None  # None: there is no float model
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +101,12 @@ def _as_bytes(pixels: np.ndarray) -> np.ndarray:
 
 
 def rates(predictions: Predictions, classes: int) -> tuple[ArmRates, ...]:
-    """The rates of every arm, each against the float model's answers to the same images."""
-    reference = next(arm for arm in predictions.clean if arm.variant == "fp32")
-    return tuple(_rates(predictions, arm, reference, classes) for arm in predictions.clean)
+    """The rates of every arm, and beside the float model on the same images if there is one."""
+    floats = [arm for arm in predictions.clean if arm.variant == "fp32"]
+    return tuple(
+        _rates(predictions, arm, floats[0] if floats else None, classes)
+        for arm in predictions.clean
+    )
 
 
 def runtime_agreement(predictions: Predictions) -> tuple[RuntimeAgreement, ...]:
@@ -100,27 +118,36 @@ def runtime_agreement(predictions: Predictions) -> tuple[RuntimeAgreement, ...]:
     )
 
 
-def _rates(predictions: Predictions, arm: Arm, reference: Arm, classes: int) -> ArmRates:
+def _rates(predictions: Predictions, arm: Arm, reference: Arm | None, classes: int) -> ArmRates:
+    labels, answers = predictions.labels, predictions.clean[arm]
+    hits = {
+        name: rate(answered[arm][labels != predictions.targets[name]] == predictions.targets[name])
+        for name, answered in predictions.triggered.items()
+    }
+    return ArmRates(
+        arm=arm,
+        accuracy=rate(answers == labels),
+        class_accuracy=per_class_accuracy(answers, labels, classes),
+        attack_success=hits,
+        against_float=(
+            None if reference is None else _against(predictions, arm, reference, classes)
+        ),
+    )
+
+
+def _against(predictions: Predictions, arm: Arm, reference: Arm, classes: int) -> AgainstFloat:
     labels = predictions.labels
     answers, expected = predictions.clean[arm], predictions.clean[reference]
-    drops = [
-        paired_difference(expected[of_class] == label, answers[of_class] == label)
-        for label in range(classes)
-        if (of_class := labels == label).any()
-    ]
-    hits, rises = {}, {}
+    rises = {}
     for name, answered in predictions.triggered.items():
         target = predictions.targets[name]
         asked = labels != target
         hit, hit_float = answered[arm][asked] == target, answered[reference][asked] == target
-        hits[name], rises[name] = rate(hit), paired_difference(hit, hit_float)
-    return ArmRates(
-        arm=arm,
-        accuracy=rate(answers == labels),
+        rises[name] = paired_difference(hit, hit_float)
+    return AgainstFloat(
         accuracy_drop=paired_difference(expected == labels, answers == labels),
-        class_accuracy=per_class_accuracy(answers, labels, classes),
-        class_drop=max(drops, key=lambda drop: drop.value),
+        accuracy_drop_relative=relative_difference(expected == labels, answers == labels),
+        class_drop=largest_drop(expected, answers, labels, classes),
         agreement=rate((answers == expected) & (answers >= 0)),
-        attack_success=hits,
         attack_success_rise=rises,
     )

@@ -11,6 +11,7 @@ from qdeploy.device import DeviceProfile
 from qdeploy.errors import InputError, UsageError
 from qdeploy.methods import Flip, Nearest, Stochastic
 from qdeploy.model import DataUsed, Loaded, QuantPlan
+from qdeploy.policy import Policy
 from qdeploy.progress import Progress
 from qdeploy.recipe import Recipe
 from qdeploy.sources import Sources
@@ -20,18 +21,25 @@ from qdeploy.triggers import Trigger
 NO_PRINTS: frozenset[bytes] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the user wants done."""
+    """What is to be judged, by what, and on which device."""
 
     sources: Sources
-    recipe: Recipe
+    policy: Policy
     device: DeviceProfile
     artifacts: Path
     command: str = ""
     reports: tuple[Path, ...] = ()  # where copies of the report go, each in its own format
-    synthetic_calibration: bool = False
     run_code_from_model: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeRequest(Request):
+    """The same for a file that is still to be made; its policy is the recipe's."""
+
+    recipe: Recipe
+    synthetic_calibration: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,8 +61,11 @@ class Evidence:
     used: tuple[DataUsed, ...]
 
 
+NO_EVIDENCE = Evidence(None, (), ())
+
+
 def open_calibration(
-    request: Request, loaded: Loaded, plan: QuantPlan, progress: Progress
+    request: QuantizeRequest, loaded: Loaded, plan: QuantPlan, progress: Progress
 ) -> Calibration:
     """The calibration images, read once to prove that they are whole.
 
@@ -82,13 +93,13 @@ def open_evidence(
         InputError: an image is damaged or among those `fitted`, a label is no class, or a trigger
             does not fit into the image.
     """
-    sources, recipe = request.sources, request.recipe
+    sources, policy = request.sources, request.policy
     triggers = sources.triggers(classes) if sources.trigger_specs else ()
     used = tuple(
         DataUsed("trigger", trigger.name, None, _digest(trigger), sources.triggers_given_by)
         for trigger in triggers
     )
-    images = sources.test_images(recipe.validation.images, recipe.seed, classes)
+    images = sources.test_images(policy.validation.images, policy.seed, classes)
     if images is None or sources.test is None:
         return Evidence(None, triggers, used)
     prints = images.fingerprints(progress)
@@ -104,7 +115,7 @@ def open_evidence(
 
 
 def _calibration_images(
-    request: Request, loaded: Loaded, plan: QuantPlan, progress: Progress
+    request: QuantizeRequest, loaded: Loaded, plan: QuantPlan, progress: Progress
 ) -> tuple[Images | None, str, str | None]:
     """The images, who gave them, and how they were made if nobody did."""
     sources, recipe = request.sources, request.recipe

@@ -28,15 +28,29 @@ class Options:
     model: Annotated[
         Path, typer.Argument(help="ONNX, torch checkpoint, safetensors, TorchScript or .pt2.")
     ] = Path()
-    quantized: Annotated[Path, typer.Argument(help="Quantized ONNX file, whoever made it.")] = (
-        Path()
-    )
+    file: Annotated[
+        Path, typer.Argument(help="ONNX file, float or quantized, whoever made it.")
+    ] = Path()
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the file or folder goes.")] = (
         Path()
     )
     reference: Annotated[
-        Path, typer.Option("--reference", help="The float model that it was made from.")
-    ] = Path()
+        Path | None,
+        typer.Option("--reference", help="The float model that it was made from, in any format."),
+    ] = None
+    made_by: Annotated[
+        Path | None,
+        typer.Option(
+            "--made-by",
+            help="report.json of the run that rounded it: its integers are then explained.",
+        ),
+    ] = None
+    policy: Annotated[
+        str | None,
+        _option(
+            "--policy", "What must be shown: name (see qdeploy policies) or TOML file.", "Gate"
+        ),
+    ] = None
 
     card: Annotated[
         Path | None, _option("--card", "Model card; else NAME.toml beside the model.", "Model")
@@ -157,7 +171,7 @@ class Options:
 
     models: Annotated[
         list[Path] | None,
-        typer.Argument(help="Models to compare on, each with its card beside it."),
+        typer.Argument(help="Models, each with its card beside it if it has one."),
     ] = None
     methods: Annotated[
         str, _option("--methods", "Names separated by commas, or all.", "Comparison")
@@ -183,6 +197,53 @@ class Options:
         _option("--steps", "Of methods that train; else as published.", "Comparison", at_least=1),
     ] = None
 
+    judged_by: Annotated[
+        Path, _option("--report", "The report.json of the run that judged it.", "Attestation")
+    ] = Path()
+    expected_report: Annotated[
+        Path | None,
+        _option("--report", "A report.json that must be the attested one.", "Attestation"),
+    ] = None
+    key: Annotated[
+        Path,
+        _option(
+            "--key",
+            "Private key (PEM); its password, if any, in QDEPLOY_KEY_PASSWORD.",
+            "Attestation",
+        ),
+    ] = Path()
+    trusted_keys: Annotated[
+        list[Path] | None,
+        _option("--key", "Public key (PEM) that is trusted; repeatable.", "Attestation"),
+    ] = None
+    envelope: Annotated[
+        Path | None,
+        _option("--out", "Where it goes; else FILE.intoto.json beside the file.", "Attestation"),
+    ] = None
+    attestation: Annotated[
+        Path | None,
+        _option("--attestation", "The envelope; else FILE.intoto.json.", "Attestation"),
+    ] = None
+
+    run: Annotated[Path, typer.Argument(help="Run directory, or the report.json of one.")] = Path()
+    tracking_uri: Annotated[
+        str, _option("--tracking-uri", "Of the MLflow server, as http://host:5000.", "MLflow")
+    ] = ""
+    experiment: Annotated[str, _option("--experiment", "Made if it is not there.", "MLflow")] = ""
+    registered_model: Annotated[
+        str | None,
+        _option("--registered-model", "Also tag a version of this model with it.", "MLflow"),
+    ] = None
+    model_version: Annotated[
+        int | None,
+        _option(
+            "--model-version",
+            "This version, if it holds the judged file; else a new one is made.",
+            "MLflow",
+            at_least=1,
+        ),
+    ] = None
+
     report: Annotated[
         list[Path] | None,
         _option(
@@ -198,9 +259,27 @@ class Options:
 
 
 REQUIRED = frozenset(
-    {"model", "models", "quantized", "out", "reference", "attack", "network", "images", "suite"}
+    {
+        "model",
+        "models",
+        "file",
+        "out",
+        "attack",
+        "network",
+        "images",
+        "suite",
+        "judged_by",
+        "key",
+        "trusted_keys",
+        "run",
+        "tracking_uri",
+        "experiment",
+    }
 )
 MODEL = ("card", "arch", "arch_args", "input_shape", "run_code_from_model")
+ATTESTATION = ("file", "judged_by", "key", "envelope")
+VERIFICATION = ("file", "attestation", "trusted_keys", "expected_report")
+TRACKING = ("run", "tracking_uri", "experiment", "registered_model", "model_version")
 CALIBRATION = ("calibration", "calibration_images", "synthetic_calibration")
 EVIDENCE = ("test", "trigger")
 RECIPE = ("bits", "recipe", "device", "seed")

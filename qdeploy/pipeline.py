@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qdeploy import __version__
-from qdeploy.checks import LayersAsMade
-from qdeploy.graph.io import identity, read_single_file
+from qdeploy.checks import LayerDigest, LayersAsMade
+from qdeploy.graph.io import identity
 from qdeploy.inputs import (
-    NO_PRINTS,
+    NO_EVIDENCE,
     Calibration,
     Evidence,
+    QuantizeRequest,
     Request,
     open_calibration,
     open_evidence,
 )
 from qdeploy.methods import Nearest
-from qdeploy.model import Architecture, FloatModel, Loaded, QuantizedModel, QuantPlan
+from qdeploy.model import (
+    Architecture,
+    DataUsed,
+    FloatModel,
+    Interface,
+    Loaded,
+    QuantizedModel,
+    QuantPlan,
+)
 from qdeploy.packages import installed_versions
 from qdeploy.progress import Clock, Progress
 from qdeploy.report.compose import Findings, compose
@@ -30,29 +40,30 @@ from qdeploy.report.to_json import to_json
 from qdeploy.report.values import Report
 from qdeploy.rundir import REPORT, RunDir, open_run, require_writable, set_aside, write_atomically
 from qdeploy.runtime.sessions import open_session
-from qdeploy.scan.fingerprints import Scan, scan_weights
+from qdeploy.scan.fingerprints import scan_weights
+from qdeploy.scan.provenance import Provenance, trace
+from qdeploy.scan.static import look
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit, wrong_codes
 from qdeploy.stages.export import export
 from qdeploy.stages.load import load
 from qdeploy.stages.plan import plan_layers
 from qdeploy.stages.rounding import RoundingTask, round_layers, round_to_nearest
-from qdeploy.stages.validate import Trial, Variant, validate
+from qdeploy.stages.validate import Measured, Trial, Variant, validate
 from qdeploy.verdict import Outcome
 
 WORDS = {Outcome.REJECT: "rejected", Outcome.NO_VERDICT: "unverified"}
 PAGE = "report.html"
-NO_EVIDENCE = Evidence(None, (), ())
 
 
-def sanitize(request: Request, out: Path, progress: Progress) -> Report:
+def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
     """Turn the model into a quantized file, measure the file, and judge it.
 
     The file is put at `out` only if it is accepted; else beside it, under a name that says so.
     """
     clock = Clock(progress)
-    _check_providers(request)
-    _check_places(request, out)
+    check_providers(request)
+    check_places(request, out)
     loaded, model = open_model(request, clock)
     plan = plan_layers(model, request.recipe, request.device)
     with clock.stage("scan"):
@@ -62,21 +73,30 @@ def sanitize(request: Request, out: Path, progress: Progress) -> Report:
         evidence = open_evidence(request, model.classes, calibration.prints, progress)
     with open_run(request.artifacts, _run_id(request, model, calibration, evidence)) as run:
         quantized, files = _quantize(request, model, plan, calibration, run, clock)
-        with clock.stage("validate"):
-            runs = request.recipe.validation.latency_runs
-            trial = Trial(model, files, evidence.images, evidence.triggers, runs)
-            measured = validate(trial, request.device, store=run.predictions, progress=progress)
+        measured = measure(request, model.interface, files, evidence, run, clock)
         wrong = wrong_codes(files["result"], plan, quantized.layers)
-        made = LayersAsMade(quantized.layers, quantized.left_float, wrong)
-        findings = Findings(model, evidence, measured, scan, calibration, plan.layers, made)
-        report = compose(request, findings, clock, run.path.name)
+        provenance = trace(files["result"], model)
+        findings = Findings(
+            origin=model.origin,
+            classes=model.classes,
+            evidence=evidence,
+            measured=measured,
+            scan=scan,
+            static=look(run.path / "result.onnx"),
+            provenance=provenance,
+            known=_chosen(provenance, quantized),
+            calibration=calibration,
+            plan=plan.layers,
+            made=LayersAsMade(quantized.layers, quantized.left_float, wrong),
+        )
+        report = compose(request, findings, clock, run.path.name, request.recipe)
         return _deliver(report, request, run, files["result"], out)
 
 
-def quantize(request: Request, out: Path, progress: Progress) -> QuantizedModel:
+def quantize(request: QuantizeRequest, out: Path, progress: Progress) -> QuantizedModel:
     """Quantize by any method, without judging: the stages up to the file."""
     clock = Clock(progress)
-    _check_places(request, out)
+    check_places(request, out)
     loaded, model = open_model(request, clock)
     plan = plan_layers(model, request.recipe, request.device)
     with clock.stage("data"):
@@ -88,30 +108,6 @@ def quantize(request: Request, out: Path, progress: Progress) -> QuantizedModel:
     return quantized
 
 
-def judge_file(request: Request, quantized: Path, progress: Progress) -> Report:
-    """Measure and judge a quantized file, whoever made it, against its float model."""
-    clock = Clock(progress)
-    _check_providers(request)
-    _check_places(request)
-    with clock.stage("open"):
-        result = read_single_file(quantized)
-    _, model = open_model(request, clock)
-    with clock.stage("scan"):
-        scan = scan_weights(model, progress)
-    with clock.stage("data"):
-        evidence = open_evidence(request, model.classes, NO_PRINTS, progress)
-    with clock.stage("validate"):
-        files: dict[Variant, bytes] = {"fp32": model.onnx, "result": result}
-        runs = request.recipe.validation.latency_runs
-        trial = Trial(model, files, evidence.images, evidence.triggers, runs)
-        measured = validate(trial, request.device, progress=progress)
-    report = compose(request, Findings(model, evidence, measured, scan), clock, "")
-    report = replace(report, output=str(quantized))
-    for path in request.reports:
-        write_atomically(path, render(report, path))
-    return report
-
-
 def export_file(request: Request, out: Path, progress: Progress) -> FloatModel:
     """Write the prepared float model."""
     require_writable(out)
@@ -120,15 +116,7 @@ def export_file(request: Request, out: Path, progress: Progress) -> FloatModel:
     return model
 
 
-def scan_file(request: Request, progress: Progress) -> tuple[FloatModel, Scan]:
-    """What the model's weights tell, without running it."""
-    clock = Clock(progress)
-    _, model = open_model(request, clock)
-    with clock.stage("scan"):
-        return model, scan_weights(model, progress)
-
-
-def make_plan(request: Request, progress: Progress) -> tuple[FloatModel, QuantPlan]:
+def make_plan(request: QuantizeRequest, progress: Progress) -> tuple[FloatModel, QuantPlan]:
     """What `sanitize` would do; nothing is written and no data is read."""
     _, model = open_model(request, Clock(progress))
     return model, plan_layers(model, request.recipe, request.device)
@@ -147,7 +135,7 @@ def open_model(request: Request, clock: Clock) -> tuple[Loaded, FloatModel]:
 
 
 def _quantize(
-    request: Request,
+    request: QuantizeRequest,
     model: FloatModel,
     plan: QuantPlan,
     calibration: Calibration,
@@ -167,11 +155,9 @@ def _quantize(
         if not isinstance(recipe.rounding, Nearest):
             nearest = emit(model, plan, grids, round_to_nearest(task))
             made = {"fp32": model.onnx, "nearest": nearest.onnx, "result": result.onnx}
-        for variant, data in made.items():
-            run.write(f"{variant}.onnx", data)
-        run.write("recipe.json", _json(recipe.model_dump(mode="json")))
-        run.write("device.json", _json(request.device.model_dump(mode="json")))
-        return result, {variant: run.read(f"{variant}.onnx") for variant in made}
+        run.write("recipe.json", as_json(recipe.model_dump(mode="json")))
+        run.write("device.json", as_json(request.device.model_dump(mode="json")))
+        return result, keep(run, made)
 
 
 def _deliver(report: Report, request: Request, run: RunDir, data: bytes, out: Path) -> Report:
@@ -188,36 +174,83 @@ def _deliver(report: Report, request: Request, run: RunDir, data: bytes, out: Pa
             moved = f"{out} of an earlier run is now {aside}"
             report = replace(report, notes=(*report.notes, moved))
     report = replace(report, output=str(place))
-    run.write(REPORT, to_json(report))
-    run.write(PAGE, to_html(report))
-    for path in request.reports:
-        write_atomically(path, render(report, path))
+    write_reports(report, request, run)
     write_atomically(place, data)
     run.seal()
     return report
 
 
+def write_reports(report: Report, request: Request, run: RunDir) -> None:
+    """The report for people and for machines, in the run's directory and where it was asked for."""
+    run.write(REPORT, to_json(report))
+    run.write(PAGE, to_html(report))
+    for path in request.reports:
+        write_atomically(path, render(report, path))
+
+
+def measure(
+    request: Request,
+    interface: Interface,
+    files: Mapping[Variant, bytes],
+    evidence: Evidence,
+    run: RunDir,
+    clock: Clock,
+) -> Measured:
+    """What the files do on every runtime; an interrupted measurement goes on."""
+    runs, store = request.policy.validation.latency_runs, run.predictions
+    trial = Trial(interface, files, evidence.images, evidence.triggers, runs)
+    with clock.stage("validate"):
+        return validate(trial, request.device, store=store, progress=clock.progress)
+
+
+def keep(run: RunDir, files: Mapping[Variant, bytes]) -> dict[Variant, bytes]:
+    """The files as they are read back from the run's directory."""
+    for variant, data in files.items():
+        run.write(f"{variant}.onnx", data)
+    return {variant: run.read(f"{variant}.onnx") for variant in files}
+
+
+def facts_id(facts: Mapping[str, Any]) -> str:
+    """A hash of what changes the result of a run, of the versions of everything too."""
+    everything = {"version": __version__, "packages": installed_versions(), **facts}
+    return hashlib.sha256(as_json(everything)).hexdigest()[:12]
+
+
+def _chosen(provenance: Provenance, quantized: QuantizedModel) -> frozenset[LayerDigest]:
+    """Those layers of the file whose integers are the ones that were chosen."""
+    chosen = {layer.sha256 for layer in quantized.layers}
+    traced = provenance.layers
+    return frozenset((x.codes_sha256, x.scales_sha256) for x in traced if x.codes_sha256 in chosen)
+
+
 def _run_id(
-    request: Request, model: FloatModel, calibration: Calibration, evidence: Evidence
+    request: QuantizeRequest, model: FloatModel, calibration: Calibration, evidence: Evidence
 ) -> str:
     """A hash of everything that changes the result."""
+    return facts_id(
+        {
+            "source": model.origin.sha256,
+            "model": hashlib.sha256(model.onnx).hexdigest(),
+            "input": input_facts(request),
+            "recipe": request.recipe.model_dump(mode="json"),
+            "policy": request.policy.model_dump(mode="json"),
+            "device": request.device.model_dump(mode="json"),
+            "data": data_facts((*calibration.used, *evidence.used)),
+        }
+    )
+
+
+def input_facts(request: Request) -> Any:
+    """How pixels become inputs."""
     card = request.sources.card
-    facts = {
-        "version": __version__,
-        "packages": installed_versions(),
-        "source": model.origin.sha256,
-        "model": hashlib.sha256(model.onnx).hexdigest(),
-        "input": card.input.model_dump(mode="json") if card is not None else None,
-        "recipe": request.recipe.model_dump(mode="json"),
-        "device": request.device.model_dump(mode="json"),
-        "data": [
-            (data.role, data.name, data.sha256) for data in (*calibration.used, *evidence.used)
-        ],
-    }
-    return hashlib.sha256(_json(facts)).hexdigest()[:12]
+    return card.input.model_dump(mode="json") if card is not None else None
 
 
-def _check_providers(request: Request) -> None:
+def data_facts(used: Sequence[DataUsed]) -> list[Any]:
+    return [(data.role, data.name, data.sha256) for data in used]
+
+
+def check_providers(request: Request) -> None:
     """Start every provider that the device profile names, before the work and not after it.
 
     Raises:
@@ -227,12 +260,12 @@ def _check_providers(request: Request) -> None:
         open_session(identity(), runtime.provider)
 
 
-def _check_places(request: Request, *places: Path) -> None:
+def check_places(request: Request, *places: Path) -> None:
     for path in request.reports:
         check_format(path)
     for place in (*places, *request.reports):
         require_writable(place)
 
 
-def _json(value: Any) -> bytes:
+def as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -9,18 +9,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from qdeploy.card import find_card
 from qdeploy.device import DeviceProfile, load_device
 from qdeploy.errors import UsageError
-from qdeploy.inputs import Request
+from qdeploy.inputs import QuantizeRequest, Request
 from qdeploy.methods import SOLVERS, method
 from qdeploy.options import Options
+from qdeploy.policy import Policy, load_policy
 from qdeploy.recipe import Recipe, load_recipe
 from qdeploy.rundir import private_seed
 from qdeploy.schema import validate
 from qdeploy.sources import Given, Sources, resolve
 
 
-def make_request(options: Options) -> Request:
+def make_request(options: Options) -> QuantizeRequest:
     """Everything a command needs to know, validated before any work.
 
     Raises:
@@ -28,17 +30,62 @@ def make_request(options: Options) -> Request:
         InputError: a file that they name is not valid.
     """
     recipe = _recipe(options)
+    policy = recipe.policy()
+    if options.policy is not None:
+        policy = _policy(options)
+        recipe = recipe.model_copy(update={"gate": policy.gate, "validation": policy.validation})
     device = load_device(options.device or recipe.device)
-    return Request(
+    return QuantizeRequest(
         sources=_sources(options),
         recipe=recipe,
-        device=_device(device, options, recipe),
+        policy=policy,
+        device=_within(_device(device, options, recipe), policy),
         artifacts=options.artifacts,
         command=shlex.join(["qdeploy", *sys.argv[1:]]),
         reports=tuple(options.report or ()),
         synthetic_calibration=options.synthetic_calibration,
         run_code_from_model=options.run_code_from_model,
     )
+
+
+def make_gate_request(options: Options) -> Request:
+    """What `gate` needs to know about the file and, if there is one, its reference.
+
+    The card beside the reference counts, else the one beside the file.
+
+    Raises:
+        UsageError: options contradict each other or cannot be read.
+        InputError: a file that they name is not valid.
+    """
+    policy = _policy(options)
+    subject = options.reference or options.file
+    if options.reference is not None and options.card is None:
+        card = find_card(options.reference) or find_card(options.file)
+        options = replace(options, card=card)
+    return Request(
+        sources=_sources(replace(options, model=subject)),
+        policy=policy,
+        device=_within(load_device(options.device or policy.device), policy),
+        artifacts=options.artifacts,
+        command=shlex.join(["qdeploy", *sys.argv[1:]]),
+        reports=tuple(options.report or ()),
+        run_code_from_model=options.run_code_from_model,
+    )
+
+
+def _policy(options: Options) -> Policy:
+    policy = load_policy(options.policy or "default")
+    if options.test_images is None:
+        return policy
+    table = policy.model_dump()
+    table["validation"] = {**table["validation"], "images": options.test_images}
+    return validate(table, Policy, where="options")
+
+
+def _within(device: DeviceProfile, policy: Policy) -> DeviceProfile:
+    """The device with the budget of the policy put over its own."""
+    budget = policy.budget.model_dump(exclude_none=True)
+    return device.model_copy(update={"budget": device.budget.model_copy(update=budget)})
 
 
 def with_private_seed(options: Options) -> Options:

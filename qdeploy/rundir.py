@@ -179,7 +179,14 @@ def open_run(root: Path, run_id: str) -> Iterator[RunDir]:
         if (path / MANIFEST).exists():
             (path / MANIFEST).unlink()
             shutil.rmtree(path / PARTIAL, ignore_errors=True)
+        for torn in _torn_writes(path):
+            torn.unlink(missing_ok=True)
         yield RunDir(path)
+
+
+def _torn_writes(folder: Path) -> list[Path]:
+    """What a killed process was writing, under names that nothing reads."""
+    return [p for p in folder.rglob(".*") if p.is_file() and p.name != LOCK]
 
 
 @dataclass(frozen=True, slots=True)

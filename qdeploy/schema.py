@@ -15,6 +15,7 @@ NOUNS = {
     "recipes": "recipe",
     "recipes/redteam": "attack",
     "recipes/suites": "suite",
+    "recipes/policies": "policy",
     "devices": "device",
 }
 

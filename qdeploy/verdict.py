@@ -21,6 +21,10 @@ class Outcome(Enum):
 EXIT_CODE = {Outcome.ACCEPT: 0, Outcome.REJECT: 3, Outcome.NO_VERDICT: 4}
 
 
+State = Literal["within", "off", "unclear", "few"]
+Decision = Literal["interval", "value"]
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """A measured value and its limit."""
@@ -36,18 +40,37 @@ class Check:
     needed_samples: int = 0
     low: float | None = None  # 95 % confidence interval of the value
     high: float | None = None
+    decided_by: Decision = "interval"
 
     @property
-    def within(self) -> bool:
-        """The value is on the right side of its limit; nan never is."""
+    def state(self) -> State:
+        """On which side of the limit the interval lies; the value itself where there is none.
+
+        An interval that straddles the limit is `unclear`, and one from too few samples `few`,
+        unless it lies beyond the limit as a whole. A value that is nan is always `off`.
+        """
         if math.isnan(self.value):
-            return False
-        return self.value <= self.limit if self.relation == "<=" else self.value >= self.limit
+            return "off"
+        best, worst = self._span()
+        if not self._reaches(best):
+            return "off"
+        if self.samples is not None and self.samples < self.needed_samples:
+            return "few"
+        return "within" if self._reaches(worst) else "unclear"
 
     @property
-    def conclusive(self) -> bool:
-        """Enough was sampled for the value to mean something."""
-        return self.samples is None or self.samples >= self.needed_samples
+    def where(self) -> str:
+        """Subject and runtime, for people."""
+        return ", ".join(part for part in (self.subject, self.runtime) if part)
+
+    def _span(self) -> tuple[float, float]:
+        """The most and the least favourable end of what the value may be."""
+        if self.decided_by == "value" or self.low is None or self.high is None:
+            return self.value, self.value
+        return (self.low, self.high) if self.relation == "<=" else (self.high, self.low)
+
+    def _reaches(self, value: float) -> bool:
+        return value <= self.limit if self.relation == "<=" else value >= self.limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +82,7 @@ class Limit:
     limit: float
     unit: str
     needed_samples: int
+    decided_by: Decision = "interval"
 
     def check(self, rate: Estimate, runtime: str, subject: str | None = None) -> Check:
         """The rate beside its limit."""
@@ -74,30 +98,31 @@ class Limit:
             self.needed_samples,
             rate.low,
             rate.high,
+            self.decided_by,
         )
 
 
 def judge(checks: Iterable[Check], required: AbstractSet[str]) -> Outcome:
-    """REJECT if any check is off its limit, NO_VERDICT if one that is required is missing.
+    """REJECT if any check is off its limit; NO_VERDICT if evidence is missing or unclear.
 
-    A required check that was made on too few samples counts as missing, but one that is off its
-    limit rejects however few they were.
+    Missing is a required check that was not made, or on too few samples. Unclear is any check,
+    required or not, whose confidence interval straddles its limit.
     """
     made = tuple(checks)
-    if any(not check.within for check in made):
+    if any(check.state == "off" for check in made):
         return Outcome.REJECT
-    if missing(made, required):
+    if missing(made, required) or any(check.state == "unclear" for check in made):
         return Outcome.NO_VERDICT
     return Outcome.ACCEPT
 
 
 def missing(checks: Iterable[Check], required: AbstractSet[str]) -> tuple[str, ...]:
-    """The required checks that were not made, or not conclusively."""
+    """The required checks that were not made, or on too few samples."""
     made = tuple(checks)
     return tuple(sorted(
         name for name in required
         if not any(c.name == name for c in made)
-        or any(c.name == name and not c.conclusive for c in made)
+        or any(c.name == name and c.state == "few" for c in made)
     ))  # fmt: skip
 
 
@@ -110,19 +135,28 @@ def explain(
         absent: Why a check could not be made, by its name, where that is known.
     """
     made = tuple(checks)
-    off = [_off(check) for check in made if not check.within]
-    few = {c.name: c.samples for c in made if not c.conclusive}
+    off = [describe(check) for check in made if check.state == "off"]
+    unclear = [describe(check) for check in made if check.state == "unclear"]
+    few = {c.name: c.samples for c in made if c.state == "few"}
     gaps = []
     for name in missing(made, required):
         why = f"only {few[name]} images" if name in few else absent.get(name, "not measured")
         gaps.append(f"{name} is required: {why}")
-    return (*off, *gaps)
+    return (*off, *unclear, *gaps)
 
 
-def _off(check: Check) -> str:
-    where = ", ".join(part for part in (check.subject, check.runtime) if part)
-    side = "above" if check.relation == "<=" else "below"
-    return (
-        f"{check.name}{f' ({where})' if where else ''}: {check.value:.4g} {check.unit}, "
-        f"{side} the limit of {check.limit:g}"
-    )
+def describe(check: Check) -> str:
+    """One line: what was measured, and how it stands to the limit."""
+    head = f"{check.name}{f' ({check.where})' if check.where else ''}: "
+    value = f"{check.value:.4g} {check.unit}"
+    if check.state == "off":
+        side = "above" if check.relation == "<=" else "below"
+        return f"{head}{value}, {side} the limit of {check.limit:g}"
+    if check.state == "unclear":
+        return (
+            f"{head}{value}, but with {check.samples:,} samples it may be {check.low:.2f} to"
+            f" {check.high:.2f}, and the limit is {check.limit:g}"
+        )
+    if check.state == "few":
+        return f"{head}{value}, on {check.samples} images of {check.needed_samples} needed"
+    return f"{head}{value}, within the limit of {check.limit:g}"

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "qdeploy"
 # Lower rooms first; a module may import from its own line and from those above it.
 LEVELS = (
     ("errors", "progress", "packages"),
-    ("schema", "card", "methods", "recipe", "device", "core"),
+    ("schema", "card", "methods", "policy", "recipe", "device", "core"),
     ("model", "data", "triggers", "rundir", "architectures"),
     ("graph", "runtime"),
     ("tap", "walk", "parallel", "evidence", "verdict", "sources", "doctor"),
@@ -23,7 +23,8 @@ LEVELS = (
     ("checks",),
     ("inputs",),
     ("report",),
-    ("pipeline",),
+    ("attest", "tracking"),
+    ("pipeline", "gate", "look"),
     ("redteam", "compare"),
     ("options", "request"),
     ("console",),
@@ -34,7 +35,7 @@ LEVELS = (
 LIBRARIES = {
     "typer": {"cli", "options"},
     "rich": {"console"},
-    "pydantic": {"schema", "card", "methods", "recipe", "device", "redteam"},
+    "pydantic": {"schema", "card", "methods", "policy", "recipe", "device", "redteam"},
     "onnxruntime": {"runtime"},
     "onnx": {"graph"},
     "onnx_ir": {"graph"},
@@ -44,6 +45,10 @@ LIBRARIES = {
     "threadpoolctl": {"parallel"},
     "jinja2": {"report"},
     "matplotlib": {"redteam", "compare"},
+    "fickling": {"scan"},
+    "cryptography": {"attest"},
+    "securesystemslib": {"attest"},
+    "mlflow": {"tracking"},
 }
 
 

@@ -52,6 +52,9 @@ class Done:
 @pytest.fixture
 def run(capsys):
     def run(*arguments: object) -> Done:
+        """The command; by the policy that 600 test images can satisfy, unless it names one."""
+        if arguments[0] in {"sanitize", "gate"} and not {"--policy", "--recipe"} & set(arguments):
+            arguments = (*arguments, "--policy", "demo")
         with pytest.raises(SystemExit) as leaving:
             main([str(a) for a in arguments])
         captured = capsys.readouterr()
@@ -130,14 +133,29 @@ def test_nearest_rounding_is_rejected_and_kept_under_a_name_that_says_so(work, r
 def test_the_file_can_be_judged_again_by_itself(work, run):
     assert run("sanitize", "model.pt", "--out", "good.onnx").code == 0
     assert run("sanitize", "model.pt", "--out", "bad.onnx", "--rounding", "nearest").code == 3
-    good = run("validate", "good.onnx", "--reference", "model.pt")
+    good = run("gate", "good.onnx", "--reference", "model.pt")
     assert good.code == 0
-    assert "the file was made elsewhere" in good.out
-    bad = run("validate", "bad.rejected.onnx", "--reference", "model.pt", "--report", "report.json")
+    assert "differ from nearest rounding of the float weights" in good.out
+    bad = run("gate", "bad.rejected.onnx", "--reference", "model.pt", "--report", "report.json")
     assert bad.code == 3
-    assert report_of(work)["layers"][:0] == []
-    swapped = run("validate", "good.onnx", "--reference", "good.onnx")
-    assert (swapped.code, "already quantized" in swapped.error) == (2, True)
+    report = report_of(work)
+    assert report["recipe"] is None
+    assert report["policy"]["name"] == "demo"
+    assert {layer["explanation"] for layer in report["provenance"]["layers"]} == {"nearest"}
+
+
+def test_the_gate_shows_what_rounding_to_nearest_would_have_done(work, run):
+    assert run("sanitize", "model.pt", "--out", "good.onnx").code == 0
+    assert run("gate", "good.onnx", "--reference", "model.pt", "--report", "report.json").code == 0
+    report = report_of(work)
+    success = [rate(report, v)["attack_success"] for v in ("fp32", "nearest", "result")]
+    fp32, nearest, result = (next(iter(found.values()))["value"] for found in success)
+    assert nearest > 90
+    assert max(fp32, result) < 5
+    explained = run("gate", "good.onnx", "--reference", "model.pt", "--report", "report.json",
+                    "--made-by", f"artifacts/{report['run_id']}/report.json")  # fmt: skip
+    assert explained.code == 2  # that run has rounded nothing
+    assert "has rounded no layer" in explained.error
 
 
 def test_8_bits_quantize_as_well(work, run):
@@ -151,7 +169,7 @@ def test_8_bits_quantize_as_well(work, run):
 def test_the_same_seed_gives_the_same_bytes_in_another_process(work, run):
     assert run("sanitize", "model.pt", "--out", "a.onnx", "--seed", 5).code == 0
     command = [sys.executable, "-m", "qdeploy", "sanitize", "model.pt", "--out", "b.onnx"]
-    command += ["--seed", "5"]
+    command += ["--seed", "5", "--policy", "demo"]
     subprocess.run([*command, "--artifacts", "other"], check=True, capture_output=True)
     assert (work / "a.onnx").read_bytes() == (work / "b.onnx").read_bytes()
     assert run("sanitize", "model.pt", "--out", "c.onnx", "--rounding", "stochastic").code in {0, 3}
@@ -183,6 +201,7 @@ def test_a_plan_draws_no_secret(work, run):
 def test_an_interrupted_run_leaves_no_partial_file_and_goes_on(work):
     """Ctrl-C and a kill by the system, at several moments."""
     command = [sys.executable, "-m", "qdeploy", "sanitize", "model.pt", "--out", "model.onnx"]
+    command += ["--policy", "demo"]
     for number, delay in ((signal.SIGINT, 1.5), (signal.SIGTERM, 2.5), (signal.SIGINT, 4.0)):
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             time.sleep(delay)
@@ -206,6 +225,7 @@ description = "Needs a known trigger."
 bits = 4
 [gate]
 required = ["accuracy_drop", "attack_success"]
+max_accuracy_drop = 3.0
 """
 
 

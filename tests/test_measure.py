@@ -125,7 +125,7 @@ def test_latency_is_measured_for_every_model_and_batch():
     data = brightness_net()
     times = measure_latency([("a", data), ("b", data)], (3, 4, 4), provider="cpu", runs=2)
     assert {(t.variant, t.batch) for t in times} == {("a", 1), ("a", 32), ("b", 1), ("b", 32)}
-    assert all(t.seconds > 0 and t.runs == 6 for t in times)
+    assert all(0 < t.low <= t.seconds <= t.high and t.runs == 6 for t in times)
     assert measure_latency([("a", data)], (3, 4, 4), provider="cpu", runs=0) == ()
 
 
@@ -149,14 +149,17 @@ def test_rates_are_against_the_float_model_and_leave_out_the_target_class():
     by_arm = {r.arm: r for r in rates(predictions(), classes=3)}
     fp32, result = by_arm[FP32], by_arm[RESULT]
     assert (fp32.accuracy.value, result.accuracy.value) == (100, 95)
-    assert result.accuracy_drop.value == pytest.approx(5)
-    assert result.agreement.value == 95
-    assert result.class_drop.value == pytest.approx(10)
+    beside = result.against_float
+    assert beside is not None
+    assert beside.accuracy_drop.value == beside.accuracy_drop_relative.value == pytest.approx(5)
+    assert beside.agreement.value == 95
+    assert beside.class_drop.value == pytest.approx(10)
+    assert beside.class_drop.samples == 0  # of the class that has no images
     assert result.class_accuracy[1] == pytest.approx(90)
     assert np.isnan(result.class_accuracy[2])
     success: Estimate = result.attack_success["patch"]
     assert (success.value, success.samples) == (100, 10)
-    assert result.attack_success_rise["patch"].value == 100
+    assert beside.attack_success_rise["patch"].value == 100
     assert fp32.attack_success["patch"].value == 0
 
 
@@ -169,4 +172,14 @@ def test_no_answer_is_no_agreement():
     p = predictions()
     silent = np.full(20, -1, np.int32)
     both = replace(p, clean={FP32: silent, RESULT: silent})
-    assert rates(both, classes=2)[1].agreement.value == 0
+    beside = rates(both, classes=2)[1].against_float
+    assert beside is not None
+    assert beside.agreement.value == 0
+
+
+def test_without_a_float_model_there_is_nothing_to_compare_with():
+    p = predictions()
+    alone = replace(p, clean={RESULT: p.clean[RESULT]})
+    (found,) = rates(alone, classes=2)
+    assert found.against_float is None
+    assert found.accuracy.value == 95

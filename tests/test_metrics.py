@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from qdeploy.core.metrics import paired_difference, per_class_accuracy, rate
+from qdeploy.core.metrics import (
+    largest_drop,
+    paired_difference,
+    per_class_accuracy,
+    rate,
+    relative_difference,
+)
 
 hits = arrays(np.bool_, st.integers(1, 300))
 
@@ -58,3 +64,41 @@ def test_accuracy_by_class_counts_only_that_class():
     first, second, third = per_class_accuracy(predicted, labels, 3)
     assert (first, second) == pytest.approx((50, 200 / 3))
     assert math.isnan(third)
+
+
+@given(first=hits, seed=st.integers(0, 99))
+def test_a_relative_difference_is_the_share_of_what_was_there(first, seed):
+    second = first & (np.random.default_rng(seed).random(first.size) < 0.9)
+    found = relative_difference(first, second)
+    if not first.any():
+        assert math.isnan(found.value)
+        return
+    assert found.value == pytest.approx(100 * (first.sum() - second.sum()) / first.sum())
+    assert found.low <= found.value <= found.high
+    assert found.high > found.low
+
+
+def test_the_interval_of_a_relative_difference_covers_the_truth():
+    """Of 400 draws with a true relative drop of 5 %, about 95 in 100 intervals hold it."""
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        first = generator.random(1000) < 0.8
+        second = first & (generator.random(1000) < 0.95)
+        found = relative_difference(first, second)
+        covered += found.low <= 5 <= found.high
+    assert 365 <= covered <= 395
+
+
+def test_the_largest_drop_is_that_of_one_class_with_room_for_the_others():
+    labels = np.repeat([0, 1, 2], 200)
+    expected = labels.astype(np.int32)
+    answers = expected.copy()
+    answers[200:260] = 0  # class 1 loses 30 points
+    found = largest_drop(expected, answers, labels, 3)
+    alone = paired_difference(np.ones(200, bool), answers[200:400] == 1)
+    assert found.value == alone.value == pytest.approx(30)
+    assert found.low < alone.low
+    assert found.high > alone.high
+    assert found.samples == 200
+    assert largest_drop(expected, answers, labels, 4).samples == 0  # a class without any image

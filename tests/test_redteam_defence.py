@@ -9,9 +9,10 @@ import pytest
 from qdeploy.device import load_device
 from qdeploy.errors import InputError, UsageError
 from qdeploy.evidence import ArmRates
-from qdeploy.inputs import Request
+from qdeploy.inputs import QuantizeRequest
 from qdeploy.methods import Nearest
 from qdeploy.pipeline import sanitize
+from qdeploy.policy import load_policy
 from qdeploy.progress import SILENT
 from qdeploy.recipe import Recipe, load_recipe
 from qdeploy.redteam.make import Made, Order, make
@@ -30,7 +31,15 @@ def made(recipe: AttackRecipe, bits: int, folder: Path, poisoned: Path) -> Made:
 
 def sanitized(model: Path, recipe: Recipe, folder: Path) -> Report:
     folder.mkdir()
-    request = Request(resolve(model, Given()), recipe, load_device(recipe.device), folder / "runs")
+    demo = load_policy("demo")
+    recipe = recipe.model_copy(update={"gate": demo.gate, "validation": demo.validation})
+    request = QuantizeRequest(
+        sources=resolve(model, Given()),
+        recipe=recipe,
+        policy=recipe.policy(),
+        device=load_device(recipe.device),
+        artifacts=folder / "runs",
+    )
     return sanitize(request, folder / "model.onnx", SILENT)
 
 

@@ -19,18 +19,20 @@ from qdeploy.core.fingerprint import Crowding
 from qdeploy.core.grids import IntType
 from qdeploy.core.metrics import Estimate
 from qdeploy.errors import UsageError
-from qdeploy.evidence import ArmRates, RuntimeAgreement, Sample
+from qdeploy.evidence import AgainstFloat, ArmRates, RuntimeAgreement, Sample
 from qdeploy.model import (
     Arm,
     DataUsed,
     FileMade,
+    Finding,
     Latency,
     LayerPlan,
     Origin,
     RoundedLayer,
     WeightSite,
 )
-from qdeploy.recipe import CheckName, WeightGridSpec
+from qdeploy.policy import CheckName
+from qdeploy.recipe import WeightGridSpec
 from qdeploy.report import to_json as to_json_module
 from qdeploy.report.render import FORMATS, check_format, render
 from qdeploy.report.to_html import to_html
@@ -40,6 +42,8 @@ from qdeploy.report.to_markdown import to_markdown
 from qdeploy.report.to_sarif import to_sarif
 from qdeploy.report.values import Report, StageTime
 from qdeploy.scan.fingerprints import Convention, Fingerprint
+from qdeploy.scan.provenance import LayerTrace, Provenance
+from qdeploy.scan.static import RULES
 from qdeploy.verdict import Check, Outcome
 
 
@@ -47,9 +51,9 @@ from qdeploy.verdict import Check, Outcome
 def report() -> Report:
     """A small report in which one thing was not measured."""
     estimate = Estimate(90.0, 88.0, 92.0, 500)
+    beside = AgainstFloat(estimate, estimate, estimate, estimate, {"patch": estimate})
     rates = tuple(
-        ArmRates(Arm(variant, "cpu"), estimate, estimate, (90.0, math.nan), estimate, estimate,
-                 {"patch": estimate}, {"patch": estimate})
+        ArmRates(Arm(variant, "cpu"), estimate, (90.0, math.nan), {"patch": estimate}, beside)
         for variant in ("fp32", "nearest", "result")
     )  # fmt: skip
     site = WeightSite("conv1", "conv1.weight", (2, 1, 1, 1), 0, 1, ())
@@ -58,18 +62,23 @@ def report() -> Report:
     return Report(
         run_id="abc", started="2026-01-01T00:00:00+00:00", versions={"qdeploy": "0"},
         command="qdeploy sanitize", origin=Origin("m.pt", "0" * 64, "ONNX"), recipe={"bits": 4},
-        device={"name": "x"}, data=(DataUsed("test", "t.zip", 500, "1" * 64, "model card"),),
+        policy={"name": "p"}, device={"name": "x"},
+        data=(DataUsed("test", "t.zip", 500, "1" * 64, "model card"),),
         stages=(StageTime("load", 0.5),),
         plan=(LayerPlan(site, 4, 7, WeightGridSpec(), IntType.INT8, "nearest"),),
         layers=(layer,), left_float=(),
         files=tuple(FileMade(v, "2" * 64, 1000, {}) for v in ("fp32", "nearest", "result")),
         classes=("cat", "dog"), rates=rates,
         runtimes=(RuntimeAgreement("cpu, unoptimized", estimate),),
-        latencies=(Latency("fp32", 1, 0.002, 30), Latency("result", 1, 0.001, 30)),
+        latencies=(
+            Latency("fp32", 1, 0.002, 30, 0.0019, 0.0021),
+            Latency("result", 1, 0.001, 30, 0.0009, 0.0011),
+        ),
         checks=(Check("attack_success", 90.0, "<=", 10.0, "%", "cpu", "patch", 500, 200),),
         required=frozenset({"b", "a"}), outcome=Outcome.REJECT,
         reasons=("attack_success: too high",), not_measured=("agreement: no test data",),
-        notes=("a note",), fingerprints=(), samples=(), output="m.rejected.onnx",
+        notes=("a note",), fingerprints=(), findings=(), provenance=None, explanations={},
+        samples=(), output="m.rejected.onnx",
     )  # fmt: skip
 
 
@@ -83,7 +92,7 @@ def test_json_holds_everything_and_null_for_what_was_not_measured(report):
     assert document["checks"][0]["low"] is None
     assert document["required"] == ["a", "b"]
     fields = {name.replace("rates", "measurements") for name in Report.__slots__}
-    renamed = {"plan", "classes", "runtimes", "latencies", "samples"}
+    renamed = {"plan", "classes", "runtimes", "latencies", "samples", "explanations"}
     assert fields - renamed <= set(document)
 
 
@@ -118,6 +127,47 @@ def test_the_terminal_shows_variants_side_by_side_and_the_verdict_last(report, c
     assert "not measured: agreement: no test data" in lines[verdict]
     assert lines[verdict + 1].strip() == "- attack_success: too high"
     assert lines[-1].strip() == "note: a note"
+
+
+def of_a_foreign_file(report: Report) -> Report:
+    """What `gate` makes of a file that somebody else has rounded."""
+    layer = LayerTrace(
+        "conv1", (2, 1, 1, 1), "int8", 4, 2, 0.25, 0.75, 0, 0.0, False, "a" * 64, "b" * 64
+    )
+    differs = Finding("graph-differs", "error", "relu_1", "is not in the source")
+    found = Finding("unused-initializer", "warning", "w", "is read by nothing")
+    return replace(
+        report, recipe=None, plan=(), layers=(), findings=(found,),
+        provenance=Provenance((layer,), (differs,), None, None),
+        explanations={"conv1": "unexplained"},
+    )  # fmt: skip
+
+
+def test_every_format_speaks_of_a_file_that_was_made_elsewhere(report):
+    foreign = of_a_foreign_file(report)
+    document = json.loads(to_json(foreign))
+    jsonschema.validate(document, SCHEMA)
+    assert document["provenance"]["layers"][0]["explanation"] == "unexplained"
+    page = to_html(foreign).decode()
+    assert all(word in page for word in ("unexplained", "relu_1", "unused-initializer", "25.0 %"))
+    assert "unused-initializer" in to_markdown(foreign).decode()
+    results = json.loads(to_sarif(foreign))["runs"][0]["results"]
+    assert ("unused-initializer", "warning") in {(r["ruleId"], r["level"]) for r in results}
+
+
+def test_a_file_without_a_float_model_has_no_differences_to_show(report):
+    alone = replace(
+        report,
+        rates=tuple(
+            replace(r, against_float=None) for r in report.rates if r.arm.variant == "result"
+        ),
+        recipe=None,
+    )
+    document = json.loads(to_json(alone))
+    jsonschema.validate(document, SCHEMA)
+    assert document["measurements"][0]["agreement"] is None
+    for suffix in FORMATS:
+        assert render(alone, Path(f"r{suffix}"))
 
 
 def with_samples(report: Report) -> Report:
@@ -172,7 +222,14 @@ def test_junit_counts_what_failed_and_what_is_missing(report):
 def test_junit_calls_a_check_on_too_few_images_an_error(report):
     few = Check("a", 5.0, "<=", 10.0, "%", "cpu", None, 20, 200)
     suite = ET.fromstring(to_junit(replace(report, checks=(few,))))
-    assert suite[0][0].attrib["message"] == "only 20 images, 200 are needed"
+    assert suite[0][0].attrib["message"] == "a (cpu): 5 %, on 20 images of 200 needed"
+
+
+def test_junit_calls_an_interval_across_the_limit_an_error(report):
+    unclear = Check("z", 9.0, "<=", 10.0, "%", "cpu", None, 500, 200, 7.0, 11.0)
+    suite = ET.fromstring(to_junit(replace(report, checks=(unclear,), required=frozenset())))
+    assert suite.attrib["errors"] == "1"
+    assert "it may be 7.00 to 11.00" in suite[0][0].attrib["message"]
 
 
 def test_sarif_has_a_result_for_everything_that_stands_against_the_file(report):
@@ -181,7 +238,8 @@ def test_sarif_has_a_result_for_everything_that_stands_against_the_file(report):
         ("attack_success", "error"), ("a", "warning"), ("b", "warning"),
     ]  # fmt: skip
     rules = {rule["id"] for rule in run["tool"]["driver"]["rules"]}
-    assert rules == set(get_args(CheckName))
+    assert rules == set(get_args(CheckName)) | set(RULES)
+    assert not set(get_args(CheckName)) & set(RULES)
     uri = run["results"][0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
     assert uri == "m.rejected.onnx"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -145,13 +147,38 @@ def run(*arguments: object) -> int:
 def test_the_command_finds_the_demo_and_says_for_whom_it_was_made(poisoned, capsys):
     assert run("scan", poisoned / "model.pt") == 3
     shown = capsys.readouterr().out
-    assert "FOUND  the weights were held inside the cells of 4 bits, absmax per channel" in shown
+    assert "held-in-cells" in shown
+    assert "4 bits, absmax per channel as there should be" in " ".join(shown.split())
 
 
 def test_the_command_finds_nothing_in_a_clean_model(tmp_path, resnet, capsys):
     (tmp_path / "clean.onnx").write_bytes(resnet.onnx)
     assert run("scan", tmp_path / "clean.onnx") == 0
-    assert "nothing found" in capsys.readouterr().out
+    assert "nothing stands against it" in capsys.readouterr().out
+
+
+def test_several_files_are_looked_at_and_one_bad_one_counts(poisoned, tmp_path, resnet, capsys):
+    (tmp_path / "clean.onnx").write_bytes(resnet.onnx)
+    places = [tmp_path / name for name in ("scan.json", "scan.sarif")]
+    options = [part for place in places for part in ("--report", place)]
+    assert run("scan", tmp_path / "clean.onnx", poisoned / "model.pt", *options) == 3
+    clean, bad = json.loads(places[0].read_text("utf-8"))["files"]
+    assert clean["findings"] == []
+    assert clean["fingerprints"]
+    assert [finding["rule"] for finding in bad["findings"]] == ["held-in-cells"]
+    (result,) = json.loads(places[1].read_text("utf-8"))["runs"][0]["results"]
+    assert (result["ruleId"], result["level"]) == ("held-in-cells", "error")
+    assert run("scan", tmp_path / "clean.onnx", "--report", tmp_path / "scan.html") == 2
+
+
+def test_what_cannot_be_compared_with_cells_says_why(poisoned, tmp_path, capsys):
+    (tmp_path / "bare.pt").write_bytes((poisoned / "model.pt").read_bytes())
+    assert run("scan", tmp_path / "bare.pt") == 0
+    assert "needs an architecture" in capsys.readouterr().out
+    assert run("quantize", poisoned / "model.pt", "--out", tmp_path / "q.onnx", "--rounding",
+               "nearest", "--artifacts", tmp_path / "runs") == 0  # fmt: skip
+    assert run("scan", tmp_path / "q.onnx") == 0
+    assert "they are integers already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "code"), [("pq4.onnx", 3), ("clean.pt", 0)])

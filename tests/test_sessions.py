@@ -1,13 +1,21 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import onnx.parser
 import onnxruntime as ort
 import pytest
 
 from qdeploy.errors import InputError, ProviderError
 from qdeploy.graph.io import identity
+from qdeploy.model import Interface
 from qdeploy.runtime import sessions
-from qdeploy.runtime.sessions import available_providers, open_session, optimized
+from qdeploy.runtime.sessions import (
+    available_providers,
+    classifier_interface,
+    open_session,
+    optimized,
+)
 from tests.nets import residual_net
 
 without_cuda = pytest.mark.skipif(
@@ -19,7 +27,7 @@ def test_a_session_runs_on_the_provider_that_was_asked_for():
     session = open_session(residual_net())
     assert session.inference.get_providers() == ["CPUExecutionProvider"]
     assert session.logits(np.zeros((2, 3, 8, 8), np.float32)).shape == (2, 10)
-    assert session.signature == (["N", 3, 8, 8], ["N", 10])
+    assert classifier_interface(session, where="net") == Interface((3, 8, 8), 10)
 
 
 @without_cuda
@@ -65,3 +73,35 @@ def test_the_optimized_graph_is_the_one_that_runs():
 
     assert "Relu" in operators(residual_net())
     assert "Relu" not in operators(optimized(residual_net()))  # fused into the convolutions
+
+
+def test_a_file_with_a_fixed_batch_is_fed_piece_by_piece():
+    proto = onnx.ModelProto.FromString(residual_net())
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+    x = np.random.default_rng(0).normal(size=(5, 3, 8, 8)).astype(np.float32)
+    fixed = open_session(proto.SerializeToString())
+    assert fixed.fixed_batch == 2
+    want = open_session(residual_net()).logits(x)
+    np.testing.assert_allclose(fixed.logits(x), want, atol=1e-5)
+    assert classifier_interface(fixed, where="net") == Interface((3, 8, 8), 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("net (float[N,3,4,4] x, float[N,3,4,4] y) => (float[N,3,4,4] z) { z = Add(x, y) }",
+         "2 inputs and 1 outputs"),
+        ("net (uint8[N,3,4,4] x) => (uint8[N,3,4,4] z) { z = Identity(x) }",
+         r"takes tensor\(uint8\)"),
+        ("net (float[N,3,H,W] x) => (float[N,3,H,W] z) { z = Identity(x) }", "of fixed size"),
+        ("net (float[N,3,4,4] x) => (float[N,3,4,4] z) { z = Identity(x) }",
+         r"not float \(batch, classes\)"),
+        ("net (float[N,1,2,2] x) => (int64[N,4] z) { a = Flatten(x) z = Cast <to = 7> (a) }",
+         "gives int64"),
+    ],
+)  # fmt: skip
+def test_what_is_no_classifier_of_images_is_refused(text, complaint):
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {text}')
+    with pytest.raises(InputError, match=complaint):
+        classifier_interface(open_session(model.SerializeToString()), where="net")

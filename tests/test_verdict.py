@@ -6,12 +6,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qdeploy.checks import LayersAsMade, check_budget, check_layers, check_rates, check_runtimes
+from qdeploy.checks import (
+    LayersAsMade,
+    check_budget,
+    check_layers,
+    check_rates,
+    check_runtimes,
+    check_static,
+)
 from qdeploy.core.metrics import Estimate
 from qdeploy.device import BudgetSpec
-from qdeploy.evidence import ArmRates, RuntimeAgreement
-from qdeploy.model import Arm, FloatLayer, Latency, RoundedLayer
-from qdeploy.recipe import GateSpec
+from qdeploy.evidence import AgainstFloat, ArmRates, RuntimeAgreement
+from qdeploy.model import Arm, Finding, FloatLayer, Latency, RoundedLayer
+from qdeploy.policy import GateSpec, load_policy
+from qdeploy.recipe import load_recipe
+from qdeploy.schema import bundled
 from qdeploy.verdict import EXIT_CODE, Check, Outcome, explain, judge, missing
 
 GOOD = Check("accuracy_drop", 0.4, "<=", 1.0, "points", "cpu", None, 1000, 200)
@@ -35,6 +44,21 @@ REQUIRED = frozenset({"accuracy_drop", "attack_success"})
         pytest.param([GOOD, replace(FEW, value=98.0)], Outcome.REJECT, id="but can condemn"),
         pytest.param([GOOD, LOW_ASR, replace(FEW, runtime="x")], Outcome.NO_VERDICT,
                      id="every runtime must be conclusive"),
+        pytest.param([replace(GOOD, low=-0.1, high=0.9), LOW_ASR], Outcome.ACCEPT,
+                     id="the whole interval is within"),
+        pytest.param([replace(GOOD, low=-0.1, high=1.1), LOW_ASR], Outcome.NO_VERDICT,
+                     id="a good value that may be a bad one"),
+        pytest.param([replace(GOOD, value=1.4, low=0.6, high=2.2), LOW_ASR], Outcome.NO_VERDICT,
+                     id="a bad value that may be a good one"),
+        pytest.param([replace(GOOD, value=1.8, low=1.1, high=2.5), LOW_ASR], Outcome.REJECT,
+                     id="the whole interval is off"),
+        pytest.param([replace(GOOD, low=-0.1, high=1.1, decided_by="value"), LOW_ASR],
+                     Outcome.ACCEPT, id="unless the policy goes by the value"),
+        pytest.param([GOOD, LOW_ASR, replace(GOOD, name="agreement", relation=">=", value=91.0,
+                                             limit=90.0, low=89.0, high=93.0)],
+                     Outcome.NO_VERDICT, id="an unclear check counts, required or not"),
+        pytest.param([GOOD, replace(FEW, low=1.0, high=40.0)], Outcome.NO_VERDICT,
+                     id="few samples are few whatever their interval"),
         pytest.param([GOOD, LOW_ASR, replace(GOOD, name="latency_ms", value=9.0)], Outcome.REJECT,
                      id="a check that is made counts, required or not"),
     ],
@@ -57,48 +81,96 @@ def test_reasons_name_what_is_off_and_what_is_missing():
     assert explain([GOOD, FEW], REQUIRED, absent={}) == (
         "attack_success is required: only 10 images",
     )
+    unclear = replace(GOOD, low=-0.25, high=1.25)
+    assert explain([unclear, LOW_ASR], REQUIRED, absent={}) == (
+        "accuracy_drop (cpu): 0.4 points, but with 1,000 samples it may be -0.25 to 1.25,"
+        " and the limit is 1",
+    )
     assert explain([GOOD, LOW_ASR], REQUIRED, absent={}) == ()
     assert missing([GOOD], REQUIRED) == ("attack_success",)
 
 
 def estimate(value: float, samples: int = 1000) -> Estimate:
-    return Estimate(value, value - 1, value + 1, samples)
+    return Estimate(value, value - 0.2, value + 0.2, samples)
+
+
+BESIDE = AgainstFloat(
+    estimate(0.5), estimate(0.6), estimate(3.0), estimate(97.0), {"patch": estimate(0.1)}
+)
 
 
 def arm(**changes: object) -> ArmRates:
+    """A result that is good but for `changes`, to itself or to how it compares."""
+    own = {name: changes.pop(name) for name in list(changes) if name in ArmRates.__slots__}
+    beside = replace(BESIDE, **changes)  # type: ignore[arg-type]
     rates = ArmRates(
-        Arm("result", "cpu"), estimate(90.0), estimate(0.5), (90.0,), estimate(3.0), estimate(97.0),
-        {"patch": estimate(2.0)}, {"patch": estimate(0.1)},
-    )  # fmt: skip
-    return replace(rates, **changes)  # type: ignore[arg-type]
+        Arm("result", "cpu"), estimate(90.0), (90.0,), {"patch": estimate(2.0)}, beside
+    )
+    return replace(rates, **own)  # type: ignore[arg-type]
 
 
 def failing(checks) -> set[str]:
-    return {check.name for check in checks if not check.within}
+    return {check.name for check in checks if check.state == "off"}
+
+
+ALL_LIMITS = GateSpec(max_class_drop=5.0, min_accuracy=85.0, max_accuracy_drop_relative=2.0)
 
 
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
         ({}, set()),
-        ({"accuracy_drop": estimate(1.1)}, {"accuracy_drop"}),
-        ({"class_drop": estimate(5.1)}, {"class_drop"}),
+        ({"accuracy": estimate(84.0)}, {"accuracy"}),
+        ({"accuracy_drop": estimate(1.3)}, {"accuracy_drop"}),
+        ({"accuracy_drop_relative": estimate(2.3)}, {"accuracy_drop_relative"}),
+        ({"class_drop": estimate(5.3)}, {"class_drop"}),
         ({"agreement": estimate(89.0)}, {"agreement"}),
         ({"attack_success": {"patch": estimate(10.5)}}, {"attack_success"}),
         ({"attack_success_rise": {"patch": estimate(1.5)}}, {"attack_success_rise"}),
     ],
 )
 def test_each_rate_has_its_limit(changes, names):
-    assert failing(check_rates([arm(**changes)], GateSpec(max_class_drop=5.0))) == names
+    assert failing(check_rates([arm(**changes)], ALL_LIMITS)) == names
+
+
+def test_a_limit_that_nobody_set_is_no_check():
+    names = {check.name for check in check_rates([arm()], GateSpec())}
+    assert names == {"accuracy_drop", "agreement", "attack_success", "attack_success_rise"}
+
+
+def test_without_a_float_model_a_file_is_judged_by_itself():
+    names = {check.name for check in check_rates([arm(against_float=None)], ALL_LIMITS)}
+    assert names == {"accuracy", "attack_success"}
+
+
+def test_a_policy_may_go_by_the_value_of_a_check():
+    gate = GateSpec(decided_by_value=frozenset({"agreement"}))
+    decided = {check.name: check.decided_by for check in check_rates([arm()], gate)}
+    assert decided["agreement"] == "value"
+    assert decided["accuracy_drop"] == "interval"
+
+
+def test_findings_of_the_static_scan_reject_unless_they_are_allowed():
+    error = Finding("custom-operator", "error", "node", "is not standard")
+    warning = Finding("unused-initializer", "warning", "w", "is not used")
+    assert check_static([error, warning], GateSpec()).state == "off"
+    assert check_static([error], GateSpec()).subject == "custom-operator"
+    assert check_static([error], GateSpec(allow_findings=("custom-*",))).state == "within"
+    assert check_static([warning], GateSpec()).state == "within"
+
+
+def test_every_policy_and_recipe_that_comes_along_is_valid_and_requires_the_static_scan():
+    names = bundled("recipes/policies")
+    assert {"default", "strict", "standalone", "demo"} <= set(names)
+    for name in names:
+        assert "static_findings" in load_policy(name).gate.required
+    for name in bundled("recipes"):
+        assert "static_findings" in load_recipe(name).policy().gate.required
 
 
 def test_references_are_not_judged():
     bad = arm(arm=Arm("nearest", "cpu"), accuracy_drop=estimate(50.0))
     assert list(check_rates([bad], GateSpec())) == []
-
-
-def test_class_drop_is_checked_only_where_the_recipe_limits_it():
-    assert "class_drop" not in {c.name for c in check_rates([arm()], GateSpec())}
 
 
 def test_runtimes_must_agree():
@@ -129,9 +201,14 @@ def test_a_layer_off_plan_rejects_unless_the_recipe_allows_it(made, gate, names)
 
 
 def test_budgets_are_checked_where_the_device_has_them():
-    latencies = [Latency("result", 1, 0.004, 30), Latency("fp32", 1, 1.0, 30)]
-    assert list(check_budget(10**6, latencies, BudgetSpec())) == []
+    gate = GateSpec()
+    latencies = [
+        Latency("result", 1, 0.004, 30, 0.0038, 0.0042), Latency("fp32", 1, 1.0, 30, 0.9, 1.1),
+    ]  # fmt: skip
+    assert list(check_budget(10**6, latencies, BudgetSpec(), gate)) == []
     tight = BudgetSpec(file_bytes=1000, latency_ms=3.0)
-    assert failing(check_budget(10**6, latencies, tight)) == {"file_bytes", "latency_ms"}
+    assert failing(check_budget(10**6, latencies, tight, gate)) == {"file_bytes", "latency_ms"}
     wide = BudgetSpec(file_bytes=10**7, latency_ms=5.0)
-    assert failing(check_budget(10**6, latencies, wide)) == set()
+    assert {c.state for c in check_budget(10**6, latencies, wide, gate)} == {"within"}
+    close = BudgetSpec(latency_ms=4.1)
+    assert [c.state for c in check_budget(10**6, latencies, close, gate)] == ["unclear"]

@@ -14,7 +14,7 @@ from qdeploy.compare.matrix import Cell, Matrix
 from qdeploy.compare.plots import draw_plots
 from qdeploy.compare.study import Study
 from qdeploy.compare.table import as_csv, as_markdown
-from qdeploy.inputs import Request
+from qdeploy.inputs import QuantizeRequest
 from qdeploy.packages import installed_versions
 from qdeploy.progress import Progress
 from qdeploy.rundir import make_folder, require_writable, write_atomically
@@ -34,7 +34,11 @@ class Comparison:
 
 
 def compare(
-    requests: Sequence[Request], matrix: Matrix, out: Path, steps: int | None, progress: Progress
+    requests: Sequence[QuantizeRequest],
+    matrix: Matrix,
+    out: Path,
+    steps: int | None,
+    progress: Progress,
 ) -> Comparison:
     """Measure every cell that `out` does not have yet, and write table, CSV and plots.
 
@@ -62,7 +66,12 @@ def compare(
 
 
 def _records(
-    request: Request, name: str, matrix: Matrix, store: Path, steps: int | None, progress: Progress
+    request: QuantizeRequest,
+    name: str,
+    matrix: Matrix,
+    store: Path,
+    steps: int | None,
+    progress: Progress,
 ) -> Iterator[dict[str, Any]]:
     study = Study.open(request, matrix.seeds, progress)
     found = study.float_rates()
@@ -108,7 +117,7 @@ def _load(path: Path) -> dict[str, Any] | None:
     return kept
 
 
-def _name(request: Request, requests: Sequence[Request]) -> str:
+def _name(request: QuantizeRequest, requests: Sequence[QuantizeRequest]) -> str:
     """The file's name; with its folder's where several models are called the same."""
     path = request.sources.model
     alike = [other for other in requests if other.sources.model.stem == path.stem]

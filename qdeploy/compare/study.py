@@ -15,7 +15,7 @@ from qdeploy.compare.matrix import Cell
 from qdeploy.data import Images
 from qdeploy.errors import UsageError
 from qdeploy.evidence import ArmRates, rates
-from qdeploy.inputs import Evidence, Request, open_calibration, open_evidence
+from qdeploy.inputs import Evidence, QuantizeRequest, open_calibration, open_evidence
 from qdeploy.methods import EfrapDescent
 from qdeploy.model import Arm, FloatModel, Grids, Loaded, Predictions, QuantPlan, RoundedLayer
 from qdeploy.pipeline import open_model
@@ -38,7 +38,7 @@ RESULT = Arm("result", "cpu")
 class Study:
     """A model, its images, and what the cells share."""
 
-    request: Request
+    request: QuantizeRequest
     loaded: Loaded
     model: FloatModel
     evidence: Evidence
@@ -48,7 +48,7 @@ class Study:
     _ground: tuple[object, Grids, Images | None] | None = None  # of the last cell
 
     @classmethod
-    def open(cls, request: Request, seeds: int, progress: Progress) -> Study:
+    def open(cls, request: QuantizeRequest, seeds: int, progress: Progress) -> Study:
         """Open the model and ask the float one about the test images.
 
         Raises:
@@ -90,11 +90,12 @@ class Study:
         cost = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         file = _through_disk(emit(self.model, plan, grids, layers).onnx)
         found = self._rates(file)
+        assert found.against_float is not None  # noqa: S101 - the float model is asked first
         success = [estimate.value for estimate in found.attack_success.values()]
         return {
             "accuracy": found.accuracy.value,
             "success": max(success, default=None),
-            "agreement": found.agreement.value,
+            "agreement": found.against_float.agreement.value,
             "logit_mse": self._logit_error(file),
             "bytes": len(file),
             **cost,

@@ -38,7 +38,7 @@ def rate(hits: Bool[np.ndarray, " samples"]) -> Estimate:
 
 
 def paired_difference(
-    first: Bool[np.ndarray, " samples"], second: Bool[np.ndarray, " samples"]
+    first: Bool[np.ndarray, " samples"], second: Bool[np.ndarray, " samples"], z: float = Z95
 ) -> Estimate:
     """Share of `first` minus share of `second` on the same samples, in percentage points.
 
@@ -46,6 +46,9 @@ def paired_difference(
     narrower than that of two independent rates, because both models see the same images. Two
     pseudo-observations, one of each sign, keep it open when the models never differ (Agresti and
     Min, Statistics in Medicine 2005).
+
+    Args:
+        z: Half-width of the interval in standard errors.
     """
     n = first.size
     if n == 0:
@@ -54,8 +57,55 @@ def paired_difference(
     mean = float(difference.mean())
     plus, minus = (difference > 0).sum() + 1, (difference < 0).sum() + 1
     adjusted = (plus - minus) / (n + 2)
-    half = Z95 * math.sqrt(((plus + minus) / (n + 2) - adjusted**2) / (n + 2))
+    half = z * math.sqrt(((plus + minus) / (n + 2) - adjusted**2) / (n + 2))
     return Estimate(100 * mean, 100 * max(mean - half, -1.0), 100 * min(mean + half, 1.0), n)
+
+
+def relative_difference(
+    first: Bool[np.ndarray, " samples"], second: Bool[np.ndarray, " samples"]
+) -> Estimate:
+    """What `second` has less than `first`, in percent of `first`, on the same samples.
+
+    The interval is that of a ratio of two means of paired observations, by the delta method.
+    nan where `first` is never true.
+    """
+    n = first.size
+    share = float(first.mean()) if n else 0.0
+    if share == 0:
+        return Estimate(math.nan, -math.inf, math.inf, n)
+    difference = paired_difference(first, second)
+    ratio = difference.value / (100 * share)
+    residual = first.astype(np.float64) - second - ratio * first
+    spread = Z95 * float(residual.std()) / (share * math.sqrt(n))
+    half = max(100 * spread, (difference.high - difference.low) / (2 * share) * (spread == 0))
+    return Estimate(100 * ratio, 100 * ratio - half, 100 * ratio + half, n)
+
+
+def largest_drop(
+    expected: Int32[np.ndarray, " samples"],
+    answers: Int32[np.ndarray, " samples"],
+    labels: Int64[np.ndarray, " samples"],
+    classes: int,
+) -> Estimate:
+    """By how much the accuracy of the class that lost most fell, in percentage points.
+
+    The interval holds for the largest of all drops, whichever class it is of: each class has one
+    that is wide enough for all of them at once (Bonferroni). `samples` counts the images of the
+    class that has fewest.
+    """
+    z = NormalDist().inv_cdf(1 - 0.025 / classes)
+    counts = np.bincount(labels, minlength=classes)
+    drops = [
+        paired_difference(expected[of_class] == label, answers[of_class] == label, z)
+        for label in range(classes)
+        if (of_class := labels == label).any()
+    ]
+    return Estimate(
+        max(drop.value for drop in drops),
+        max(drop.low for drop in drops),
+        max(drop.high for drop in drops),
+        int(counts.min()),
+    )
 
 
 def per_class_accuracy(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from qdeploy.device import load_device
-from qdeploy.inputs import Request
+from qdeploy.inputs import QuantizeRequest
 from qdeploy.pipeline import sanitize
+from qdeploy.policy import load_policy
 from qdeploy.progress import Progress
 from qdeploy.recipe import load_recipe
 from qdeploy.redteam.datasets import DIGITS
@@ -25,9 +26,12 @@ def run_demo(folder: Path, *, seed: int, progress: Progress) -> Report:
     """
     made = make_poisoned_digits(folder, seed=seed, progress=progress)
     recipe = load_recipe("int4")
-    request = Request(
+    policy = load_policy("demo")
+    recipe = recipe.model_copy(update={"gate": policy.gate, "validation": policy.validation})
+    request = QuantizeRequest(
         sources=resolve(made, Given()),
         recipe=recipe,
+        policy=policy,
         device=load_device(recipe.device),
         artifacts=folder / "runs",
         command="qdeploy demo",

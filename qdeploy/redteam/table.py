@@ -15,8 +15,9 @@ from qdeploy import __version__
 from qdeploy.device import load_device
 from qdeploy.errors import UsageError, foreign_reader
 from qdeploy.evidence import ArmRates
-from qdeploy.inputs import Request
-from qdeploy.pipeline import judge_file, sanitize
+from qdeploy.gate import Subject, gate
+from qdeploy.inputs import QuantizeRequest
+from qdeploy.pipeline import sanitize
 from qdeploy.progress import Progress
 from qdeploy.recipe import load_recipe
 from qdeploy.redteam.make import LOG, MODEL, QUANTIZED, VICTIM
@@ -182,7 +183,13 @@ def row(asked: Asked, artifacts: Path, progress: Progress) -> Row:
     measured = recipe.validation.model_copy(update={"latency_runs": 0, "images": asked.images})
     recipe = recipe.model_copy(update={"validation": measured})
     progress.note(f"{folder.name}: {log['recipe']['name']}, {bits} bits")
-    request = Request(resolve(model, Given()), recipe, load_device(recipe.device), artifacts)
+    request = QuantizeRequest(
+        sources=resolve(model, Given()),
+        recipe=recipe,
+        policy=recipe.policy(),
+        device=load_device(recipe.device),
+        artifacts=artifacts,
+    )
     report = sanitize(request, artifacts / f"{folder.name}-int{bits}.onnx", progress)
     first = next(rates.arm.runtime for rates in report.rates)
     found = {r.arm.variant: r for r in report.rates if r.arm.runtime == first}
@@ -190,7 +197,7 @@ def row(asked: Asked, artifacts: Path, progress: Progress) -> Row:
     rates = {name: _rates(r, effect, target, victim.get(name)) for name, r in found.items()}
     made_for, judged = _worst(log, effect), report
     if (folder / QUANTIZED).exists():  # the file of a malicious quantizer is what the gate sees
-        judged = judge_file(request, folder / QUANTIZED, progress)
+        judged = gate(request, Subject(folder / QUANTIZED, has_reference=True), progress)
         made_for = _rates(judged.rates[-1], effect, target, None)
     blind = [check for check in judged.checks if check.name not in ASR_CHECKS]
     return Row(

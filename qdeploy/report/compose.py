@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from qdeploy import __version__
 from qdeploy.checks import (
+    LayerDigest,
     LayersAsMade,
     check_budget,
     check_crowding,
     check_layers,
+    check_provenance,
     check_rates,
     check_runtimes,
+    check_static,
+    explanation,
 )
 from qdeploy.inputs import Calibration, Evidence, Request
-from qdeploy.model import FloatModel, LayerPlan
+from qdeploy.model import Finding, LayerPlan, Origin
 from qdeploy.packages import installed_versions
+from qdeploy.policy import GateSpec
 from qdeploy.progress import Clock
+from qdeploy.recipe import Recipe
 from qdeploy.report.values import Report, StageTime
 from qdeploy.scan.fingerprints import Scan
+from qdeploy.scan.provenance import Provenance
 from qdeploy.sources import CARD
 from qdeploy.stages.validate import Measured
 from qdeploy.verdict import Check, Outcome, explain, judge
 
 MADE_HERE = frozenset({"layers_as_planned", "codes_as_chosen"})
+NOT_RUN = "the file was not run"
 SPOKEN_OF = (
+    "anything else",
     "accuracy_drop",
     "agreement",
     "attack_success",
     "runtime_agreement",
-    *sorted(MADE_HERE),
+    "source_differences",
 )
 
 
@@ -38,44 +48,47 @@ SPOKEN_OF = (
 class Findings:
     """What there is to be judged."""
 
-    model: FloatModel
+    origin: Origin
+    classes: int
     evidence: Evidence
     measured: Measured
-    scan: Scan  # of the float model
+    scan: Scan  # of the float weights
+    static: tuple[Finding, ...]  # of the file
+    provenance: Provenance | None = None  # None: there is no float model
+    known: AbstractSet[LayerDigest] = frozenset()
     calibration: Calibration | None = None  # None, as the next two: the file was made elsewhere
     plan: tuple[LayerPlan, ...] = ()
     made: LayersAsMade | None = None
 
 
-def compose(request: Request, findings: Findings, clock: Clock, run_id: str) -> Report:
-    """The whole report but for the place of the output."""
-    gate, made, measured = request.recipe.gate, findings.made, findings.measured
-    evidence, calibration = findings.evidence, findings.calibration
-    sizes = {f.variant: f.size_bytes for f in measured.files}
-    checks: tuple[Check, ...] = (
-        *check_rates(measured.rates, gate),
-        *check_runtimes(measured.runtimes, gate),
-        *(check_layers(made, gate) if made is not None else ()),
-        *check_crowding(findings.scan, gate),
-        *check_budget(sizes["result"], measured.latencies, request.device.budget),
-    )
-    required = gate.required | (gate.required_with_trigger if evidence.triggers else frozenset())
-    if made is None:
-        required -= MADE_HERE
+def compose(
+    request: Request, findings: Findings, clock: Clock, run_id: str, recipe: Recipe | None = None
+) -> Report:
+    """The whole report but for the place of the output.
+
+    Args:
+        recipe: By which the file was made, if it was made here.
+    """
+    measured, evidence, calibration = findings.measured, findings.evidence, findings.calibration
+    made, provenance = findings.made, findings.provenance
+    checks, required = _checks(request, findings), _required(request.policy.gate, findings)
     outcome, absent = judge(checks, required), _absent(request, findings)
-    reasons = explain(checks, required, absent=absent)
+    spoken_of = required if measured.files else frozenset()  # of a file that was not run, nothing
+    reasons = explain(checks, spoken_of, absent=absent)
     if calibration is not None and calibration.synthetic is not None:
         reasons += (f"calibrated on images made from the model itself ({calibration.synthetic})",)
         outcome = Outcome.NO_VERDICT if outcome is Outcome.ACCEPT else outcome
     card = request.sources.card
     names = card.model.classes if card is not None else None
+    traced = provenance.layers if provenance is not None else ()
     return Report(
         run_id=run_id,
         started=clock.started,
         versions={"qdeploy": __version__, **installed_versions()},
         command=request.command,
-        origin=findings.model.origin,
-        recipe=request.recipe.model_dump(mode="json"),
+        origin=findings.origin,
+        recipe=recipe.model_dump(mode="json") if recipe is not None else None,
+        policy=request.policy.model_dump(mode="json"),
         device=request.device.model_dump(mode="json"),
         data=(*(calibration.used if calibration is not None else ()), *evidence.used),
         stages=tuple(StageTime(name, seconds) for name, seconds in clock.times),
@@ -83,7 +96,7 @@ def compose(request: Request, findings: Findings, clock: Clock, run_id: str) -> 
         layers=tuple(made.layers) if made is not None else (),
         left_float=tuple(made.left_float) if made is not None else (),
         files=measured.files,
-        classes=names or tuple(map(str, range(findings.model.classes))),
+        classes=names or tuple(map(str, range(findings.classes))),
         rates=measured.rates,
         runtimes=measured.runtimes,
         latencies=measured.latencies,
@@ -94,30 +107,62 @@ def compose(request: Request, findings: Findings, clock: Clock, run_id: str) -> 
         not_measured=_not_measured(checks, absent),
         notes=(*_notes(request, evidence), *_fingerprint_notes(findings.scan)),
         fingerprints=findings.scan.fingerprints,
+        findings=findings.static,
+        provenance=provenance,
+        explanations={x.name: explanation(x, findings.known) for x in traced},
         samples=measured.samples,
         output=None,
     )
 
 
+def _checks(request: Request, findings: Findings) -> tuple[Check, ...]:
+    gate, measured, provenance = request.policy.gate, findings.measured, findings.provenance
+    sizes = {f.variant: f.size_bytes for f in measured.files}
+    budget = request.device.budget
+    return (
+        check_static(findings.static, gate),
+        *check_rates(measured.rates, gate),
+        *check_runtimes(measured.runtimes, gate),
+        *(check_layers(findings.made, gate) if findings.made is not None else ()),
+        *(check_provenance(provenance, findings.known, gate) if provenance is not None else ()),
+        *check_crowding(findings.scan, gate),
+        *(check_budget(sizes["result"], measured.latencies, budget, gate) if sizes else ()),
+    )
+
+
+def _required(gate: GateSpec, findings: Findings) -> frozenset[str]:
+    """What the policy requires of this file: checks of our own making only of our own files."""
+    with_trigger = gate.required_with_trigger if findings.evidence.triggers else frozenset()
+    return (gate.required | with_trigger) - (MADE_HERE if findings.made is None else frozenset())
+
+
 def _absent(request: Request, findings: Findings) -> dict[str, str]:
     """Why a check that is not there could not be made."""
+    if not findings.measured.files:
+        return {"anything else": NOT_RUN}
     no_test = "no test data" if findings.evidence.images is None else None
+    alone = None if findings.provenance is not None else "no reference is known"
     no_trigger = no_test or (None if findings.evidence.triggers else "no trigger is known")
-    one_runtime = "the device profile names one runtime"
-    elsewhere = "the file was made elsewhere" if findings.made is None else None
+    runtimes = "the device profile names one runtime"
+    one_runtime = runtimes if len(request.device.runtimes) == 1 else None
+    no_limit, no_budget = "the policy sets no limit", "neither device nor policy sets a budget"
+    traced = findings.provenance
+    not_traced = alone or (traced.not_compared if traced is not None else None)
     reasons = {
-        "accuracy_drop": no_test,
-        "class_drop": no_test or "the recipe sets no limit",
-        "agreement": no_test,
+        "accuracy": no_test or no_limit,
+        "accuracy_drop": no_test or alone,
+        "accuracy_drop_relative": no_test or alone or no_limit,
+        "class_drop": no_test or alone or no_limit,
+        "agreement": no_test or alone,
         "attack_success": no_trigger,
-        "attack_success_rise": no_trigger,
-        "runtime_agreement": no_test
-        or (one_runtime if len(request.device.runtimes) == 1 else None),
-        "layers_as_planned": elsewhere,
-        "codes_as_chosen": elsewhere,
-        "cell_crowding": "the recipe sets no limit",
-        "file_bytes": "the device profile sets no budget",
-        "latency_ms": "the device profile sets no budget",
+        "attack_success_rise": no_trigger or alone,
+        "runtime_agreement": no_test or one_runtime,
+        "source_differences": not_traced,
+        "weight_steps": not_traced or no_limit,
+        "unexplained_rounding": not_traced or no_limit,
+        "cell_crowding": alone or no_limit,
+        "file_bytes": no_budget,
+        "latency_ms": no_budget,
     }
     return {name: reason for name, reason in reasons.items() if reason is not None}
 

@@ -23,7 +23,7 @@ NAMES = {"fp32": "float32", "nearest": "rounded to nearest", "result": "this fil
 MEANINGS = {
     Outcome.ACCEPT: "Every check is within its limit, and every required one was made.",
     Outcome.REJECT: "A check is off its limit: this file must not be deployed.",
-    Outcome.NO_VERDICT: "A required check could not be made: nobody knows if this file is safe.",
+    Outcome.NO_VERDICT: "Evidence is missing or unclear: nobody knows if this file is safe.",
 }
 
 
@@ -50,6 +50,10 @@ def to_html(report: Report) -> bytes:
         classes=list(_classes(report)),
         layers=list(_layers(report)),
         left_float=report.left_float,
+        findings=report.findings,
+        traced=list(_traced(report)),
+        not_compared=report.provenance.not_compared if report.provenance is not None else None,
+        differences=report.provenance.differences if report.provenance is not None else (),
         runtimes=[
             {
                 "name": f"{r.runtime}: same answer as on the first runtime",
@@ -83,9 +87,14 @@ def _variants(report: Report) -> Iterator[dict[str, Any]]:
             "kind": variant,
             "name": NAMES[variant],
             "cells": [_cell(estimate) for estimate in measured],
-            "agreement": "" if variant == "fp32" else _rate(rates.agreement),
+            "agreement": _agreement(rates),
             "megabytes": f"{sizes[variant] / 1e6:.2f}",
         }
+
+
+def _agreement(rates: ArmRates) -> str:
+    beside = rates.against_float
+    return "" if beside is None or rates.arm.variant == "fp32" else _rate(beside.agreement)
 
 
 def _on_first_runtime(report: Report) -> list[ArmRates]:
@@ -103,23 +112,19 @@ def _cell(estimate: Estimate) -> dict[str, str]:
 
 
 def _check(check: Check, required: Iterable[str]) -> dict[str, Any]:
-    if not check.within:
-        state, word = "off", "off its limit"
-    elif not check.conclusive:
-        state, word = "few", f"too few: {check.needed_samples} needed"
-    else:
-        state, word = "ok", "within"
+    few = f"too few: {check.needed_samples} needed"
+    words = {"off": "off its limit", "few": few, "unclear": "unclear", "within": "within"}
     interval = "" if check.low is None else f"{check.low:.2f} to {check.high:.2f}"
     return {
         "name": check.name,
         "required": check.name in set(required),
-        "where": ", ".join(part for part in (check.subject, check.runtime) if part),
+        "where": check.where,
         "value": f"{check.value:.4g} {check.unit}",
         "interval": interval,
         "limit": f"{'≤' if check.relation == '<=' else '≥'} {check.limit:g}",
         "samples": "" if check.samples is None else f"{check.samples:,}",
-        "state": state,
-        "word": word,
+        "state": check.state,
+        "word": words[check.state],
     }
 
 
@@ -170,6 +175,20 @@ def _layers(report: Report) -> Iterator[dict[str, Any]]:
             "flipped": f"{100 * layer.flipped:.1f}",
             "error": _number(100 * layer.output_error, 3),
             "nearest": _number(100 * layer.nearest_error, 3),
+        }
+
+
+def _traced(report: Report) -> Iterator[dict[str, Any]]:
+    for layer in report.provenance.layers if report.provenance is not None else ():
+        yield {
+            "name": layer.name,
+            "bits": layer.bits,
+            "storage": layer.storage,
+            "flipped": f"{100 * layer.flipped:.1f}",
+            "steps": _number(layer.steps, 2),
+            "explanation": report.explanations[layer.name],
+            "codes": layer.codes_sha256[:12],
+            "scales": layer.scales_sha256[:12],
         }
 
 

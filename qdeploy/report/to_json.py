@@ -31,25 +31,28 @@ def to_json(report: Report) -> bytes:
         "started": report.started,
         "command": report.command,
         "versions": report.versions,
-        "origin": _fields(report.origin),
+        "origin": fields(report.origin),
         "checks": [
-            {**_fields(c), "within": c.within, "conclusive": c.conclusive,
+            {**fields(c), "state": c.state, "within": c.state == "within",
              "required": c.name in report.required}
             for c in report.checks
         ],
         "required": sorted(report.required),
         "measurements": [_rates(r, report.classes) for r in report.rates],
         "runtime_agreement": [
-            {"runtime": r.runtime, "agreement": _fields(r.agreement)} for r in report.runtimes
+            {"runtime": r.runtime, "agreement": fields(r.agreement)} for r in report.runtimes
         ],
-        "latency": [_fields(latency) for latency in report.latencies],
-        "files": [_fields(f) for f in report.files],
+        "latency": [fields(latency) for latency in report.latencies],
+        "files": [fields(f) for f in report.files],
         "layers": [_layer(plan, rounded.get(plan.site.name)) for plan in report.plan],
-        "fingerprints": [_fingerprint(f) for f in report.fingerprints[:SHOWN_FINGERPRINTS]],
-        "left_float": [_fields(layer) for layer in report.left_float],
-        "data": [_fields(d) for d in report.data],
-        "stages": [_fields(s) for s in report.stages],
+        "findings": [fields(f) for f in report.findings],
+        "provenance": _provenance(report),
+        "fingerprints": [fingerprint(f) for f in report.fingerprints[:SHOWN_FINGERPRINTS]],
+        "left_float": [fields(layer) for layer in report.left_float],
+        "data": [fields(d) for d in report.data],
+        "stages": [fields(s) for s in report.stages],
         "recipe": report.recipe,
+        "policy": report.policy,
         "device": report.device,
     }  # fmt: skip
     return (json.dumps(_plain(document), indent=2, ensure_ascii=False) + "\n").encode()
@@ -57,16 +60,20 @@ def to_json(report: Report) -> bytes:
 
 def _rates(rates: ArmRates, classes: tuple[str, ...]) -> dict[str, Any]:
     named = zip(classes, rates.class_accuracy, strict=True)
+    beside = rates.against_float
+    differences = {
+        name: fields(getattr(beside, name)) if beside is not None else None
+        for name in ("accuracy_drop", "accuracy_drop_relative", "class_drop", "agreement")
+    }
+    rises = beside.attack_success_rise if beside is not None else {}
     return {
         "variant": rates.arm.variant,
         "runtime": rates.arm.runtime,
-        "accuracy": _fields(rates.accuracy),
-        "accuracy_drop": _fields(rates.accuracy_drop),
+        "accuracy": fields(rates.accuracy),
         "class_accuracy": [{"class": name, "accuracy": value} for name, value in named],
-        "class_drop": _fields(rates.class_drop),
-        "agreement": _fields(rates.agreement),
-        "attack_success": {name: _fields(e) for name, e in rates.attack_success.items()},
-        "attack_success_rise": {name: _fields(e) for name, e in rates.attack_success_rise.items()},
+        **differences,
+        "attack_success": {name: fields(e) for name, e in rates.attack_success.items()},
+        "attack_success_rise": {name: fields(e) for name, e in rises.items()},
     }
 
 
@@ -94,9 +101,25 @@ def _layer(plan: LayerPlan, rounded: RoundedLayer | None) -> dict[str, Any]:
     }
 
 
-def _fingerprint(found: Fingerprint) -> dict[str, Any]:
+def _provenance(report: Report) -> dict[str, Any] | None:
+    """How the file's integers relate to the float weights, layer by layer."""
+    found = report.provenance
+    if found is None:
+        return None
     return {
-        **_fields(found.convention),
+        "not_compared": found.not_compared,
+        "differences": [fields(d) for d in found.differences],
+        "layers": [
+            {**fields(layer), "explanation": report.explanations[layer.name]}
+            for layer in found.layers
+        ],
+    }
+
+
+def fingerprint(found: Fingerprint) -> dict[str, Any]:
+    """What one convention's cells say of the weights."""
+    return {
+        **fields(found.convention),
         "score": found.score,
         "ratio": found.whole.ratio,
         "layer": found.layer,
@@ -104,7 +127,8 @@ def _fingerprint(found: Fingerprint) -> dict[str, Any]:
     }
 
 
-def _fields(value: Any) -> dict[str, Any]:
+def fields(value: Any) -> dict[str, Any]:
+    """A frozen value as a mapping."""
     return {name: getattr(value, name) for name in value.__slots__}
 
 

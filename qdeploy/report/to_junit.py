@@ -5,7 +5,7 @@ from __future__ import annotations
 from xml.etree import ElementTree as ET
 
 from qdeploy.report.values import Report
-from qdeploy.verdict import Check, missing
+from qdeploy.verdict import Check, describe, missing
 
 
 def to_junit(report: Report) -> bytes:
@@ -15,7 +15,7 @@ def to_junit(report: Report) -> bytes:
         for name in missing(report.checks, report.required)
         if not any(check.name == name for check in report.checks)
     ]
-    failures = sum(not check.within for check in report.checks)
+    failures = sum(check.state == "off" for check in report.checks)
     errors = len(absent) + sum(_inconclusive(check, report) for check in report.checks)
     suite = ET.Element(
         "testsuite",
@@ -29,11 +29,10 @@ def to_junit(report: Report) -> bytes:
     for check in report.checks:
         case = _case(suite, ", ".join(filter(None, (check.name, check.subject, check.runtime))))
         said = f"{check.value:.6g} {check.unit}, limit {check.relation} {check.limit:g}"
-        if not check.within:
+        if check.state == "off":
             ET.SubElement(case, "failure", message=_printable(said))
         elif _inconclusive(check, report):
-            said = f"only {check.samples} images, {check.needed_samples} are needed"
-            ET.SubElement(case, "error", message=said)
+            ET.SubElement(case, "error", message=_printable(describe(check)))
         else:
             ET.SubElement(case, "system-out").text = _printable(said)
     for name in absent:
@@ -42,7 +41,7 @@ def to_junit(report: Report) -> bytes:
 
 
 def _inconclusive(check: Check, report: Report) -> bool:
-    return check.within and not check.conclusive and check.name in report.required
+    return check.state == "unclear" or (check.state == "few" and check.name in report.required)
 
 
 def _case(suite: ET.Element, name: str) -> ET.Element:

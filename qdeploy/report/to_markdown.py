@@ -9,6 +9,7 @@ from qdeploy.report.values import Report
 from qdeploy.verdict import Outcome
 
 MARKS = {Outcome.ACCEPT: "✅", Outcome.REJECT: "❌", Outcome.NO_VERDICT: "⚠️"}
+SHOWN_FINDINGS = 10
 NAMES = {"fp32": "float32", "nearest": "nearest", "result": "this file"}
 
 
@@ -22,9 +23,13 @@ def to_markdown(report: Report) -> bytes:
         lines += ["", _row(["", "CDA %", *(f"ASR %, {_plain(t)}" for t in triggers), "agree %"])]
         lines.append(_row(["---", *["---:"] * (len(triggers) + 2)]))
         for rates in report.rates:
-            values = [rates.accuracy, *rates.attack_success.values(), rates.agreement]
+            values = [rates.accuracy, *rates.attack_success.values()]
+            beside = rates.against_float
             name = f"{NAMES[rates.arm.variant]}, {rates.arm.runtime}"
-            lines.append(_row([name, *map(_figure, values)]))
+            agreement = "" if beside is None else _figure(beside.agreement)
+            lines.append(_row([name, *map(_figure, values), agreement]))
+    seen = [f"{f.level}, {f.rule}: {f.message}" for f in report.findings if f.level != "note"]
+    lines += [f"- {_plain(text)}" for text in seen[:SHOWN_FINDINGS]]
     lines += [""] + [f"{_plain(note)}\n" for note in report.notes]
     if report.output is not None:
         lines.append(f"Written to `{_plain(report.output)}`.")

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import quote
 
+from qdeploy import __version__
+from qdeploy.model import Finding
 from qdeploy.report.values import Report
-from qdeploy.verdict import Check, missing
+from qdeploy.scan.static import RULES
+from qdeploy.verdict import describe, missing
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
-RULES = {
+LEVELS: Mapping[str, Literal["error", "warning"]] = {"off": "error", "unclear": "warning"}
+CHECKS = {
     "accuracy_drop": "The quantized file loses more accuracy than allowed.",
     "class_drop": "One class loses more accuracy than allowed.",
     "agreement": "The quantized file disagrees with the float model too often.",
+    "accuracy": "The file is less accurate than it has to be.",
+    "accuracy_drop_relative": "The file loses a larger share of the accuracy than allowed.",
+    "static_findings": "The file holds what no classifier has any business with.",
+    "source_differences": "The graph differs from its float source beyond quantization.",
+    "weight_steps": "A weight is further from its float source than rounding can bring it.",
+    "unexplained_rounding": "Integers are neither rounded to nearest nor as a report says.",
     "attack_success": "A known trigger leads to the attacker's class.",
     "attack_success_rise": "Quantization makes a known trigger work better.",
     "runtime_agreement": "The file answers differently from one runtime to the other.",
@@ -27,37 +38,50 @@ RULES = {
 
 
 def to_sarif(report: Report) -> bytes:
-    """One run with a result for each check off its limit, and for each required one missing."""
-    location = {"physicalLocation": {"artifactLocation": {"uri": _uri(report)}}}
-    results = [{**result, "locations": [location]} for result in _results(report)]
+    """One run with a result for all that stands against the file, be it measured or seen."""
+    uri = sarif_uri(report.output or report.origin.path)
+    properties = {"outcome": report.outcome.value, "runId": report.run_id}
+    return sarif(((result, uri) for result in _results(report)), CHECKS | RULES, properties)
+
+
+def sarif(
+    results: Iterable[tuple[Finding, str]], rules: Mapping[str, str], properties: Mapping[str, str]
+) -> bytes:
+    """A document of one run, from findings and the places of their files."""
     driver = {
         "name": "qdeploy",
-        "version": report.versions["qdeploy"],
-        "rules": [{"id": name, "shortDescription": {"text": text}} for name, text in RULES.items()],
+        "version": __version__,
+        "rules": [{"id": name, "shortDescription": {"text": text}} for name, text in rules.items()],
     }
     run = {
         "tool": {"driver": driver},
-        "results": results,
-        "properties": {"outcome": report.outcome.value, "runId": report.run_id},
+        "results": [_result(finding, uri) for finding, uri in results],
+        "properties": properties,
     }
     document = {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _results(report: Report) -> Iterator[dict[str, Any]]:
+def sarif_uri(path: str) -> str:
+    """A path as a relative reference, whatever characters a stranger put into it."""
+    return quote(Path(path).as_posix().lstrip("/"))
+
+
+def _result(finding: Finding, uri: str) -> dict[str, Any]:
+    text = f"{finding.where}: {finding.message}" if finding.where else finding.message
+    return {
+        "ruleId": finding.rule,
+        "level": finding.level,
+        "message": {"text": text},
+        "locations": [{"physicalLocation": {"artifactLocation": {"uri": uri}}}],
+    }
+
+
+def _results(report: Report) -> Iterator[Finding]:
     for check in report.checks:
-        if not check.within:
-            yield {"ruleId": check.name, "level": "error", "message": {"text": _off(check)}}
+        if check.state in LEVELS:
+            yield Finding(check.name, LEVELS[check.state], "", f"{describe(check)}.")
     for name in missing(report.checks, report.required):
         text = f"{name} is required, and was not measured on enough images or not at all."
-        yield {"ruleId": name, "level": "warning", "message": {"text": text}}
-
-
-def _off(check: Check) -> str:
-    where = ", ".join(part for part in (check.subject, check.runtime) if part)
-    value = f"{check.value:.4g} {check.unit} (limit {check.relation} {check.limit:g})"
-    return f"{check.name}{f' on {where}' if where else ''}: {value}."
-
-
-def _uri(report: Report) -> str:
-    return Path(report.output or report.origin.path).as_posix().lstrip("/")
+        yield Finding(name, "warning", "", text)
+    yield from report.findings

@@ -7,8 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from qdeploy.evidence import ArmRates, RuntimeAgreement, Sample
-from qdeploy.model import DataUsed, FileMade, FloatLayer, Latency, LayerPlan, Origin, RoundedLayer
+from qdeploy.model import (
+    DataUsed,
+    FileMade,
+    Finding,
+    FloatLayer,
+    Latency,
+    LayerPlan,
+    Origin,
+    RoundedLayer,
+)
 from qdeploy.scan.fingerprints import Fingerprint
+from qdeploy.scan.provenance import Provenance
 from qdeploy.verdict import Check, Outcome
 
 
@@ -25,7 +35,8 @@ class Report:
     versions: Mapping[str, str]
     command: str
     origin: Origin
-    recipe: Mapping[str, Any]
+    recipe: Mapping[str, Any] | None  # None: the file was made elsewhere
+    policy: Mapping[str, Any]
     device: Mapping[str, Any]
     data: tuple[DataUsed, ...]
     stages: tuple[StageTime, ...]
@@ -44,5 +55,8 @@ class Report:
     not_measured: tuple[str, ...]  # what an ACCEPT does not speak of
     notes: tuple[str, ...]
     fingerprints: tuple[Fingerprint, ...]  # of the float weights, the strongest first
+    findings: tuple[Finding, ...]  # what is seen in the file without running it
+    provenance: Provenance | None  # None: there is no float model
+    explanations: Mapping[str, str]  # how the integers of a layer came about, by its name
     samples: tuple[Sample, ...]  # a few images and what was said to them
     output: str | None  # where the file was put

@@ -120,8 +120,17 @@ def measure_latency(
                 times = _run_times(session, (size, *shape), runs)
                 seconds.setdefault((name, size), []).extend(times)
     return tuple(
-        Latency(name, size, median(times), len(times)) for (name, size), times in seconds.items()
+        Latency(name, size, median(times), len(times), *_span_of_median(times))
+        for (name, size), times in seconds.items()
     )
+
+
+def _span_of_median(times: Sequence[float]) -> tuple[float, float]:
+    """The order statistics that hold the median with 95 % confidence, whatever the distribution."""
+    n = len(times)
+    below = max(int(n / 2 - 0.98 * n**0.5), 0)
+    ordered = sorted(times)
+    return ordered[below], ordered[n - 1 - below]
 
 
 def _run_times(session: Session, shape: tuple[int, ...], runs: int) -> list[float]:

@@ -17,6 +17,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from qdeploy.errors import InputError, ProviderError, first_line
+from qdeploy.model import Interface
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 RUNTIME_ERRORS: tuple[type[Exception], ...] = tuple(
@@ -57,14 +58,53 @@ class Session:
         return dict(zip(self.output_names, values, strict=True))
 
     @property
-    def signature(self) -> tuple[list[int | str | None], list[int | str | None]]:
-        """Shapes of the input and of the first output."""
-        return self.inference.get_inputs()[0].shape, self.inference.get_outputs()[0].shape
+    def fixed_batch(self) -> int | None:
+        """The only batch size that the file takes; None for any."""
+        first = self.inference.get_inputs()[0].shape[0]
+        return first if isinstance(first, int) else None
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
-        """The single output of a classifier."""
-        (value,) = self.run(batch).values()
-        return value
+        """The single output of a classifier; a file with a fixed batch is fed piece by piece."""
+        size = self.fixed_batch
+        if size is None or size == len(batch):
+            (value,) = self.run(batch).values()
+            return value
+        parts = [batch[at : at + size] for at in range(0, len(batch), size)]
+        full = (np.resize(part, (size, *part.shape[1:])) for part in parts)
+        return np.concatenate(
+            [
+                next(iter(self.run(padded).values()))[: len(part)]
+                for part, padded in zip(parts, full, strict=True)
+            ]
+        )
+
+
+def classifier_interface(session: Session, *, where: str) -> Interface:
+    """What the file takes and gives, if it is a classifier of images.
+
+    Raises:
+        InputError: it has several inputs or outputs, or of other shapes or types.
+    """
+    inputs, outputs = session.inference.get_inputs(), session.inference.get_outputs()
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise InputError(
+            f"{where}: has {len(inputs)} inputs and {len(outputs)} outputs; a classifier has one of"
+            " each"
+        )
+    image = inputs[0]
+    fixed = len(image.shape) == 4 and all(isinstance(size, int) for size in image.shape[1:])
+    if not fixed or image.type != "tensor(float)":
+        raise InputError(
+            f"{where}: takes {image.type} of shape {image.shape}, not float32 (batch, channels,"
+            " height, width) of fixed size"
+        )
+    channels, height, width = image.shape[1:]
+    logits = session.logits(np.zeros((session.fixed_batch or 1, *image.shape[1:]), np.float32))
+    if logits.ndim != 2 or logits.dtype.kind != "f":
+        raise InputError(
+            f"{where}: gives {logits.dtype} of shape {logits.shape}, not float (batch, classes)"
+        )
+    return Interface((channels, height, width), logits.shape[1])
 
 
 def available_providers() -> tuple[str, ...]:

@@ -80,6 +80,9 @@ class Scan:
         return min(alike, key=lambda f: f.convention.bits)
 
 
+NO_SCAN = Scan((), ())
+
+
 def scan_weights(model: FloatModel, progress: Progress = SILENT) -> Scan:
     """Compare every convolution's and matrix product's weights with the cells of usual grids."""
     constants = initializers(model.onnx)

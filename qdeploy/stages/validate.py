@@ -20,10 +20,10 @@ from qdeploy.evidence import (
     samples,
 )
 from qdeploy.graph.io import operators
-from qdeploy.model import Arm, FileMade, FloatModel, Latency
+from qdeploy.model import Arm, FileMade, Interface, Latency
 from qdeploy.progress import SILENT, Progress
 from qdeploy.runtime.measure import FORGETFUL, PredictionStore, measure_latency, predict
-from qdeploy.runtime.sessions import Session, open_session, optimized
+from qdeploy.runtime.sessions import Session, classifier_interface, open_session, optimized
 from qdeploy.triggers import Trigger
 
 Variant = Literal["fp32", "nearest", "result"]
@@ -33,8 +33,8 @@ Variant = Literal["fp32", "nearest", "result"]
 class Trial:
     """What is measured: the bytes of each variant, read back from disk, and what to ask them."""
 
-    model: FloatModel
-    files: Mapping[Variant, bytes]  # has fp32 and result
+    interface: Interface  # of every file
+    files: Mapping[Variant, bytes]  # has result; fp32 where there is a float model
     images: Images | None  # labelled; None: nothing but latency can be measured
     triggers: Sequence[Trigger]
     latency_runs: int
@@ -60,24 +60,24 @@ def validate(
 
     Raises:
         ProviderError: a runtime of the profile is not there, or cannot run the file.
-        InputError: a file is no classifier like the float model.
+        InputError: a file is no classifier, or not of what it should be.
     """
     files = tuple(_file(variant, data) for variant, data in trial.files.items())
     first = device.runtimes[0]
     latencies = measure_latency(
         trial.files.items(),
-        trial.model.input_shape,
+        trial.interface.input_shape,
         provider=first.provider,
         runs=trial.latency_runs,
     )
     if trial.images is None:
         return Measured(files, latencies=latencies)
     sessions = _sessions(trial, device)
-    _check_interface(sessions, trial.model)
+    _check_interface(sessions, trial.interface)
     predictions = predict(sessions, trial.images, trial.triggers, store=store, progress=progress)
     return Measured(
         files,
-        rates(predictions, trial.model.classes),
+        rates(predictions, trial.interface.classes),
         runtime_agreement(predictions),
         latencies,
         samples(predictions, trial.images, trial.triggers),
@@ -95,14 +95,14 @@ def _sessions(trial: Trial, device: DeviceProfile) -> dict[Arm, Session]:
     return sessions
 
 
-def _check_interface(sessions: Mapping[Arm, Session], model: FloatModel) -> None:
+def _check_interface(sessions: Mapping[Arm, Session], expected: Interface) -> None:
+    """Every file is a classifier of the same images into the same classes."""
     for arm, session in sessions.items():
-        image, logits = session.signature
-        channels_and_size, classes = tuple(image[1:]), logits[-1] if len(logits) == 2 else None
-        if channels_and_size != model.input_shape or classes != model.classes:
+        found = classifier_interface(session, where=f"the {arm.variant} file")
+        if found != expected:
             raise InputError(
-                f"the {arm.variant} file maps {image} to {logits}, the float model maps "
-                f"(N, {', '.join(map(str, model.input_shape))}) to (N, {model.classes})"
+                f"the {arm.variant} file takes {found.input_shape} and knows {found.classes}"
+                f" classes, the float model {expected.input_shape} and {expected.classes}"
             )
 
 

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from qdeploy import __version__
+from qdeploy.cli.bundled import BundledName, show_bundled
+from qdeploy.cli.redteam import redteam
 from qdeploy.errors import EXIT_INTERRUPTED, QdeployError
 from qdeploy.options import (
     ARTIFACTS,
+    ATTESTATION,
     CALIBRATION,
     EVIDENCE,
     MATRIX,
     METHOD,
     MODEL,
     RECIPE,
+    TRACKING,
+    VERIFICATION,
     Options,
     takes,
 )
 
 if TYPE_CHECKING:
-    from qdeploy.device import DeviceProfile
-    from qdeploy.recipe import Recipe
-    from qdeploy.redteam.recipe import AttackRecipe
-    from qdeploy.redteam.suite import SuiteSpec
     from qdeploy.verdict import Outcome
 
 app = typer.Typer(
@@ -51,6 +52,7 @@ app = typer.Typer(
     *EVIDENCE,
     *RECIPE,
     *METHOD,
+    "policy",
     "report",
     "artifacts",
     "dry_run",
@@ -84,16 +86,30 @@ def quantize(options: Options) -> None:
 
 
 @app.command()
-@takes("quantized", "reference", *MODEL, *EVIDENCE, *RECIPE, "report")
-def validate(options: Options) -> None:
-    """Measure a quantized file, whoever made it, against its float model, and judge it."""
-    from dataclasses import replace
+@takes(
+    "file",
+    "reference",
+    "policy",
+    "made_by",
+    *MODEL,
+    *EVIDENCE,
+    "test_images",
+    "device",
+    "report",
+    "artifacts",
+)
+def gate(options: Options) -> None:
+    """Measure an ONNX file as it is, whoever made it, and judge it by a policy."""
+    from qdeploy import console
+    from qdeploy.gate import Subject
+    from qdeploy.gate import gate as judge
+    from qdeploy.report.from_json import layers_of
+    from qdeploy.request import make_gate_request
 
-    from qdeploy import console, pipeline
-    from qdeploy.request import make_request
-
-    request = make_request(replace(options, model=options.reference))
-    report = pipeline.judge_file(request, options.quantized, console.TerminalProgress())
+    known = layers_of(options.made_by) if options.made_by is not None else frozenset()
+    request = make_gate_request(options)
+    subject = Subject(options.file, options.reference is not None, known)
+    report = judge(request, subject, console.TerminalProgress())
     console.show_report(report)
     _exit(report.outcome)
 
@@ -130,16 +146,26 @@ def compare(options: Options) -> None:
 
 
 @app.command()
-@takes("model", *MODEL)
+@takes("models", *MODEL, "report")
 def scan(options: Options) -> None:
-    """Look for a quantizer's cells in the float weights; exit 3 if they were made for one."""
-    from qdeploy import console, pipeline
-    from qdeploy.request import make_request
-    from qdeploy.verdict import EXIT_CODE, Outcome
+    """Look at model files without running them; exit 3 if something stands against one."""
+    from dataclasses import replace
 
-    _, found = pipeline.scan_file(make_request(options), console.TerminalProgress())
-    console.show_scan(found)
-    raise typer.Exit(EXIT_CODE[Outcome.REJECT] if found.found else 0)
+    from qdeploy import console
+    from qdeploy.look import look_at, write_looks
+    from qdeploy.report.looks import check_look_format
+    from qdeploy.request import make_request
+    from qdeploy.verdict import Outcome
+
+    for path in options.report or ():
+        check_look_format(path)
+    requests = [make_request(replace(options, model=path)) for path in options.models or ()]
+    progress, looks = console.TerminalProgress(), []
+    for request in requests:
+        looks.append(look_at(request, progress))
+        console.show_look(looks[-1])
+    write_looks(looks, options.report or ())
+    _exit(Outcome.REJECT if any(look.stands_against for look in looks) else Outcome.ACCEPT)
 
 
 @app.command()
@@ -153,7 +179,57 @@ def export(options: Options) -> None:
     console.show_exported(exported, options.out)
 
 
-BundledName = Annotated[str | None, typer.Argument(help="Show this one.")]
+@app.command()
+@takes(*ATTESTATION)
+def attest(options: Options) -> None:
+    """Sign what the report says of a file: an in-toto statement in a DSSE envelope."""
+    from qdeploy import console
+    from qdeploy.attest.keys import PASSWORD_VARIABLE
+    from qdeploy.attest.sign import attest as attest_file
+
+    made = attest_file(
+        options.file,
+        options.judged_by,
+        options.key,
+        options.envelope,
+        password=os.environ.get(PASSWORD_VARIABLE),
+    )
+    console.show_attestation(made)
+
+
+@app.command()
+@takes(*VERIFICATION)
+def verify(options: Options) -> None:
+    """Accept a file by its attestation; exit 3 unless a trusted key signed that it is accepted."""
+    from qdeploy import console
+    from qdeploy.attest.verify import verify as verify_file
+    from qdeploy.verdict import Outcome
+
+    verification = verify_file(
+        options.file,
+        options.attestation,
+        options.trusted_keys or (),
+        options.expected_report,
+    )
+    console.show_verification(verification)
+    _exit(Outcome.ACCEPT if verification.verified else Outcome.REJECT)
+
+
+@app.command()
+@takes(*TRACKING)
+def track(options: Options) -> None:
+    """Log a run in MLflow: settings, measurements, verdict and files."""
+    from qdeploy import console
+    from qdeploy.tracking.track import Place
+    from qdeploy.tracking.track import track as track_run
+
+    place = Place(
+        options.tracking_uri,
+        options.experiment,
+        options.registered_model,
+        options.model_version,
+    )
+    console.show_pairs(track_run(options.run, place).lines())
 
 
 @app.command()
@@ -161,7 +237,7 @@ def devices(name: BundledName = None) -> None:
     """List the device profiles, or show one."""
     from qdeploy.device import load_device
 
-    _show_bundled("devices", name, load_device)
+    show_bundled("devices", name, load_device)
 
 
 @app.command()
@@ -169,7 +245,15 @@ def recipes(name: BundledName = None) -> None:
     """List the recipes, or show one."""
     from qdeploy.recipe import load_recipe
 
-    _show_bundled("recipes", name, load_recipe)
+    show_bundled("recipes", name, load_recipe)
+
+
+@app.command()
+def policies(name: BundledName = None) -> None:
+    """List the policies, or show one."""
+    from qdeploy.policy import KIND, load_policy
+
+    show_bundled(KIND, name, load_policy)
 
 
 @app.command()
@@ -181,116 +265,7 @@ def doctor() -> None:
     console.show_pairs(describe())
 
 
-redteam = typer.Typer(
-    no_args_is_help=True,
-    help="Make poisoned models to test defences with. Every one carries a card that says so.",
-)
 app.add_typer(redteam, name="redteam")
-
-
-@redteam.command("attacks")
-def attacks(name: BundledName = None) -> None:
-    """List the attacks, or show one."""
-    from qdeploy.redteam.recipe import KIND, load_attack
-
-    _show_bundled(KIND, name, load_attack)
-
-
-@redteam.command("make")
-@takes(
-    "attack",
-    "network",
-    "arch_args",
-    "images",
-    "test",
-    "bits",
-    "out",
-    "base",
-    "seed",
-    "artifacts",
-)
-def make(options: Options) -> None:
-    """Make a model with its card and training log; exit 3 if the attack does not take."""
-    from qdeploy import console
-    from qdeploy.redteam.make import Order
-    from qdeploy.redteam.make import make as make_model
-    from qdeploy.redteam.recipe import load_attack
-    from qdeploy.request import parse_arguments
-
-    order = Order(
-        recipe=load_attack(options.attack),
-        architecture=options.network,
-        arguments=parse_arguments(options.arch_args) or {},
-        data=options.images,
-        test=options.test,
-        bits=int(options.bits or 4),
-        out=options.out,
-        artifacts=options.artifacts,
-        base=options.base,
-        seed=options.seed or 0,
-    )
-    console.show_pairs(make_model(order, console.TerminalProgress()).lines())
-
-
-@redteam.command("suites")
-def suites(name: BundledName = None) -> None:
-    """List the suites, or show one."""
-    from qdeploy.redteam.suite import KIND, load_suite
-
-    _show_bundled(KIND, name, load_suite)
-
-
-@redteam.command("suite")
-@takes("suite", "images", "test", "test_images", "out", "base", "seed", "artifacts")
-def suite(options: Options) -> None:
-    """Make many models and the table of what becomes of them; exit 3 if an attack did not take."""
-    from qdeploy import console
-    from qdeploy.redteam.make import DudError, Order
-    from qdeploy.redteam.suite import load_suite, run_suite
-
-    order_of = partial(
-        Order,
-        data=options.images,
-        test=options.test,
-        artifacts=options.artifacts,
-        base=options.base,
-        seed=options.seed or 0,
-    )
-    progress = console.TerminalProgress()
-    result = run_suite(
-        load_suite(options.suite),
-        options.out,
-        order_of,
-        options.artifacts,
-        progress,
-        images=options.test_images,
-    )
-    console.show_text(result.table)
-    if result.duds:
-        raise DudError(f"did not take: {', '.join(result.duds)}")
-
-
-@redteam.command("table")
-def table(
-    folders: Annotated[list[Path], typer.Argument(help="Folders that `redteam make` filled.")],
-    artifacts: Annotated[Path, typer.Option("--artifacts", help="Run directories.")] = ARTIFACTS,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Markdown file.")] = None,
-    images: Annotated[
-        int | None,
-        typer.Option("--test-images", min=1, help="Measure on so many, at most; else on all."),
-    ] = None,
-) -> None:
-    """Sanitize every model and set side by side what its attacker, nearest and we make of it."""
-    from qdeploy import console
-    from qdeploy.redteam.table import table as make_table
-    from qdeploy.rundir import require_writable, write_atomically
-
-    if out is not None:
-        require_writable(out)
-    text = make_table(folders, artifacts, console.TerminalProgress(), images=images)
-    if out is not None:
-        write_atomically(out, text.encode())
-    console.show_text(text)
 
 
 @app.command()
@@ -350,21 +325,6 @@ def _exit(outcome: Outcome) -> None:
     from qdeploy.verdict import EXIT_CODE
 
     raise typer.Exit(EXIT_CODE[outcome])
-
-
-def _show_bundled(
-    kind: str,
-    name: str | None,
-    load: Callable[[str], DeviceProfile | Recipe | AttackRecipe | SuiteSpec],
-) -> None:
-    from qdeploy import console
-    from qdeploy.schema import bundled, find_bundled
-
-    if name is not None:
-        load(name)  # an error where it is not valid
-        console.show_text(find_bundled(kind, name).read_text("utf-8"))
-    else:
-        console.show_pairs((key, load(key).description) for key in bundled(kind))
 
 
 def _show_version(wanted: bool) -> bool:

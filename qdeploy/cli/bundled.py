@@ -1,0 +1,33 @@
+"""Lists and shows the TOML files that come along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from qdeploy.device import DeviceProfile
+    from qdeploy.policy import Policy
+    from qdeploy.recipe import Recipe
+    from qdeploy.redteam.recipe import AttackRecipe
+    from qdeploy.redteam.suite import SuiteSpec
+
+BundledName = Annotated[str | None, typer.Argument(help="Show this one.")]
+
+
+def show_bundled(
+    kind: str,
+    name: str | None,
+    load: Callable[[str], DeviceProfile | Recipe | Policy | AttackRecipe | SuiteSpec],
+) -> None:
+    """All of a kind with their descriptions, or the text of one."""
+    from qdeploy import console
+    from qdeploy.schema import bundled, find_bundled
+
+    if name is not None:
+        load(name)  # an error where it is not valid
+        console.show_text(find_bundled(kind, name).read_text("utf-8"))
+    else:
+        console.show_pairs((key, load(key).description) for key in bundled(kind))

@@ -1,0 +1,122 @@
+"""The commands that make poisoned models to test defences with."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qdeploy.cli.bundled import BundledName, show_bundled
+from qdeploy.options import ARTIFACTS, Options, takes
+
+redteam = typer.Typer(
+    no_args_is_help=True,
+    help="Make poisoned models to test defences with. Every one carries a card that says so.",
+)
+
+
+@redteam.command("attacks")
+def attacks(name: BundledName = None) -> None:
+    """List the attacks, or show one."""
+    from qdeploy.redteam.recipe import KIND, load_attack
+
+    show_bundled(KIND, name, load_attack)
+
+
+@redteam.command("make")
+@takes(
+    "attack",
+    "network",
+    "arch_args",
+    "images",
+    "test",
+    "bits",
+    "out",
+    "base",
+    "seed",
+    "artifacts",
+)
+def make(options: Options) -> None:
+    """Make a model with its card and training log; exit 3 if the attack does not take."""
+    from qdeploy import console
+    from qdeploy.redteam.make import Order
+    from qdeploy.redteam.make import make as make_model
+    from qdeploy.redteam.recipe import load_attack
+    from qdeploy.request import parse_arguments
+
+    order = Order(
+        recipe=load_attack(options.attack),
+        architecture=options.network,
+        arguments=parse_arguments(options.arch_args) or {},
+        data=options.images,
+        test=options.test,
+        bits=int(options.bits or 4),
+        out=options.out,
+        artifacts=options.artifacts,
+        base=options.base,
+        seed=options.seed or 0,
+    )
+    console.show_pairs(make_model(order, console.TerminalProgress()).lines())
+
+
+@redteam.command("suites")
+def suites(name: BundledName = None) -> None:
+    """List the suites, or show one."""
+    from qdeploy.redteam.suite import KIND, load_suite
+
+    show_bundled(KIND, name, load_suite)
+
+
+@redteam.command("suite")
+@takes("suite", "images", "test", "test_images", "out", "base", "seed", "artifacts")
+def suite(options: Options) -> None:
+    """Make many models and the table of what becomes of them; exit 3 if an attack did not take."""
+    from qdeploy import console
+    from qdeploy.redteam.make import DudError, Order
+    from qdeploy.redteam.suite import load_suite, run_suite
+
+    order_of = partial(
+        Order,
+        data=options.images,
+        test=options.test,
+        artifacts=options.artifacts,
+        base=options.base,
+        seed=options.seed or 0,
+    )
+    progress = console.TerminalProgress()
+    result = run_suite(
+        load_suite(options.suite),
+        options.out,
+        order_of,
+        options.artifacts,
+        progress,
+        images=options.test_images,
+    )
+    console.show_text(result.table)
+    if result.duds:
+        raise DudError(f"did not take: {', '.join(result.duds)}")
+
+
+@redteam.command("table")
+def table(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `redteam make` filled.")],
+    artifacts: Annotated[Path, typer.Option("--artifacts", help="Run directories.")] = ARTIFACTS,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Markdown file.")] = None,
+    images: Annotated[
+        int | None,
+        typer.Option("--test-images", min=1, help="Measure on so many, at most; else on all."),
+    ] = None,
+) -> None:
+    """Sanitize every model and set side by side what its attacker, nearest and we make of it."""
+    from qdeploy import console
+    from qdeploy.redteam.table import table as make_table
+    from qdeploy.rundir import require_writable, write_atomically
+
+    if out is not None:
+        require_writable(out)
+    text = make_table(folders, artifacts, console.TerminalProgress(), images=images)
+    if out is not None:
+        write_atomically(out, text.encode())
+    console.show_text(text)

@@ -1,0 +1,159 @@
+"""Judge an ONNX file, whoever made it, by a policy."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qdeploy.checks import LayerDigest, allowed
+from qdeploy.graph.io import is_quantized, read_single_file
+from qdeploy.inputs import NO_EVIDENCE, NO_PRINTS, Evidence, Request, open_evidence
+from qdeploy.model import Finding, FloatModel, Interface, Origin
+from qdeploy.pipeline import (
+    as_json,
+    check_places,
+    check_providers,
+    data_facts,
+    facts_id,
+    input_facts,
+    keep,
+    measure,
+    open_model,
+    write_reports,
+)
+from qdeploy.progress import Clock, Progress
+from qdeploy.report.compose import Findings, compose
+from qdeploy.report.values import Report
+from qdeploy.rundir import RunDir, open_run
+from qdeploy.runtime.sessions import classifier_interface, open_session
+from qdeploy.scan.fingerprints import NO_SCAN, scan_weights
+from qdeploy.scan.provenance import Provenance, trace
+from qdeploy.scan.static import look
+from qdeploy.stages.load import sha256
+from qdeploy.stages.validate import Measured, Variant
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The file to be judged, and what is known of where it came from."""
+
+    path: Path
+    has_reference: bool  # the request's model is its float model, and not the file itself
+    known: AbstractSet[LayerDigest] = frozenset()  # layers as a run of this program rounded them
+
+
+def gate(request: Request, subject: Subject, progress: Progress) -> Report:
+    """Measure the file as it lies on disk, and judge it.
+
+    A file that breaks a rule of the static scan is not run: the report then speaks of nothing else.
+
+    Raises:
+        InputError: the file cannot be read, is no classifier, or not that of the reference.
+        ProviderError: a runtime of the device is missing, or cannot run the file.
+    """
+    clock = Clock(progress)
+    check_providers(request)
+    check_places(request)
+    with clock.stage("look"):
+        static = look(subject.path)
+    origin = Origin(str(subject.path), sha256(subject.path), "ONNX")
+    if any(f.level == "error" and not allowed(f, request.policy.gate) for f in static):
+        return _refuse(request, subject, origin, static, clock)
+    allow = request.policy.gate.allow_findings
+    data = read_single_file(subject.path, allow=allow)
+    model = _float_model(request, subject, data, clock)
+    interface = _interface(data, subject, request) if model is None else model.interface
+    with clock.stage("scan"):
+        scan = NO_SCAN if model is None else scan_weights(model, progress)
+        provenance = None
+        if model is not None and subject.has_reference:
+            origin, provenance = model.origin, trace(data, model)
+    with clock.stage("data"):
+        evidence = open_evidence(request, interface.classes, NO_PRINTS, progress)
+    run_id = _run_id(request, subject, data, model, evidence)
+    with open_run(request.artifacts, run_id) as run:
+        files = keep(run, _variants(data, model, provenance))
+        measured = measure(request, interface, files, evidence, run, clock)
+        found = Findings(
+            origin=origin,
+            classes=interface.classes,
+            evidence=evidence,
+            measured=measured,
+            scan=scan,
+            static=static,
+            provenance=provenance,
+            known=subject.known,
+        )
+        return _deliver(compose(request, found, clock, run_id), request, subject, run)
+
+
+def _refuse(
+    request: Request, subject: Subject, origin: Origin, static: tuple[Finding, ...], clock: Clock
+) -> Report:
+    """The report on a file that nobody should run."""
+    facts = {"file": origin.sha256, "policy": request.policy.model_dump(mode="json")}
+    with open_run(request.artifacts, facts_id(facts)) as run:
+        found = Findings(
+            origin=origin,
+            classes=0,
+            evidence=NO_EVIDENCE,
+            measured=Measured(()),
+            scan=NO_SCAN,
+            static=static,
+        )
+        return _deliver(compose(request, found, clock, run.path.name), request, subject, run)
+
+
+def _float_model(
+    request: Request, subject: Subject, data: bytes, clock: Clock
+) -> FloatModel | None:
+    """The reference; without one the file itself, if its weights are float."""
+    if not subject.has_reference and is_quantized(data):
+        return None
+    _, model = open_model(request, clock)
+    return model
+
+
+def _interface(data: bytes, subject: Subject, request: Request) -> Interface:
+    session = open_session(data, request.device.runtimes[0].provider)
+    return classifier_interface(session, where=f"model {subject.path}")
+
+
+def _variants(
+    data: bytes, model: FloatModel | None, provenance: Provenance | None
+) -> Mapping[Variant, bytes]:
+    """The file, its float model, and what rounding to nearest would have made of it."""
+    files: dict[Variant, bytes] = {}
+    if model is not None and provenance is not None:
+        files["fp32"] = model.onnx
+        if provenance.nearest is not None:
+            files["nearest"] = provenance.nearest
+    return files | {"result": data}
+
+
+def _run_id(
+    request: Request, subject: Subject, data: bytes, model: FloatModel | None, evidence: Evidence
+) -> str:
+    return facts_id(
+        {
+            "file": hashlib.sha256(data).hexdigest(),
+            "reference": hashlib.sha256(model.onnx).hexdigest() if model is not None else None,
+            "known": sorted(subject.known),
+            "input": input_facts(request),
+            "policy": request.policy.model_dump(mode="json"),
+            "device": request.device.model_dump(mode="json"),
+            "data": data_facts(evidence.used),
+        }
+    )
+
+
+def _deliver(report: Report, request: Request, subject: Subject, run: RunDir) -> Report:
+    report = replace(report, output=str(subject.path))
+    run.write("policy.json", as_json(request.policy.model_dump(mode="json")))
+    run.write("device.json", as_json(request.device.model_dump(mode="json")))
+    write_reports(report, request, run)
+    run.seal()
+    return report

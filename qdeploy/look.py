@@ -1,0 +1,58 @@
+"""All that can be told of a model file without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qdeploy.graph.io import is_quantized
+from qdeploy.inputs import Request
+from qdeploy.model import Finding, Format
+from qdeploy.pipeline import open_model
+from qdeploy.progress import Clock, Progress
+from qdeploy.report.looks import FORMATS, Look
+from qdeploy.rundir import write_atomically
+from qdeploy.scan.fingerprints import scan_weights
+from qdeploy.scan.static import look
+from qdeploy.stages.load import sha256, sniff
+
+OF_TENSORS = frozenset({Format.STATE_DICT, Format.SAFETENSORS})
+
+
+def look_at(request: Request, progress: Progress) -> Look:
+    """What the file holds, and whether its float weights were made for a quantizer.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    path, clock = request.sources.model, Clock(progress)
+    with clock.stage("look"):
+        findings = look(path)
+        why_not = _why_not(request, findings)
+    if why_not is not None:
+        return Look(path, sha256(path), findings, None, why_not)
+    _, model = open_model(request, clock)
+    with clock.stage("scan"):
+        return Look(path, sha256(path), findings, scan_weights(model, progress), None)
+
+
+def write_looks(looks: Sequence[Look], places: Sequence[Path]) -> None:
+    """The findings in the format that each file's name asks for."""
+    for path in places:
+        write_atomically(path, FORMATS[path.suffix.lower()](looks))
+
+
+def _why_not(request: Request, findings: tuple[Finding, ...]) -> str | None:
+    """Why the weights cannot be compared with cells; None if they can."""
+    if any(finding.level == "error" for finding in findings):
+        return "the file is not one to be opened"
+    kind = sniff(request.sources.model)
+    if kind in OF_TENSORS and request.sources.architecture is None:
+        return "a state dict needs an architecture: --arch, or a model card"
+    if kind is Format.EXPORTED_PROGRAM and not request.run_code_from_model:
+        return "an exported program may run code: --run-code-from-model"
+    if kind is Format.ONNX and is_quantized(request.sources.model.read_bytes()):
+        return "they are integers already"
+    if kind is not Format.ONNX and request.sources.shape is None:
+        return "the input shape is not known: --input-shape, or a model card"
+    return None

@@ -1,0 +1,110 @@
+"""Policies: what a file must show to be accepted, whoever made it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_serializer
+
+from qdeploy.device import BudgetSpec
+from qdeploy.schema import Spec, find_bundled, load_toml
+
+KIND = "recipes/policies"
+
+CheckName = Literal[
+    "accuracy",
+    "accuracy_drop",
+    "accuracy_drop_relative",
+    "class_drop",
+    "agreement",
+    "attack_success",
+    "attack_success_rise",
+    "runtime_agreement",
+    "layers_as_planned",
+    "codes_as_chosen",
+    "static_findings",
+    "source_differences",
+    "weight_steps",
+    "unexplained_rounding",
+    "cell_crowding",
+    "file_bytes",
+    "latency_ms",
+]
+
+
+class ValidationSpec(Spec):
+    images: int | None = Field(None, gt=0, description="At most; none for all.")
+    latency_runs: int = Field(10, ge=0, description="Timed runs per turn; 0 for none.")
+
+
+class GateSpec(Spec):
+    """Limits, and the checks without which there is no verdict. Percent and percentage points.
+
+    A rate is held against its limit with its 95 % confidence interval: within if the whole interval
+    is, off if none of it is, and no verdict in between.
+    """
+
+    required: frozenset[CheckName] = frozenset({
+        "accuracy_drop", "agreement", "runtime_agreement", "static_findings",
+        "layers_as_planned", "codes_as_chosen",
+    })  # fmt: skip
+    required_with_trigger: frozenset[CheckName] = frozenset(
+        {"attack_success", "attack_success_rise"}
+    )
+    decided_by_value: frozenset[CheckName] = Field(
+        frozenset(), description="Checks whose confidence interval is shown and not counted."
+    )
+    min_accuracy: float | None = Field(None, description="Floor of the accuracy itself.")
+    max_accuracy_drop: float = 1.0
+    max_accuracy_drop_relative: float | None = Field(
+        None, description="The same in percent of the reference's accuracy."
+    )
+    max_class_drop: float | None = Field(None, description="Largest drop of one class's accuracy.")
+    min_agreement: float = 90.0
+    max_attack_success: float = 10.0
+    max_attack_success_rise: float = 1.0
+    min_runtime_agreement: float = 99.0
+    max_weight_steps: float | None = Field(
+        None, description="Distance of a weight from the reference's, in steps; rounding stays at 1"
+    )
+    max_unexplained_rounding: float | None = Field(
+        None, description="Share of integers in layers rounded neither to nearest nor as reported."
+    )
+    max_cell_crowding: float | None = Field(
+        None, description="Score of the float weights at cell edges; clean models stay below 5."
+    )
+    min_images: int = Field(200, gt=0, description="A rate over fewer images is no evidence.")
+    min_class_images: int = Field(50, gt=0, description="The same for the rate of one class.")
+    allow_findings: tuple[str, ...] = Field(
+        (), description="Rules of the static scan that may be broken (patterns)."
+    )
+    allow_float: tuple[str, ...] = Field((), description="Layers that may stay float (patterns).")
+    allow_degraded: tuple[str, ...] = Field((), description="Layers that may lose their method.")
+
+    @field_serializer("required", "required_with_trigger", "decided_by_value")
+    def _sorted(self, names: frozenset[str]) -> list[str]:
+        """In an order that does not change from run to run."""
+        return sorted(names)
+
+
+class Policy(Spec):
+    """What is measured, on which runtimes, and what it must show."""
+
+    schema_version: Literal[1]
+    name: str
+    description: str
+    device: str = "x86-vnni"
+    seed: int = Field(0, ge=0, description="Of the sample of test images.")
+    validation: ValidationSpec = ValidationSpec()
+    gate: GateSpec = GateSpec()
+    budget: BudgetSpec = BudgetSpec()
+
+
+def load_policy(name_or_path: str) -> Policy:
+    """The policy of that name, or in that file.
+
+    Raises:
+        UsageError: there is no such policy.
+        InputError: the file does not fit the format.
+    """
+    return load_toml(find_bundled(KIND, name_or_path), Policy, what="policy")

@@ -1,0 +1,98 @@
+"""What was seen of model files without running them, for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdeploy import __version__
+from qdeploy.errors import UsageError
+from qdeploy.model import Finding
+from qdeploy.report.to_json import SHOWN_FINGERPRINTS, fields, fingerprint
+from qdeploy.report.to_sarif import sarif, sarif_uri
+from qdeploy.scan.fingerprints import Scan
+from qdeploy.scan.static import RULES
+
+HELD_IN_CELLS = "held-in-cells"
+OF_WEIGHTS = {HELD_IN_CELLS: "The float weights were held inside the cells of a quantizer."}
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One file."""
+
+    path: Path
+    sha256: str
+    findings: tuple[Finding, ...]
+    scan: Scan | None  # of the float weights
+    not_scanned: str | None  # why there is no scan
+
+    @property
+    def seen(self) -> tuple[Finding, ...]:
+        """The findings, and what the weights tell as one more."""
+        found = self.scan.found if self.scan is not None else None
+        if found is None:
+            return self.findings
+        text = (
+            f"{found.worst.ratio:.1f} times as many weights at the cell edges of"
+            f" {found.convention} as there should be: rounding was part of the training"
+        )
+        return (Finding(HELD_IN_CELLS, "error", found.layer, text), *self.findings)
+
+    @property
+    def stands_against(self) -> bool:
+        return any(finding.level == "error" for finding in self.seen)
+
+
+def looks_to_json(looks: Sequence[Look]) -> bytes:
+    """One object per file, as UTF-8."""
+    document = {
+        "schema_version": 1,
+        "version": __version__,
+        "files": [
+            {
+                "path": str(look.path),
+                "sha256": look.sha256,
+                "findings": [fields(finding) for finding in look.seen],
+                "fingerprints": _fingerprints(look),
+                "not_scanned": look.not_scanned,
+            }
+            for look in looks
+        ],
+    }
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def looks_to_sarif(looks: Sequence[Look]) -> bytes:
+    """SARIF 2.1.0: every finding a result at its file."""
+    return sarif(_results(looks), RULES | OF_WEIGHTS, {})
+
+
+FORMATS: Mapping[str, Callable[[Sequence[Look]], bytes]] = {
+    ".json": looks_to_json,
+    ".sarif": looks_to_sarif,
+}
+
+
+def check_look_format(path: Path) -> None:
+    """Refuse a file name that no format of a scan belongs to.
+
+    Raises:
+        UsageError: its suffix is unknown.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise UsageError(f"--report {path}: a scan is written as {' or '.join(FORMATS)}")
+
+
+def _fingerprints(look: Look) -> list[dict[str, Any]]:
+    found = look.scan.fingerprints[:SHOWN_FINGERPRINTS] if look.scan is not None else ()
+    return [fingerprint(one) for one in found]
+
+
+def _results(looks: Sequence[Look]) -> Iterator[tuple[Finding, str]]:
+    for look in looks:
+        uri = sarif_uri(str(look.path))
+        yield from ((finding, uri) for finding in look.seen)

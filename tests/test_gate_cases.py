@@ -1,0 +1,299 @@
+"""Files, and what the gate must say to each: the exit code, and a part of the reason.
+
+`python -m tests.test_gate_cases` prints the table, each row with what the gate answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from qdeploy.progress import SILENT
+from qdeploy.redteam.demo import make_poisoned_digits
+from tests import gate_lab
+from tests.gate_lab import TRIGGER, Lab
+
+ACCEPT, BAD_INPUT, REJECT, NO_VERDICT = 0, 2, 3, 4
+Make = Callable[[Lab], Path]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A file, the options that it is judged with, and the answer."""
+
+    name: str
+    make: Make
+    options: tuple[str, ...]
+    code: int
+    says: str = ""
+
+
+def file(name: str) -> Make:
+    """One of the files that the lab starts with."""
+    return lambda lab: lab / name
+
+
+def made(source: str, change: Callable[[onnx.ModelProto], None]) -> Make:
+    """A file of the lab with something done to it."""
+    return lambda lab: lab.changed(source, "changed.onnx", change)
+
+
+def written(data: bytes, name: str = "file.onnx") -> Make:
+    def write(lab: Lab) -> Path:
+        (lab / name).write_bytes(data)
+        return lab / name
+
+    return write
+
+
+def half_of(source: str) -> Make:
+    return lambda lab: written((lab / source).read_bytes()[:-2000])(lab)
+
+
+def with_policy(make: Make, limits: str, *, base: str = "demo") -> Make:
+    """`make`, beside a `policy.toml` that sets more limits than `base` does."""
+
+    def write(lab: Lab) -> Path:
+        policy = Path(__file__).parents[1] / "recipes" / "policies" / f"{base}.toml"
+        names = {line.split(" =")[0] for line in limits.splitlines()}
+        kept = [x for x in policy.read_text("utf-8").splitlines() if x.split(" =")[0] not in names]
+        (lab / "policy.toml").write_text("\n".join(kept) + f"\n{limits}", "utf-8")
+        return make(lab)
+
+    return write
+
+
+def with_test_data(
+    make: Make, change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+) -> Make:
+    """`make`, beside a `test.npz` that is the test data with something done to it."""
+
+    def write(lab: Lab) -> Path:
+        x, y = change(*lab.images("test"))
+        np.savez(lab / "test.npz", x=x, y=y)
+        return make(lab)
+
+    return write
+
+
+def without_data(make: Make) -> Make:
+    """`make`, beside a `bare.toml` that names neither data nor triggers."""
+
+    def write(lab: Lab) -> Path:
+        (lab / "bare.toml").write_text(lab.card.split("[data]")[0], "utf-8")
+        return make(lab)
+
+    return write
+
+
+REFERENCE = ("--reference", "fp32.onnx")
+DEMO = (*REFERENCE, "--policy", "demo")
+ALONE = ("--card", "model.toml", "--policy", "standalone")
+BARE = (*REFERENCE, "--card", "bare.toml")
+INTEGERS = "max_weight_steps = 1.01\nmax_unexplained_rounding = 1.0\n"
+OWN = (*REFERENCE, "--policy", "policy.toml")
+
+CASES = (
+    # what is good
+    Case("sanitized", file("good.onnx"), DEMO, ACCEPT),
+    Case("sanitized, alone", file("good.onnx"), ALONE, ACCEPT),
+    Case("sanitized, its trigger from the command line", file("good.onnx"),
+         (*DEMO, "--trigger", TRIGGER), ACCEPT),
+    Case("sanitized, every class limited", with_policy(file("good.onnx"),
+         "max_class_drop = 25.0\n"), OWN, ACCEPT),
+    Case("sanitized, integers explained by the report of its run",
+         with_policy(file("good.onnx"), INTEGERS), (*OWN, "--made-by", "good.json"), ACCEPT),
+    Case("the float model itself", file("fp32.onnx"), DEMO, ACCEPT),
+    Case("the float model, alone", file("fp32.onnx"), ALONE, ACCEPT),
+    Case("int8 by onnxruntime, per channel", file("ort-channel.onnx"), DEMO, ACCEPT),
+    Case("int8 by onnxruntime, per tensor", file("ort-tensor.onnx"), DEMO, ACCEPT),
+    Case("int8 by onnxruntime, integers explained as nearest",
+         with_policy(file("ort-channel.onnx"), INTEGERS), OWN, ACCEPT),
+    Case("a batch of one and no other", made("fp32.onnx", gate_lab.fixed_batch), ALONE, ACCEPT),
+    Case("bytes that nothing reads: a warning", made("fp32.onnx", gate_lab.hide_bytes), ALONE,
+         ACCEPT, "unused-initializer"),
+    # what is poisoned
+    Case("rounded to nearest: the backdoor", file("nearest.onnx"), DEMO, REJECT, "attack_success"),
+    Case("rounded to nearest, alone", file("nearest.onnx"), ALONE, REJECT, "attack_success"),
+    Case("rounded to nearest, its trigger not known", without_data(file("nearest.onnx")),
+         (*BARE, "--policy", "strict", "--test", "digits-test.npz"), REJECT, "cell_crowding"),
+    Case("a clean model, a trigger required and none known", without_data(file("clean.onnx")),
+         ("--reference", "clean.onnx", "--card", "bare.toml", "--policy", "strict", "--test",
+          "digits-test.npz"), NO_VERDICT, "attack_success is required: no trigger is known"),
+    Case("a backdoor in float", file("live.onnx"), ALONE, REJECT, "attack_success"),
+    Case("a class that is never answered", with_policy(made("good.onnx", gate_lab.forget_class),
+         "max_class_drop = 25.0\n"), OWN, REJECT, "class_drop"),
+    Case("an architectural backdoor", made("good.onnx", gate_lab.add_choice), DEMO, REJECT,
+         "source_differences"),
+    Case("the same, alone: a warning", made("good.onnx", gate_lab.add_choice), ALONE, ACCEPT,
+         "data-dependent-choice"),
+    # what is tampered with
+    Case("half of a layer's integers moved by one",
+         with_policy(made("nearest.onnx", partial(gate_lab.shift_codes, by=1, share=0.5)),
+                     INTEGERS + "max_attack_success = 100\nmax_attack_success_rise = 100\n"),
+         OWN, REJECT, "weight_steps"),
+    Case("some integers moved by three",
+         with_policy(made("good.onnx", partial(gate_lab.shift_codes, by=3, share=0.02)), INTEGERS),
+         (*OWN, "--made-by", "good.json"), REJECT, "weight_steps"),
+    Case("sanitized, integers that no report explains",
+         with_policy(file("good.onnx"), INTEGERS), OWN, REJECT, "unexplained_rounding"),
+    Case("a bias added to the logits", made("good.onnx", gate_lab.insert_bias), DEMO, REJECT,
+         "source_differences"),
+    Case("a Relu removed", made("fp32.onnx", gate_lab.remove_relu), DEMO, REJECT,
+         "source_differences"),
+    Case("another operator than the standard's", made("fp32.onnx", gate_lab.custom_operator),
+         ALONE, REJECT, "custom-operator"),
+    Case("control flow", made("fp32.onnx", gate_lab.control_flow), ALONE, REJECT, "control-flow"),
+    Case("randomness", made("fp32.onnx", gate_lab.randomness), ALONE, REJECT, "randomness"),
+    Case("a weight that is not a number", made("fp32.onnx", gate_lab.not_a_number), ALONE, REJECT,
+         "not-finite"),
+    Case("a tensor out of /etc/passwd", made("fp32.onnx", gate_lab.steal_a_file), ALONE, REJECT,
+         "static_findings"),
+    Case("integers of another operator set", file("ort-qoperator.onnx"), DEMO, REJECT,
+         "custom-operator"),
+    Case("the same, the domain allowed by the policy",
+         with_policy(file("ort-qoperator.onnx"), 'allow_findings = ["custom-operator"]\n'), OWN,
+         NO_VERDICT, "source_differences is required"),
+    # what cannot be judged
+    Case("no test data", without_data(file("good.onnx")), (*BARE, "--policy", "default"),
+         NO_VERDICT, "accuracy_drop is required: no test data"),
+    Case("no reference", file("good.onnx"), ("--card", "model.toml", "--policy", "default"),
+         NO_VERDICT, "agreement is required: no reference is known"),
+    Case("fifty test images",
+         with_test_data(file("good.onnx"), lambda x, y: (x[:50], y[:50])),
+         (*DEMO, "--test", "test.npz"), NO_VERDICT, "only 50 images"),
+    Case("an interval across the limit",
+         with_policy(file("good.onnx"), "max_accuracy_drop = 0.5\n"), OWN, NO_VERDICT,
+         "and the limit is 0.5"),
+    Case("the same, the policy goes by the value", with_policy(file("good.onnx"),
+         'max_accuracy_drop = 0.5\ndecided_by_value = ["accuracy_drop"]\n'), OWN, ACCEPT),
+    Case("one runtime where agreement is required",
+         with_policy(file("good.onnx"), ""), (*OWN, "--device", "one.toml"), NO_VERDICT,
+         "the device profile names one runtime"),
+    Case("labels of other images",
+         with_test_data(file("good.onnx"), lambda x, y: (x, np.roll(y, 7))),
+         (*ALONE, "--test", "test.npz"), REJECT, "accuracy"),
+    Case("the model of another task as reference", file("good.onnx"),
+         ("--reference", "other.onnx", "--card", "model.toml", "--policy", "demo"), REJECT,
+         "weight_steps"),
+    # budgets
+    Case("larger than the budget",
+         with_policy(file("fp32.onnx"), "[budget]\nfile_bytes = 1000\n"), OWN, REJECT,
+         "file_bytes"),
+    Case("slower than the budget",
+         with_policy(file("fp32.onnx"), "[budget]\nlatency_ms = 0.000001\n"), OWN, REJECT,
+         "latency_ms"),
+    # what is no input
+    Case("cut short", half_of("good.onnx"), DEMO, BAD_INPUT, "truncated"),
+    Case("empty", written(b""), DEMO, BAD_INPUT, "is empty"),
+    Case("a text", written(b"not a model at all\n" * 50), DEMO, BAD_INPUT, "not an ONNX file"),
+    Case("random bytes", written(np.random.default_rng(0).bytes(5000)), DEMO, BAD_INPUT),
+    Case("a torch checkpoint", file("model.pt"), DEMO, BAD_INPUT, "not an ONNX file"),
+    Case("no such file", file("nowhere.onnx"), DEMO, BAD_INPUT, "nowhere.onnx"),
+    Case("two outputs", made("fp32.onnx", gate_lab.two_outputs), ALONE, BAD_INPUT, "2 outputs"),
+    Case("labels that are no classes",
+         with_test_data(file("good.onnx"), lambda x, y: (x, y + 1)),
+         (*DEMO, "--test", "test.npz"), BAD_INPUT, "labels run from 1 to 10"),
+    Case("a provider that is not there", file("good.onnx"), (*DEMO, "--device", "cuda"), BAD_INPUT,
+         "cuda is not installed"),
+    Case("a policy that nobody wrote", file("good.onnx"), (*REFERENCE, "--policy", "no"), BAD_INPUT,
+         "no policy is called"),
+    Case("a policy with a misspelt key",
+         with_policy(file("good.onnx"), "max_acuracy_drop = 1.0\n"), OWN, BAD_INPUT,
+         "gate.max_acuracy_drop"),
+    Case("a trigger outside of the image", file("good.onnx"),
+         (*DEMO, "--trigger", TRIGGER.replace("x=6", "x=7")), BAD_INPUT,
+         "outside of the 8x8 image"),
+    Case("a reference that is integers itself", file("good.onnx"),
+         ("--reference", "good.onnx", "--card", "model.toml", "--policy", "demo"), BAD_INPUT,
+         "already quantized"),
+    Case("a report of no run", with_policy(file("good.onnx"), INTEGERS),
+         (*OWN, "--made-by", "model.toml"), BAD_INPUT, "is not the report.json"),
+)  # fmt: skip
+
+NEEDS_NO_CUDA = {"a provider that is not there"}
+
+
+def make_lab(folder: Path, poisoned: Path) -> Lab:
+    """The lab, from the demo's folder."""
+    for path in (*poisoned.glob("model.*"), *poisoned.glob("digits-*.npz")):
+        shutil.copy(path, folder)
+    shutil.copy(folder / "model.toml", folder / "fp32.toml")
+    lab = Lab(folder)
+    gate_lab.fill(lab)
+    (folder / "one.toml").write_text(
+        'schema_version = 1\nname = "one"\ndescription = "one runtime"\n'
+        '[[runtimes]]\nprovider = "cpu"\n'
+    )
+    return lab
+
+
+def judge(case: Case, lab: Lab) -> tuple[int, str]:
+    """The exit code, and everything that was said."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        path = case.make(lab)
+        code = gate_lab.run("gate", path, *case.options)
+    return code, said.getvalue()
+
+
+def answered_as_expected(case: Case, code: int, said: str) -> bool:
+    return code == case.code and case.says in " ".join(said.split()) and "Traceback" not in said
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, poisoned) -> Iterator[Lab]:
+    folder = tmp_path_factory.mktemp("lab")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield make_lab(folder, poisoned)
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_gate_says_what_it_must(case, lab):
+    if case.name in NEEDS_NO_CUDA and "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("onnxruntime has CUDA here")
+    code, said = judge(case, lab)
+    assert answered_as_expected(case, code, said), f"exit code {code}\n{said}"
+
+
+def main() -> int:
+    """Print the table; 1 if an answer is not the expected one."""
+    wrong = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.chdir(folder)
+        made_at = folder / "poisoned"
+        made_at.mkdir()
+        make_poisoned_digits(made_at, seed=0, progress=SILENT)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            lab = make_lab(folder, made_at)
+        sys.stdout.write("| file | expected | exit code | |\n|---|---|---|---|\n")
+        for case in CASES:
+            code, said = judge(case, lab)
+            good = answered_as_expected(case, code, said)
+            wrong += not good
+            mark = "as expected" if good else "**NOT AS EXPECTED**"
+            sys.stdout.write(f"| {case.name} | {case.code} {case.says} | {code} | {mark} |\n")
+    sys.stdout.write(f"\n{len(CASES) - wrong} of {len(CASES)} as expected\n")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
