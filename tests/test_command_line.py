@@ -155,7 +155,7 @@ def test_the_gate_shows_what_rounding_to_nearest_would_have_done(work, run):
     explained = run("gate", "good.onnx", "--reference", "model.pt", "--report", "report.json",
                     "--made-by", f"artifacts/{report['run_id']}/report.json")  # fmt: skip
     assert explained.code == 2  # that run has rounded nothing
-    assert "has rounded no layer" in explained.error
+    assert "is not the report.json of a run that rounded something" in explained.error
 
 
 def test_8_bits_quantize_as_well(work, run):

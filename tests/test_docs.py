@@ -1,0 +1,78 @@
+"""What the documents say of commands, options, rules and policies is so."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from qdeploy.cli import app
+from qdeploy.policy import Policy
+from qdeploy.scan.static import RULES
+from qdeploy.schema import load_toml
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob(".*.yaml"),
+                *(ROOT / ".github").rglob("*.yml")])  # fmt: skip
+COMMAND = re.compile(r"^(?: {4}| *- | *entry: | {8})(qdeploy (?:[^#\n\\]|\\\n)*)", re.MULTILINE)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Every line of a code block that calls the program, split into words."""
+    for line in COMMAND.findall(text):
+        bare = re.sub(r"\$\{[^}]*\}", "", line.replace("\\\n", " ")).replace("...", "")
+        yield shlex.split(bare.replace("[", "").replace("]", ""))[1:]
+
+
+def options_of(words: list[str]) -> tuple[str, set[str]]:
+    """The full name of the command that `words` begin with, and the options that it takes."""
+    node = typer.main.get_command(app)
+    name = "qdeploy"
+    for word in words:
+        found = getattr(node, "commands", {}).get(word)
+        if found is None:
+            break
+        node, name = found, f"{name} {word}"
+    known = {flag for option in node.params for flag in option.opts}
+    return name, known | {"--help"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_in_the_documents_exists_and_takes_its_options(page):
+    for words in commands(page.read_text("utf-8")):
+        name, known = options_of(words)
+        assert name != "qdeploy" or words[0].startswith("-"), words
+        used = {word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word)}
+        assert used <= known, f"{name} has no {used - known}"
+
+
+def test_the_readme_names_every_command():
+    text = (ROOT / "README.md").read_text("utf-8")
+    for name in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
+        assert f"qdeploy {name}" in text, name
+
+
+def test_the_page_on_scanning_has_every_rule_and_what_it_means():
+    text = (ROOT / "docs" / "scan.md").read_text("utf-8")
+    for rule, meaning in RULES.items():
+        assert f"| `{rule}` | {meaning} |" in text, rule
+
+
+def test_the_policy_in_the_documents_is_one(tmp_path):
+    text = (ROOT / "docs" / "gate.md").read_text("utf-8")
+    block = text.split("```toml\n")[1].split("```")[0]
+    (tmp_path / "policy.toml").write_text(block, "utf-8")
+    policy = load_toml(tmp_path / "policy.toml", Policy, what="policy")
+    assert policy.gate.min_accuracy == 85.0
+    assert policy.budget.latency_ms == 2.0
+
+
+def test_links_between_the_documents_lead_somewhere():
+    for page in PAGES:
+        if page.suffix == ".md":
+            for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
