@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -270,6 +271,28 @@ def test_every_format_is_the_same_every_time(report, suffix):
 def test_an_unknown_format_is_refused_with_those_there_are():
     with pytest.raises(UsageError, match=r"no format ends in '\.pdf'"):
         check_format(Path("r.pdf"))
+
+
+@pytest.fixture
+def published() -> Path:
+    """The schemas of other people's formats, which do not come with the repository."""
+    folder = os.environ.get("PUBLISHED_SCHEMAS")
+    if folder is None:
+        pytest.skip(
+            "needs PUBLISHED_SCHEMAS=FOLDER with sarif-schema-2.1.0.json (OASIS) and junit-10.xsd"
+            " (Jenkins xunit plugin), and xmlschema"
+        )
+    return Path(folder)
+
+
+def test_what_others_read_is_as_they_publish_it(report, published):
+    xmlschema = pytest.importorskip("xmlschema")
+    junit = xmlschema.XMLSchema(str(published / "junit-10.xsd"))
+    schema = json.loads((published / "sarif-schema-2.1.0.json").read_text("utf-8"))
+    accepted = replace(report, checks=(), required=frozenset(), outcome=Outcome.ACCEPT, reasons=())
+    for one in (report, of_a_foreign_file(report), with_samples(report), accepted):
+        jsonschema.validate(json.loads(to_sarif(one)), schema)
+        junit.validate(to_junit(one).decode())
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from qdeploy.report.values import Report
 from qdeploy.verdict import Check, Outcome
 
 NAMES = {"fp32": "float32", "nearest": "rounded to nearest", "result": "this file"}
+ORDER = ("off", "unclear", "few", "within")
 MEANINGS = {
     Outcome.ACCEPT: "Every check is within its limit, and every required one was made.",
     Outcome.REJECT: "A check is off its limit: this file must not be deployed.",
@@ -45,7 +46,7 @@ def to_html(report: Report) -> bytes:
         notes=report.notes,
         triggers=list(report.rates[0].attack_success) if report.rates else [],
         variants=list(_variants(report)),
-        checks=[_check(check, report.required) for check in report.checks],
+        checks=[_check(check, report.required) for check in _worst_first(report.checks)],
         samples=[_sample(sample, report.classes) for sample in report.samples],
         classes=list(_classes(report)),
         layers=list(_layers(report)),
@@ -111,12 +112,16 @@ def _cell(estimate: Estimate) -> dict[str, str]:
     }
 
 
+def _worst_first(checks: Iterable[Check]) -> list[Check]:
+    return sorted(checks, key=lambda check: ORDER.index(check.state))
+
+
 def _check(check: Check, required: Iterable[str]) -> dict[str, Any]:
     few = f"too few: {check.needed_samples} needed"
     words = {"off": "off its limit", "few": few, "unclear": "unclear", "within": "within"}
     interval = "" if check.low is None else f"{check.low:.2f} to {check.high:.2f}"
     return {
-        "name": check.name,
+        "name": check.name.replace("_", " "),
         "required": check.name in set(required),
         "where": check.where,
         "value": f"{check.value:.4g} {check.unit}",
