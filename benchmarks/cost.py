@@ -1,9 +1,10 @@
-"""What a whole `qdeploy sanitize` costs: seconds by stage, and peak memory by calibration images.
+"""What whole commands cost: seconds by stage, and peak memory by calibration images.
 
     python benchmarks/cost.py
     python benchmarks/cost.py MODEL --arch FILE.py:FACTORY
 
-Without a model: ResNet-18 of width 16 with random weights, and noise for images.
+`qdeploy sanitize` first, then `qdeploy gate` on the file that it wrote. Without a model: ResNet-18 of
+width 16 with random weights, and noise for images.
 """
 
 from __future__ import annotations
@@ -55,16 +56,13 @@ def make_model(folder: Path) -> Path:
     return folder / "model.pt"
 
 
-def run(model: Path, folder: Path, images: int, options: list[str]) -> tuple[float, float, dict]:
+def run(command: list[str], report: Path) -> tuple[float, float, dict]:
     """Seconds, peak MB and the report of one whole command."""
-    report = folder / f"report-{images}.json"
-    command = [
-        sys.executable, "-m", "qdeploy", "sanitize", str(model), "--out", str(folder / "out.onnx"),
-        "--artifacts", str(folder / "runs"), "--calibration-images", str(images),
-        "--report", str(report), *options,
-    ]  # fmt: skip
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qdeploy", *command, "--report", str(report)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
     assert process.stderr is not None
     errors = process.stderr.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
@@ -72,6 +70,25 @@ def run(model: Path, folder: Path, images: int, options: list[str]) -> tuple[flo
     if not report.exists():
         sys.exit(f"{' '.join(command)}\nended with {os.waitstatus_to_exitcode(status)}:\n{errors}")
     return seconds, usage.ru_maxrss / 1024, json.loads(report.read_text())
+
+
+def sanitize(
+    model: Path, folder: Path, images: int, options: list[str]
+) -> tuple[float, float, dict]:
+    """Fitted to so many calibration images; the file may not be an accepted one."""
+    command = [
+        "sanitize", str(model), "--out", str(folder / "out.onnx"),
+        "--artifacts", str(folder / "runs"), "--calibration-images", str(images), *options,
+    ]  # fmt: skip
+    return run(command, folder / f"report-{images}.json")
+
+
+def gate(file: str, model: Path, folder: Path, options: list[str]) -> tuple[float, float, dict]:
+    """The file beside its float model and beside nearest rounding, on every runtime."""
+    command = [
+        "gate", file, "--reference", str(model), "--artifacts", str(folder / "gates"), *options,
+    ]  # fmt: skip
+    return run(command, folder / "gate.json")
 
 
 def main() -> None:
@@ -84,10 +101,16 @@ def main() -> None:
         model = known.model or make_model(folder)
         print(f"{'images':>7}{'whole s':>9}{'round s':>9}{'peak MB':>9}   other stages, s")
         for images in known.images:
-            seconds, megabytes, report = run(model, folder, images, options)
+            seconds, megabytes, report = sanitize(model, folder, images, options)
             stages = {stage["name"]: stage["seconds"] for stage in report["stages"]}
             rest = ", ".join(f"{k} {v:.1f}" for k, v in stages.items() if k != "round")
             print(f"{images:>7}{seconds:>9.1f}{stages['round']:>9.1f}{megabytes:>9.0f}   {rest}")
+        seconds, megabytes, report = gate(report["output"], model, folder, options)
+        measured = [f"{m['variant']} on {m['runtime']}" for m in report["measurements"]]
+        count = report["measurements"][0]["accuracy"]["samples"]
+        rest = ", ".join(f"{stage['name']} {stage['seconds']:.1f}" for stage in report["stages"])
+        print(f"   gate{seconds:>9.1f}{'':>9}{megabytes:>9.0f}   {rest}")
+        print(f"   {count:,} test images; {'; '.join(measured)}: {report['outcome']}")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,9 @@ class FloatModel:
         return Interface(self.input_shape, self.classes)
 
 
+LARGEST_INPUT_VALUES = 1 << 26  # of one image; what claims more is no image
+
+
 @dataclass(frozen=True, slots=True)
 class Interface:
     """What a classifier takes and gives."""

@@ -221,7 +221,7 @@ class Random(nn.Module):
     ("module", "complaint"),
     [
         (Branching(), "torch cannot export it"),
-        (Random(), "when it is exported"),
+        (Random(), "draws random numbers"),
         (nn.Linear(5, 3), "torch cannot export it"),
         (nn.Conv2d(3, 4, 3), "not (batch, classes)"),
     ],

@@ -170,10 +170,11 @@ def _change_field(message: object, rng: np.random.Generator) -> None:
             _change_field(item, rng)
         return
     new = _other_value(value[0] if many else value, rng)
-    if many:
-        value[int(rng.integers(len(value)))] = new
-    else:
-        setattr(message, field.name, new)
+    with contextlib.suppress(ValueError):  # protobuf itself refuses some
+        if many:
+            value[int(rng.integers(len(value)))] = new
+        else:
+            setattr(message, field.name, new)
 
 
 def _other_value(value: object, rng: np.random.Generator) -> object:

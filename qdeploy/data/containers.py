@@ -41,7 +41,7 @@ def open_container(path: Path) -> Container:
                 str(p.relative_to(path).as_posix()) for p in sorted(path.rglob("*")) if p.is_file()
             ),
         )
-    elif not zipfile.is_zipfile(path):
+    elif not _is_zip(path):
         raise InputError(
             f"data {path}: neither a folder nor a zip or npz file",
             hint="pack images into a zip with one sub-folder per class, or save x and y with numpy",
@@ -52,6 +52,11 @@ def open_container(path: Path) -> Container:
     if not source.keys:
         raise InputError(f"data {path}: holds no images ({', '.join(sorted(SUFFIXES))})")
     return source
+
+
+def _is_zip(path: Path) -> bool:
+    with decoding(str(path)):  # of some damaged ones it is an error to ask
+        return zipfile.is_zipfile(path)
 
 
 def _image_names(names: Iterable[str]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ an int8 kernel), a dynamic batch, readable names, and nothing about the machine 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from itertools import count
@@ -20,6 +21,7 @@ from onnxscript.rewriter.rules import common as rules
 
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.graph.io import PRODUCER, check_written, to_ir
+from qdeploy.model import LARGEST_INPUT_VALUES
 
 WEIGHT_NAME = re.compile(r"(.+)\.weight(?:_\d+)?", re.DOTALL)  # numbered where names clashed
 CONSTANT_NAMES = {1: "weight", 2: "bias"}
@@ -116,6 +118,8 @@ def _check_interface(model: ir.Model, where: str) -> None:
             f"model {where}: input {image.name!r} is {image.dtype} {image.shape}, "
             "not float32 (batch, channels, height, width) of fixed size"
         )
+    if math.prod(size for size in image.shape if isinstance(size, int)) > LARGEST_INPUT_VALUES:
+        raise InputError(f"model {where}: takes inputs of shape {image.shape}, which are no images")
     if logits.shape is None or len(logits.shape) != 2 or not isinstance(logits.shape[1], int):
         raise InputError(
             f"model {where}: output {logits.name!r} has shape {logits.shape}, not (batch, classes)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import tempfile
 import warnings
@@ -17,7 +18,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from qdeploy.errors import InputError, ProviderError, first_line
-from qdeploy.model import Interface
+from qdeploy.model import LARGEST_INPUT_VALUES, Interface
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 RUNTIME_ERRORS: tuple[type[Exception], ...] = tuple(
@@ -99,6 +100,8 @@ def classifier_interface(session: Session, *, where: str) -> Interface:
             " height, width) of fixed size"
         )
     channels, height, width = image.shape[1:]
+    if math.prod(image.shape[1:]) * (session.fixed_batch or 1) > LARGEST_INPUT_VALUES:
+        raise InputError(f"{where}: takes inputs of shape {image.shape}, which are no images")
     logits = session.logits(np.zeros((session.fixed_batch or 1, *image.shape[1:]), np.float32))
     if logits.ndim != 2 or logits.dtype.kind != "f":
         raise InputError(

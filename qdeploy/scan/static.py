@@ -44,13 +44,20 @@ def look(path: Path) -> tuple[Finding, ...]:
     return tuple(sorted(found, key=lambda finding: LEVELS.index(finding.level)))
 
 
+def _ends_as_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # one that spans several disks
+        return True
+
+
 def _findings(path: Path) -> Iterator[Finding]:
     with path.open("rb") as file:
         zipped = file.read(4) == archives.SIGNATURE
     if zipped:
         yield from _torch_file(path)
         return
-    if zipfile.is_zipfile(path):
+    if _ends_as_archive(path):
         text = "the file is an archive too, to whoever reads it from its end"
         yield Finding("hidden-bytes", "error", "", text)
     kind = sniff(path)
