@@ -3,8 +3,8 @@
     python benchmarks/cost.py
     python benchmarks/cost.py MODEL --arch FILE.py:FACTORY
 
-`qdeploy sanitize` first, then `qdeploy gate` on the file that it wrote. Without a model: ResNet-18 of
-width 16 with random weights, and noise for images.
+`qdeploy sanitize` first, then `qdeploy gate` on the file that it wrote. Without a model: ResNet-18
+of width 16 with random weights, and noise for images.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qdeploy.errors import ProviderError
 from qdeploy.graph.io import identity
-from qdeploy.packages import PACKAGES, installed_versions
+from qdeploy.packages import EXTRAS, PACKAGES, installed_versions
 from qdeploy.runtime.sessions import PROVIDERS, available_providers, cores, open_session
 
 VNNI = frozenset({"avx512_vnni", "avx_vnni"})
@@ -30,6 +30,10 @@ def describe() -> Iterator[tuple[str, str]]:
         yield package, have.get(package, "not installed")
     for provider in PROVIDERS:
         yield f"{provider} provider", _provider(provider)
+    for extra, names in EXTRAS.items():
+        found = installed_versions(names).items()
+        said = ", ".join(f"{name} {version}" for name, version in found)
+        yield f"extra {extra}", said or f"not installed: pip install 'qdeploy[{extra}]'"
 
 
 def processor_flags() -> frozenset[str]:

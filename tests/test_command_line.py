@@ -590,6 +590,7 @@ def test_doctor_tells_what_this_machine_can_do(run):
     assert "cpu provider" in done.out
     assert "works" in done.out
     assert "--device x86-" in done.out
+    assert "extra attest" in done.out
 
 
 def test_the_version_is_told(run):
