@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qdeploy.graph.io import is_quantized
+from qdeploy.graph.io import is_quantized, read_single_file
 from qdeploy.inputs import Request
 from qdeploy.model import Finding, Format
 from qdeploy.pipeline import open_model
@@ -13,22 +13,30 @@ from qdeploy.progress import Clock, Progress
 from qdeploy.report.looks import FORMATS, Look
 from qdeploy.rundir import write_atomically
 from qdeploy.scan.fingerprints import scan_weights
+from qdeploy.scan.provenance import FEW, Provenance, trace
 from qdeploy.scan.static import look
 from qdeploy.stages.load import sha256, sniff
 
 OF_TENSORS = frozenset({Format.STATE_DICT, Format.SAFETENSORS})
 
 
-def look_at(request: Request, progress: Progress) -> Look:
+def look_at(request: Request, progress: Progress, reference: Request | None = None) -> Look:
     """What the file holds, and whether its float weights were made for a quantizer.
 
+    Args:
+        reference: For the float model that the file claims to be the quantized form of.
+
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file, or the reference, cannot be read.
     """
     path, clock = request.sources.model, Clock(progress)
     with clock.stage("look"):
         findings = look(path)
         why_not = _why_not(request, findings)
+    if reference is not None and not any(finding.level == "error" for finding in findings):
+        _, source = open_model(reference, clock)
+        with clock.stage("compare"):
+            findings = (*_of_provenance(trace(read_single_file(path), source)), *findings)
     if why_not is not None:
         return Look(path, sha256(path), findings, None, why_not)
     _, model = open_model(request, clock)
@@ -40,6 +48,20 @@ def write_looks(looks: Sequence[Look], places: Sequence[Path]) -> None:
     """The findings in the format that each file's name asks for."""
     for path in places:
         write_atomically(path, FORMATS[path.suffix.lower()](looks))
+
+
+def _of_provenance(found: Provenance) -> Iterator[Finding]:
+    """What a file has in common with its float model, as findings."""
+    if found.not_compared is not None:
+        yield Finding("not-compared", "warning", "", found.not_compared)
+    yield from found.differences
+    for layer in found.layers:
+        if layer.changed:
+            text = f"a weight lies {layer.steps:.1f} steps from the float model's"
+            yield Finding("weights-changed", "warning", layer.name, text)
+        if layer.flipped >= FEW:
+            text = f"{100 * layer.flipped:.1f} % of the integers are not rounded to nearest"
+            yield Finding("not-nearest", "note", layer.name, text)
 
 
 def _why_not(request: Request, findings: tuple[Finding, ...]) -> str | None:

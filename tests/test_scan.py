@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -179,6 +180,24 @@ def test_what_cannot_be_compared_with_cells_says_why(poisoned, tmp_path, capsys)
                "nearest", "--artifacts", tmp_path / "runs") == 0  # fmt: skip
     assert run("scan", tmp_path / "q.onnx") == 0
     assert "they are integers already" in capsys.readouterr().out
+
+
+def test_a_quantized_file_is_set_beside_its_float_model(poisoned, tmp_path, capsys):
+    names = {"nearest": "nearest.onnx", "stochastic": "other.onnx"}
+    for rounding, name in names.items():
+        assert run("quantize", poisoned / "model.pt", "--out", tmp_path / name, "--rounding",
+                   rounding, "--artifacts", tmp_path / "runs") == 0  # fmt: skip
+    with_reference = ("--reference", poisoned / "model.pt")
+    assert run("scan", tmp_path / "nearest.onnx", *with_reference) == 0
+    assert "not-nearest" not in capsys.readouterr().out
+    assert run("scan", tmp_path / "other.onnx", *with_reference) == 0
+    assert "not-nearest in features.5" in capsys.readouterr().out
+    model = onnx.load(tmp_path / "nearest.onnx")
+    relu = next(node for node in model.graph.node if node.op_type == "Relu")
+    relu.op_type = "Abs"
+    onnx.save(model, tmp_path / "changed.onnx")
+    assert run("scan", tmp_path / "changed.onnx", *with_reference) == 3
+    assert "graph-differs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "code"), [("pq4.onnx", 3), ("clean.pt", 0)])

@@ -146,7 +146,7 @@ def compare(options: Options) -> None:
 
 
 @app.command()
-@takes("models", *MODEL, "report")
+@takes("models", "reference", *MODEL, "report")
 def scan(options: Options) -> None:
     """Look at model files without running them; exit 3 if something stands against one."""
     from dataclasses import replace
@@ -160,9 +160,12 @@ def scan(options: Options) -> None:
     for path in options.report or ():
         check_look_format(path)
     requests = [make_request(replace(options, model=path)) for path in options.models or ()]
+    reference = None
+    if options.reference is not None:
+        reference = make_request(replace(options, model=options.reference))
     progress, looks = console.TerminalProgress(), []
     for request in requests:
-        looks.append(look_at(request, progress))
+        looks.append(look_at(request, progress, reference))
         console.show_look(looks[-1])
     write_looks(looks, options.report or ())
     _exit(Outcome.REJECT if any(look.stands_against for look in looks) else Outcome.ACCEPT)

@@ -17,7 +17,13 @@ from qdeploy.scan.fingerprints import Scan
 from qdeploy.scan.static import RULES
 
 HELD_IN_CELLS = "held-in-cells"
-OF_WEIGHTS = {HELD_IN_CELLS: "The float weights were held inside the cells of a quantizer."}
+OF_WEIGHTS = {
+    HELD_IN_CELLS: "The float weights were held inside the cells of a quantizer.",
+    "graph-differs": "The file is not its float model's graph beyond quantization.",
+    "weights-changed": "A weight is further from the float model's than rounding can bring it.",
+    "not-nearest": "Integers are not the float weights rounded to nearest.",
+    "not-compared": "The file cannot be compared with its float model.",
+}
 
 
 @dataclass(frozen=True, slots=True)
