@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from qdeploy.cli import app
 from qdeploy.policy import Policy
@@ -76,3 +78,32 @@ def test_links_between_the_documents_lead_somewhere():
         if page.suffix == ".md":
             for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("code", [0, 3, 4])
+def test_the_github_action_hands_on_what_the_gate_says(tmp_path, code):
+    """Its script, as the runner calls it, with a program that notes how it was called."""
+    action = yaml.safe_load((ROOT / ".github/actions/gate/action.yml").read_text("utf-8"))
+    step = action["runs"]["steps"][-1]
+    program = tmp_path / "qdeploy"
+    program.write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$@" > called\necho "## said" > r/summary.md\nexit {code}\n'
+    )
+    program.chmod(0o755)
+    hostile = "a model; touch owned $(touch owned).onnx"
+    given = {"MODEL": hostile, "REFERENCE": "", "POLICY": "strict", "TEST": "t.zip", "REPORTS": "r"}
+    assert set(given) == set(step["env"])
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "GITHUB_STEP_SUMMARY": "summary",
+           "GITHUB_OUTPUT": "output", **given}  # fmt: skip
+    done = subprocess.run(
+        ["/bin/bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
+        cwd=tmp_path, env=env, check=False,
+    )  # fmt: skip
+    assert done.returncode == code
+    called = (tmp_path / "called").read_text().splitlines()
+    assert called[:4] == ["gate", hostile, "--policy", "strict"]
+    assert "--reference" not in called
+    assert called[called.index("--test") + 1] == "t.zip"
+    assert (tmp_path / "output").read_text() == f"exit-code={code}\n"
+    assert (tmp_path / "summary").read_text() == "## said\n"
+    assert not (tmp_path / "owned").exists()
