@@ -37,6 +37,7 @@ from qdeploy.data import Preprocessing, open_labelled_images
 from qdeploy.device import load_device
 from qdeploy.errors import QdeployError
 from qdeploy.graph.io import read_single_file
+from qdeploy.model import Architecture
 from qdeploy.policy import load_policy
 from qdeploy.progress import SILENT
 from qdeploy.recipe import load_recipe
@@ -62,13 +63,14 @@ def read_images(path: Path) -> None:
 
 def read_model(path: Path) -> None:
     look(path)
-    export(load(path), shape=(1, 8, 8))
+    digits = Architecture("qdeploy:digits", {}, trusted=False)
+    export(load(path, digits), shape=(1, 8, 8))
 
 
 def read_file_to_be_judged(path: Path) -> None:
     """What the gate does with a file before it measures."""
     look(path)
-    data = read_single_file(path)
+    data = read_single_file(path, allow=["custom-operator"])
     classifier_interface(open_session(data), where=str(path))
     trace(data, export(load(path.parent / "fp32.onnx"), shape=None))
 
@@ -213,7 +215,8 @@ def fill(folder: Path, poisoned: Path) -> Shelf:
         "device": "devices/x86-vnni",
     }.items():  # fmt: skip
         shutil.copy(ROOT / f"{source}.toml", folder / f"{name}.toml")
-    (folder / "trigger.toml").write_text("[[trigger]]" + lab.card.split("[[trigger]]")[1], "utf-8")
+    trigger = lab.card.split("[[trigger]]")[1].split("\n[")[0]
+    (folder / "trigger.toml").write_text(f"[[trigger]]{trigger}\n", "utf-8")
     with zipfile.ZipFile(folder / "images.zip", "w") as archive:
         for i in range(4):
             picture = io.BytesIO()
@@ -263,8 +266,8 @@ def test_a_damaged_file_is_refused_in_one_line_or_read(shelf, kind, name):
 
 @pytest.mark.parametrize(("kind", "name"), SEEDS, ids=lambda value: value)
 def test_the_whole_file_is_read(shelf, kind, name):
-    if name in {"program.pt2", "ort-qoperator.onnx", "model.pt", "legacy.pt", "model.safetensors"}:
-        pytest.skip("refused as it is: code, other operators, or a state dict without its code")
+    if name == "program.pt2":
+        pytest.skip("refused as it is: it may hold code")
     READERS[kind][0](shelf.folder / name)
 
 
