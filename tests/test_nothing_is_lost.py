@@ -117,6 +117,27 @@ def test_killed_at_any_write_a_run_leaves_whole_files_and_goes_on(work):
     assert again.read_bytes() == (work / "model.onnx").read_bytes()
 
 
+@pytest.mark.slow
+def test_a_gate_that_is_killed_leaves_no_half_verdict(work):
+    """A report is there as a whole or not at all, and the next gate comes to its end."""
+    assert run("export", "fp32.onnx", "--out", "file.onnx") == 0
+    gate = ("gate", "file.onnx", "--reference", "fp32.onnx", "--policy", "demo",
+            "--report", "report.json", "--report", "junit.xml")  # fmt: skip
+    deaths = 0
+    for allowed in range(40):
+        command = [sys.executable, "-c", KILLER, str(allowed), *gate]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "report.json" in whole(work) or "junit.xml" not in whole(work)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        deaths += 1
+    assert done.returncode == 0, done.stderr
+    assert deaths >= 5
+    assert sealed(run_folders(work)[0])
+    assert json.loads((work / "report.json").read_text("utf-8"))["outcome"] == "ACCEPT"
+
+
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(work, monkeypatch, capsys):
     """At every write of the run in turn; then there is room again."""
     assert run(*SANITIZE) == 0
