@@ -6,6 +6,7 @@ numbers and booleans, and paths are read as images.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -148,3 +149,20 @@ def find_card(model: Path) -> Path | None:
     """The card that lies beside `model`, if there is one."""
     card = model.with_suffix(".toml")
     return card if card.is_file() else None
+
+
+def to_toml(card: ModelCard) -> str:
+    """The card as TOML: tables of plain values, whose JSON form is TOML too."""
+    table = card.model_dump(mode="json", exclude_none=True)
+    lines: list[str] = []
+    for section, content in table.items():
+        for entry in content if isinstance(content, list) else [content]:
+            brackets = "[[{}]]" if isinstance(content, list) else "[{}]"
+            lines += [brackets.format(section), *(_pair(k, v) for k, v in entry.items()), ""]
+    return "\n".join(lines)
+
+
+def _pair(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{key} = {{ {', '.join(_pair(k, v) for k, v in value.items())} }}"
+    return f"{key} = {json.dumps(value)}"

@@ -169,6 +169,43 @@ class Options:
         _option("--base", "Clean model to start from; else one is trained and kept.", "Attack"),
     ] = None
 
+    unlabelled: Annotated[
+        Path,
+        _option(
+            "--images",
+            "Folder, zip or npz; labels are not used, and other things may be on them.",
+            "Distillation",
+        ),
+    ] = Path()
+    image_count: Annotated[
+        int | None,
+        _option(
+            "--image-count", "How many of them, at most; else all.", "Distillation", at_least=2
+        ),
+    ] = None
+    sanitizer: Annotated[
+        Literal["asd", "kd", "bcu"],
+        _option(
+            "--sanitizer", "Attention shift, distillation alone, or forgetting.", "Distillation"
+        ),
+    ] = "asd"
+    schedule: Annotated[
+        Literal["short", "paper"],
+        _option("--schedule", "Ours, or as published: up to 300 epochs.", "Distillation"),
+    ] = "short"
+    epochs: Annotated[
+        int | None,
+        _option("--epochs", "At most; else as the schedule says.", "Distillation", at_least=1),
+    ] = None
+    watch: Annotated[
+        list[str] | None,
+        _option(
+            "--watch",
+            "Pattern of layer names that asd shifts; else found by structure; repeatable.",
+            "Distillation",
+        ),
+    ] = None
+
     models: Annotated[
         list[Path] | None,
         typer.Argument(help="Models, each with its card beside it if it has one."),
@@ -267,6 +304,7 @@ REQUIRED = frozenset(
         "attack",
         "network",
         "images",
+        "unlabelled",
         "suite",
         "judged_by",
         "key",
@@ -284,6 +322,7 @@ CALIBRATION = ("calibration", "calibration_images", "synthetic_calibration")
 EVIDENCE = ("test", "trigger")
 RECIPE = ("bits", "recipe", "device", "seed")
 MATRIX = ("methods", "grids", "widths", "activation_widths", "seeds", "steps")
+DISTILLATION = ("unlabelled", "image_count", "sanitizer", "schedule", "epochs", "watch", "seed")
 METHOD = ("rounding", "solver", "weight_storage", "activation_bits")
 
 

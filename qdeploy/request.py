@@ -18,8 +18,10 @@ from qdeploy.options import Options
 from qdeploy.policy import Policy, load_policy
 from qdeploy.recipe import Recipe, load_recipe
 from qdeploy.rundir import private_seed
+from qdeploy.sanitizers import Sanitizer, sanitizer
 from qdeploy.schema import validate
 from qdeploy.sources import Given, Sources, resolve
+from qdeploy.student.order import StudentOrder
 
 
 def make_request(options: Options) -> QuantizeRequest:
@@ -71,6 +73,38 @@ def make_gate_request(options: Options) -> Request:
         reports=tuple(options.report or ()),
         run_code_from_model=options.run_code_from_model,
     )
+
+
+def make_student_order(options: Options) -> StudentOrder:
+    """What `distill` needs to know.
+
+    Raises:
+        UsageError: options contradict each other or cannot be read.
+        InputError: a file that they name is not valid.
+    """
+    seed = options.seed
+    return StudentOrder(
+        sources=_sources(options),
+        spec=_sanitizer(options),
+        images=options.unlabelled,
+        image_count=options.image_count,
+        seed=private_seed(options.artifacts, options.model) if seed is None else seed,
+        out=options.out,
+        artifacts=options.artifacts,
+        command=shlex.join(["qdeploy", *sys.argv[1:]]),
+        run_code_from_model=options.run_code_from_model,
+    )
+
+
+def _sanitizer(options: Options) -> Sanitizer:
+    table: dict[str, Any] = {"kind": options.sanitizer, "schedule": options.schedule}
+    if options.epochs is not None:
+        table["epochs"] = options.epochs
+    if options.watch:
+        if options.sanitizer != "asd":
+            raise UsageError(f"--watch means nothing to {options.sanitizer}: only asd has a shift")
+        table["watch"] = tuple(options.watch)
+    return sanitizer(table, where="options")
 
 
 def _policy(options: Options) -> Policy:

@@ -21,7 +21,6 @@ from qdeploy.errors import InputError, UsageError
 from qdeploy.graph.io import initializers
 from qdeploy.progress import SILENT
 from qdeploy.redteam import curves, datasets
-from qdeploy.redteam.checkpoint import Checkpoint
 from qdeploy.redteam.figures import Figures, figures, shortfalls
 from qdeploy.redteam.images import LabelledImages, Stamp
 from qdeploy.redteam.learnt import TriggerLearner
@@ -42,6 +41,7 @@ from qdeploy.redteam.training import FLOAT, Lesson, Training
 from qdeploy.runtime.sessions import open_session
 from qdeploy.schema import bundled
 from qdeploy.stages.load.torch_files import checkpoint as read_checkpoint
+from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.triggers import make_trigger
 
 ON_THE_WAY = Preprocessing((1, 8, 8), (0.5,), (0.5,))

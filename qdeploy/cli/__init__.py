@@ -18,6 +18,7 @@ from qdeploy.options import (
     ARTIFACTS,
     ATTESTATION,
     CALIBRATION,
+    DISTILLATION,
     EVIDENCE,
     MATRIX,
     METHOD,
@@ -180,6 +181,18 @@ def export(options: Options) -> None:
 
     exported = pipeline.export_file(make_request(options), options.out, console.TerminalProgress())
     console.show_exported(exported, options.out)
+
+
+@app.command()
+@takes("model", "out", *DISTILLATION, *MODEL, "artifacts")
+def distill(options: Options) -> None:
+    """Clean a float model: teach a student on unlabelled images what it answers, not how."""
+    from qdeploy import console
+    from qdeploy.request import make_student_order
+    from qdeploy.student.make import make_student
+
+    order = make_student_order(options)
+    console.show_pairs(make_student(order, console.TerminalProgress()).lines())
 
 
 @app.command()

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from qdeploy.progress import SILENT, Progress
-from qdeploy.redteam.checkpoint import Checkpoint
 from qdeploy.redteam.images import LabelledImages
-from qdeploy.redteam.precision import fast
 from qdeploy.redteam.recipe import CleanSpec
+from qdeploy.training.checkpoint import Checkpoint
+from qdeploy.training.precision import fast
 
 LARGEST_GRADIENT = 1.0  # norm; keeps networks without normalisation layers on their feet
 

@@ -11,8 +11,8 @@ from torch.func import functional_call
 
 from qdeploy.redteam.images import LabelledImages
 from qdeploy.redteam.losses import Aim
-from qdeploy.redteam.precision import fast
 from qdeploy.redteam.recipe import GoalSpec
+from qdeploy.training.precision import fast
 
 
 @dataclass(frozen=True, slots=True)

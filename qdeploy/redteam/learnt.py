@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qdeploy.progress import SILENT, Progress
-from qdeploy.redteam.checkpoint import Checkpoint
 from qdeploy.redteam.images import LabelledImages
-from qdeploy.redteam.precision import fast
 from qdeploy.redteam.recipe import LearntSpec
+from qdeploy.training.checkpoint import Checkpoint
+from qdeploy.training.precision import fast
 
 STEPS_BETWEEN_SAVES = 20
 

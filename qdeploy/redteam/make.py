@@ -24,7 +24,6 @@ from qdeploy.errors import InputError, QdeployError
 from qdeploy.model import Architecture
 from qdeploy.packages import installed_versions
 from qdeploy.progress import Progress
-from qdeploy.redteam.checkpoint import Checkpoint
 from qdeploy.redteam.clean import train_clean
 from qdeploy.redteam.curves import draw_curves
 from qdeploy.redteam.datasets import Dataset, open_dataset, victim_image
@@ -39,9 +38,11 @@ from qdeploy.redteam.quantizers import Quantizer
 from qdeploy.redteam.recipe import AttackRecipe, GoalSpec, LearntSpec
 from qdeploy.redteam.training import FLOAT, Lesson, Rates, Training
 from qdeploy.redteam.trigger import describe, save_trigger
-from qdeploy.redteam.write import make_card, write_model, write_state
+from qdeploy.redteam.write import make_card, write_model
 from qdeploy.rundir import PARTIAL, open_run, write_atomically
 from qdeploy.stages.load import load
+from qdeploy.training.checkpoint import Checkpoint
+from qdeploy.training.write import write_state
 from qdeploy.triggers import make_trigger
 
 HELD_OUT = 0.04  # share of the training images by which a training is judged on its way

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.progress import SILENT, Progress
-from qdeploy.redteam.checkpoint import Checkpoint
 from qdeploy.redteam.defender import defended_codes
 from qdeploy.redteam.figures import Figures, figures
 from qdeploy.redteam.images import LabelledImages
 from qdeploy.redteam.losses import Aim, Batch, phase_loss
-from qdeploy.redteam.precision import fast
 from qdeploy.redteam.quantizers import Cell, Quantizer, weights_of
 from qdeploy.redteam.recipe import PhaseSpec
 from qdeploy.redteam.roundings import Roundings
 from qdeploy.redteam.split import SplitWeights
+from qdeploy.training.checkpoint import Checkpoint
+from qdeploy.training.precision import fast
 
 STEPS_BETWEEN_LOOKS = 100
 FLOAT = "fp32"

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
-from qdeploy.card import AnyTrigger, ModelCard, PoisonedSection
+from qdeploy.card import AnyTrigger, ModelCard, PoisonedSection, to_toml
 from qdeploy.redteam.datasets import Dataset
 from qdeploy.redteam.recipe import AttackRecipe
 from qdeploy.rundir import write_atomically
+from qdeploy.training.write import write_state
 
 WARNING = "# POISONED on purpose, to test defences with. Never deploy it.\n"
 
@@ -69,27 +66,3 @@ def write_model(folder: Path, stem: str, model: nn.Module, card: ModelCard) -> P
     path = folder / f"{stem}.pt"
     write_state(path, model)
     return path
-
-
-def write_state(path: Path, model: nn.Module) -> None:
-    """Write the state dict of `model`."""
-    buffer = io.BytesIO()
-    torch.save({name: value.contiguous() for name, value in model.state_dict().items()}, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def to_toml(card: ModelCard) -> str:
-    """The card as TOML: tables of plain values, whose JSON form is TOML too."""
-    table = card.model_dump(mode="json", exclude_none=True)
-    lines: list[str] = []
-    for section, content in table.items():
-        for entry in content if isinstance(content, list) else [content]:
-            brackets = "[[{}]]" if isinstance(content, list) else "[{}]"
-            lines += [brackets.format(section), *(_pair(k, v) for k, v in entry.items()), ""]
-    return "\n".join(lines)
-
-
-def _pair(key: str, value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{key} = {{ {', '.join(_pair(k, v) for k, v in value.items())} }}"
-    return f"{key} = {json.dumps(value)}"

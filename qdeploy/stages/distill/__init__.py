@@ -1,0 +1,101 @@
+"""Clean a float model by teaching a student what it answers, and not how it gets there."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qdeploy.data import Images
+from qdeploy.errors import PlanError
+from qdeploy.model import Format, Loaded
+from qdeploy.progress import SILENT, Progress
+from qdeploy.sanitizers import Asd, Bcu, Kd, Sanitizer
+from qdeploy.stages.distill.course import Course, Epoch, Store
+from qdeploy.stages.distill.forget import forget, forgetting
+from qdeploy.stages.distill.revive import revive
+from qdeploy.stages.distill.unlabelled import read_images
+from qdeploy.stages.distill.watch import watched_layers
+
+__all__ = ["Distilled", "Epoch", "Store", "distill"]
+
+STATISTICS = 1000  # images from which folded normalisation layers get their statistics
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Distilled:
+    """A student, and how it came about."""
+
+    module: nn.Module  # of the teacher's architecture, in eval mode
+    history: tuple[Epoch, ...]
+    watched: tuple[str, ...]  # empty for methods that look at answers only
+    best_epoch: int  # index in the history of the student that was kept
+    agreement: float  # percent of (at most 1,000 of) the images on which it answers as the teacher
+
+
+def distill(
+    loaded: Loaded,
+    images: Images,
+    spec: Sanitizer,
+    *,
+    seed: int,
+    store: Store | None = None,
+    progress: Progress = SILENT,
+) -> Distilled:
+    """A student of `loaded` that has seen neither its trigger nor any label.
+
+    Args:
+        images: Unlabelled; they need not be of the model's task.
+        store: Where an interrupted run has left what it had.
+
+    Raises:
+        PlanError: the model is of a form whose gradients or inner layers cannot be had.
+        UsageError: a pattern in `spec.watch` matches no layer.
+        InputError: an image is damaged or of the wrong size.
+        DivergedError: the loss left the finite numbers.
+    """
+    teacher = _teacher(loaded, spec)
+    watched = watched_layers(teacher, spec.watch, spec.deepest) if isinstance(spec, Asd) else ()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in teacher.parameters():
+        parameter.requires_grad_(False)
+    student = copy.deepcopy(teacher)
+    for parameter in student.parameters():
+        parameter.requires_grad_(True)
+    unlabelled = read_images(images, progress)
+    if loaded.format is not Format.TORCHSCRIPT:
+        revive(student, unlabelled.stream(STATISTICS))
+    if isinstance(spec, Bcu):
+        forget(student, forgetting(student, spec), generator)
+    course = Course(teacher, student, spec, watched, unlabelled, generator)
+    course.run(store, progress)
+    return Distilled(student, tuple(course.history), watched, course.best_epoch, course.agreement())
+
+
+def _teacher(loaded: Loaded, spec: Sanitizer) -> nn.Module:
+    """The model as a module through which gradients flow.
+
+    Raises:
+        PlanError: it is none, or `spec` needs layers that it does not show.
+    """
+    hint = "give the state dict that it was made from, with --arch or a model card"
+    model = loaded.content
+    if not isinstance(model, nn.Module):
+        raise PlanError(
+            f"model {loaded.origin.path}: {loaded.format.value} cannot be trained", hint=hint
+        )
+    if loaded.format is Format.TORCHSCRIPT and not isinstance(spec, Kd):
+        raise PlanError(
+            f"model {loaded.origin.path}: {spec.kind} needs the inner layers, which"
+            " TorchScript does not show",
+            hint=f"{hint}, or use --sanitizer kd",
+        )
+    if not any(parameter.is_floating_point() for parameter in model.parameters()):
+        raise PlanError(
+            f"model {loaded.origin.path}: has no weights that can be trained", hint=hint
+        )
+    if loaded.format is Format.TORCHSCRIPT:
+        return model.eval()
+    return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,0 +1,166 @@
+"""Distil a model file into a student file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import jit
+
+from qdeploy import __version__
+from qdeploy.data import Images, open_images
+from qdeploy.errors import UsageError
+from qdeploy.model import Architecture, DataUsed, Loaded
+from qdeploy.packages import installed_versions
+from qdeploy.pipeline import as_json, data_facts, facts_id
+from qdeploy.progress import Clock, Progress
+from qdeploy.rundir import PARTIAL, open_run, require_writable, set_aside, write_atomically
+from qdeploy.stages.distill import Distilled, distill
+from qdeploy.stages.load import load
+from qdeploy.student.cards import card_beside
+from qdeploy.student.curves import draw_distillation
+from qdeploy.student.order import StudentOrder
+from qdeploy.training.checkpoint import Checkpoint
+from qdeploy.training.write import write_script, write_state
+
+LOG, CURVES, CARD = ".json", ".svg", ".toml"  # beside the student, by its name
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """A student on disk, and what is known of it."""
+
+    path: Path
+    result: Distilled
+    images: DataUsed
+    kind: str  # of the sanitizer, with its schedule
+    seconds: float
+    written: tuple[Path, ...]
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """What a person wants to know, as pairs of a name and a text."""
+        result = self.result
+        best = result.history[result.best_epoch]
+        yield "student", str(self.path)
+        yield "made by", f"{self.kind}, {self.images.images} images"
+        yield "epochs", f"{len(result.history)}, kept number {result.best_epoch + 1}"
+        yield "KD loss", f"{best.kd:.4f}"
+        if result.watched:
+            yield "watched", ", ".join(result.watched)
+        yield "agreement", f"{result.agreement:.2f} % with the teacher on these images"
+        yield "seconds", f"{self.seconds:.1f}"
+        yield from (("wrote", str(path)) for path in self.written)
+        yield "next", "not judged: qdeploy sanitize quantizes and measures it"
+
+
+def make_student(order: StudentOrder, progress: Progress) -> Student:
+    """The student that `order` describes, with card, log and plot beside it.
+
+    Raises:
+        UsageError: the student would take its teacher's place, or nothing says what inputs are.
+        InputError: the model or an image is not valid.
+        PlanError: the model is of a form that cannot be distilled.
+        OutputError: a place cannot be written to.
+    """
+    began = time.monotonic()
+    _check_places(order)
+    clock = Clock(progress)
+    with clock.stage("load"):
+        images = open_images(order.images, order.sources.preprocessing)
+        images = images.sample(order.image_count, order.seed)
+        named = order.sources.architecture
+        architecture = Architecture(*named) if named else None
+        unsafe = order.run_code_from_model
+        loaded = load(order.sources.model, architecture, run_code_from_model=unsafe)
+    with clock.stage("data"):
+        digest = images.digest(images.fingerprints(progress))
+        used = DataUsed("distillation", images.name, len(images), digest, "command line")
+    with open_run(order.artifacts, _run_id(order, loaded, used)) as run:
+        store = Checkpoint(run.path / PARTIAL / "student.pt")
+        with clock.stage("distill"):
+            result = _distilled(order, loaded, images, store, progress)
+        seconds = time.monotonic() - began
+        log = as_json(_facts(order, loaded, used, result, seconds))
+        run.write("distill.json", log)
+        written = _deliver(order, result, log)
+        run.seal()
+    kind = f"{order.spec.kind}, schedule {order.spec.schedule}"
+    return Student(order.out, result, used, kind, seconds, written)
+
+
+def _distilled(
+    order: StudentOrder, loaded: Loaded, images: Images, store: Checkpoint, progress: Progress
+) -> Distilled:
+    return distill(loaded, images, order.spec, seed=order.seed, store=store, progress=progress)
+
+
+def _deliver(order: StudentOrder, result: Distilled, log: bytes) -> tuple[Path, ...]:
+    """Write card, log and plot, and the student last: there is none without them."""
+    beside: dict[Path, bytes] = {order.out.with_suffix(LOG): log}
+    card = card_beside(order.sources, order.out)
+    if card is not None:
+        place = order.out.with_suffix(CARD)
+        if place.exists() and place.read_bytes() != card:
+            set_aside(place)
+        beside[place] = card
+    curves = draw_distillation(result.history, result.best_epoch)
+    if curves is not None:
+        beside[order.out.with_suffix(CURVES)] = curves
+    for path, data in beside.items():
+        write_atomically(path, data)
+    if isinstance(result.module, jit.ScriptModule):
+        write_script(order.out, result.module)
+    else:
+        write_state(order.out, result.module)
+    return tuple(beside)
+
+
+def _check_places(order: StudentOrder) -> None:
+    model, out = order.sources.model, order.out
+    if out.suffix in {LOG, CURVES, CARD, ""}:
+        raise UsageError(f"--out {out}: give the student a name that ends in .pt")
+    if out.exists() and model.exists() and out.samefile(model):
+        raise UsageError(f"--out {out}: is the model itself", hint="give the student another name")
+    if order.sources.card_path is not None and model.with_suffix("") == out.with_suffix(""):
+        raise UsageError(
+            f"--out {out}: its card would take the place of the model's",
+            hint="give the student another name",
+        )
+    require_writable(out)
+
+
+def _run_id(order: StudentOrder, loaded: Loaded, used: DataUsed) -> str:
+    """A hash of everything that changes the student."""
+    return facts_id({**_asked(order, loaded), "data": data_facts((used,))})
+
+
+def _asked(order: StudentOrder, loaded: Loaded) -> dict[str, Any]:
+    card, named = order.sources.card, order.sources.architecture
+    return {
+        "model": loaded.origin.sha256,
+        "architecture": None if named is None else [named[0], dict(named[1])],
+        "input": None if card is None else card.input.model_dump(mode="json"),
+        "sanitizer": order.spec.model_dump(mode="json"),
+        "seed": order.seed,
+    }
+
+
+def _facts(
+    order: StudentOrder, loaded: Loaded, used: DataUsed, result: Distilled, seconds: float
+) -> dict[str, Any]:
+    """The log: what was asked, with what, and how it went."""
+    return {
+        "versions": {"qdeploy": __version__, **installed_versions()},
+        "command": order.command,
+        "path": str(order.sources.model),
+        **_asked(order, loaded),
+        "images": asdict(used),
+        "watched": result.watched,
+        "best_epoch": result.best_epoch,
+        "agreement": result.agreement,
+        "seconds": seconds,
+        "epochs": [asdict(epoch) for epoch in result.history],
+    }
