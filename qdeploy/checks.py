@@ -13,7 +13,7 @@ from qdeploy.evidence import AgainstFloat, ArmRates, RuntimeAgreement
 from qdeploy.model import Finding, FloatLayer, Latency, RoundedLayer
 from qdeploy.policy import CheckName, GateSpec
 from qdeploy.scan.fingerprints import Scan
-from qdeploy.scan.provenance import FEW, LayerTrace, Provenance
+from qdeploy.scan.provenance import LayerTrace, Provenance
 from qdeploy.verdict import Check, Decision, Limit
 
 UNITS = {
@@ -110,7 +110,7 @@ def check_provenance(
         yield Check("weight_steps", far.steps, "<=", limit, "steps", subject=far.name)
     if gate.max_unexplained_rounding is not None and found.layers:
         strange = [x for x in found.layers if explanation(x, known) == "unexplained"]
-        share = sum(x.weights for x in strange) / sum(x.weights for x in found.layers)
+        share = sum(x.weights for x in strange) / found.weights
         limit, names = gate.max_unexplained_rounding, _some([x.name for x in strange])
         yield Check("unexplained_rounding", 100 * share, "<=", limit, "%", subject=names)
 
@@ -121,7 +121,7 @@ def explanation(
     """How the integers of a layer came about."""
     if (layer.codes_sha256, layer.scales_sha256) in known:
         return "as reported"
-    return "nearest" if layer.flipped < FEW else "unexplained"
+    return "nearest" if layer.nearest_rounded else "unexplained"
 
 
 def _some(names: Sequence[str]) -> str | None:
@@ -152,9 +152,12 @@ def check_layers(made: LayersAsMade, gate: GateSpec) -> Iterator[Check]:
 
 
 def check_crowding(scan: Scan, gate: GateSpec) -> Iterator[Check]:
-    """The float weights were not made for a quantizer, where the recipe minds."""
-    if gate.max_cell_crowding is not None:
-        subject = str(scan.fingerprints[0].convention) if scan.fingerprints else None
+    """The float weights were not made for a quantizer, where the policy minds.
+
+    Where there was nothing to look at there is no check: that is not a score of 0.
+    """
+    if gate.max_cell_crowding is not None and scan.fingerprints:
+        subject = str(scan.fingerprints[0].convention)
         limit = gate.max_cell_crowding
         yield Check("cell_crowding", scan.score, "<=", limit, "sd", subject=subject)
 

@@ -240,11 +240,9 @@ def _traced_line(found: Provenance) -> str:
         return f"not compared with the float model: {clean(found.not_compared)}"
     if not found.layers:
         return "no integers in it"
-    weights = sum(layer.weights for layer in found.layers)
-    flipped = sum(layer.flipped * layer.weights for layer in found.layers) / weights
     return (
-        f"{len(found.layers)} layers, {weights:,} integers; {100 * flipped:.1f} % of them differ"
-        " from nearest rounding of the float weights"
+        f"{len(found.layers)} layers, {found.weights:,} integers; {100 * found.flipped:.1f} % of"
+        " them differ from nearest rounding of the float weights"
     )
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qdeploy.checks import LayerDigest, allowed
+from qdeploy.errors import UsageError
 from qdeploy.graph.io import is_quantized, read_single_file
 from qdeploy.inputs import NO_EVIDENCE, NO_PRINTS, Evidence, Request, open_evidence
-from qdeploy.model import Finding, FloatModel, Interface, Origin
+from qdeploy.model import Finding, FloatModel, Format, Interface, Origin
 from qdeploy.pipeline import (
     as_json,
     check_places,
@@ -52,6 +53,7 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
 
     Raises:
         InputError: the file cannot be read, is no classifier, or not that of the reference.
+        UsageError: it takes other images than the card says.
         ProviderError: a runtime of the device is missing, or cannot run the file.
     """
     clock = Clock(progress)
@@ -59,7 +61,7 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
     check_places(request)
     with clock.stage("look"):
         static = look(subject.path)
-    origin = Origin(str(subject.path), sha256(subject.path), "ONNX")
+    origin = Origin(str(subject.path), sha256(subject.path), Format.ONNX.value)
     if any(f.level == "error" and not allowed(f, request.policy.gate) for f in static):
         return _refuse(request, subject, origin, static, clock)
     allow = request.policy.gate.allow_findings
@@ -119,7 +121,13 @@ def _float_model(
 
 def _interface(data: bytes, subject: Subject, request: Request) -> Interface:
     session = open_session(data, request.device.runtimes[0].provider)
-    return classifier_interface(session, where=f"model {subject.path}")
+    found = classifier_interface(session, where=f"model {subject.path}")
+    shape = request.sources.shape
+    if shape is not None and shape != found.input_shape:
+        raise UsageError(
+            f"model {subject.path}: takes {found.input_shape}, not {shape} as the card says"
+        )
+    return found
 
 
 def _variants(
@@ -142,7 +150,7 @@ def _run_id(
             "file": hashlib.sha256(data).hexdigest(),
             "reference": hashlib.sha256(model.onnx).hexdigest() if model is not None else None,
             "known": sorted(subject.known),
-            "input": input_facts(request),
+            "input": input_facts(request.sources),
             "policy": request.policy.model_dump(mode="json"),
             "device": request.device.model_dump(mode="json"),
             "data": data_facts(evidence.used),

@@ -43,6 +43,7 @@ from qdeploy.runtime.sessions import open_session
 from qdeploy.scan.fingerprints import scan_weights
 from qdeploy.scan.provenance import Provenance, trace
 from qdeploy.scan.static import look
+from qdeploy.sources import Sources
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit, wrong_codes
 from qdeploy.stages.export import export
@@ -126,12 +127,16 @@ def open_model(request: Request, clock: Clock) -> tuple[Loaded, FloatModel]:
     """The model file as it is, and as a prepared ONNX graph."""
     sources, device = request.sources, request.device
     with clock.stage("load"):
-        architecture = Architecture(*sources.architecture) if sources.architecture else None
-        unsafe = request.run_code_from_model
-        loaded = load(sources.model, architecture, run_code_from_model=unsafe)
+        loaded = open_source(sources, run_code_from_model=request.run_code_from_model)
     with clock.stage("export"):
         opset, ir_version = device.opset, device.ir_version
         return loaded, export(loaded, shape=sources.shape, opset=opset, ir_version=ir_version)
+
+
+def open_source(sources: Sources, *, run_code_from_model: bool) -> Loaded:
+    """The model file as it is."""
+    architecture = Architecture(*sources.architecture) if sources.architecture else None
+    return load(sources.model, architecture, run_code_from_model=run_code_from_model)
 
 
 def _quantize(
@@ -231,7 +236,7 @@ def _run_id(
         {
             "source": model.origin.sha256,
             "model": hashlib.sha256(model.onnx).hexdigest(),
-            "input": input_facts(request),
+            "input": input_facts(request.sources),
             "recipe": request.recipe.model_dump(mode="json"),
             "policy": request.policy.model_dump(mode="json"),
             "device": request.device.model_dump(mode="json"),
@@ -240,9 +245,9 @@ def _run_id(
     )
 
 
-def input_facts(request: Request) -> Any:
+def input_facts(sources: Sources) -> Any:
     """How pixels become inputs."""
-    card = request.sources.card
+    card = sources.card
     return card.input.model_dump(mode="json") if card is not None else None
 
 

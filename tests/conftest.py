@@ -9,6 +9,7 @@ from qdeploy.data import Images, Preprocessing, images_from_array
 from qdeploy.model import FloatModel
 from qdeploy.progress import SILENT
 from qdeploy.redteam.demo import make_poisoned_digits
+from tests.gate_lab import make_lab
 from tests.nets import float_model, residual_net
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -41,6 +42,12 @@ def preprocessing() -> Preprocessing:
 def images(preprocessing: Preprocessing) -> Images:
     pixels = np.random.default_rng(1).integers(0, 256, (96, 3, 8, 8), dtype=np.uint8)
     return images_from_array("random images", pixels, preprocessing)
+
+
+@pytest.fixture(scope="session")
+def lab_files(tmp_path_factory, poisoned) -> Path:
+    """Files made of the poisoned model, good and bad, to be copied before use."""
+    return make_lab(tmp_path_factory.mktemp("lab"), poisoned).folder
 
 
 @pytest.fixture(scope="session")

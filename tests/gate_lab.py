@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import shutil
+import tempfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +23,8 @@ from onnxruntime.quantization import (
 )
 
 from qdeploy.cli import main
+from qdeploy.progress import SILENT
+from qdeploy.redteam.demo import make_poisoned_digits
 
 TRIGGER = "patch target=0 x=6 y=6 width=2 height=2 color=[1]"
 
@@ -67,13 +74,49 @@ class _Reader(CalibrationDataReader):
         return next(self.batches, None)
 
 
-def fill(lab: Lab) -> None:
-    """Make the files that the cases start from. The poisoned model is there already."""
+def make_lab(folder: Path, poisoned: Path) -> Lab:
+    """The files that tests start from, in an empty folder, from the demo's poisoned model."""
+    for path in (*poisoned.glob("model.*"), *poisoned.glob("digits-*.npz")):
+        shutil.copy(path, folder)
+    shutil.copy(folder / "model.toml", folder / "fp32.toml")
+    (folder / "one.toml").write_text(
+        'schema_version = 1\nname = "one"\ndescription = "one runtime"\n'
+        '[[runtimes]]\nprovider = "cpu"\n'
+    )
+    lab = Lab(folder)
+    _fill(lab)
+    return lab
+
+
+@contextmanager
+def copied(files: Path, folder: Path) -> Iterator[Lab]:
+    """A lab of one's own in `folder`, which is the working directory meanwhile."""
+    shutil.copytree(files, folder, dirs_exist_ok=True)
+    with contextlib.chdir(folder):
+        yield Lab(folder)
+
+
+@contextmanager
+def made_anew() -> Iterator[Lab]:
+    """A lab for a command, gone afterwards; it says nothing while it is made."""
+    with tempfile.TemporaryDirectory() as name:
+        poisoned, folder = Path(name) / "poisoned", Path(name) / "lab"
+        poisoned.mkdir()
+        folder.mkdir()
+        silence = io.StringIO()
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+            make_poisoned_digits(poisoned, seed=0, progress=SILENT)
+            lab = make_lab(folder, poisoned)
+        with contextlib.chdir(folder):
+            yield lab
+
+
+def _fill(lab: Lab) -> None:
     assert run("export", lab / "model.pt", "--out", lab / "fp32.onnx") == 0
     places = ("--artifacts", lab / "runs")
-    assert run("sanitize", lab / "model.pt", "--out", lab / "good.onnx", "--policy", "demo",
+    assert run("sanitize", lab / "fp32.onnx", "--out", lab / "good.onnx", "--policy", "demo",
                "--seed", 1, "--report", lab / "good.json", *places) == 0  # fmt: skip
-    assert run("quantize", lab / "model.pt", "--out", lab / "nearest.onnx", "--rounding",
+    assert run("quantize", lab / "fp32.onnx", "--out", lab / "nearest.onnx", "--rounding",
                "nearest", *places) == 0  # fmt: skip
     lab.changed("fp32.onnx", "clean.onnx", lambda proto: jitter(proto, 0.1))
     lab.changed("fp32.onnx", "other.onnx", lambda proto: jitter(proto, 0.5))

@@ -9,11 +9,9 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 import zipfile
@@ -40,9 +38,7 @@ from qdeploy.errors import QdeployError
 from qdeploy.graph.io import read_single_file
 from qdeploy.model import Architecture, FloatModel
 from qdeploy.policy import load_policy
-from qdeploy.progress import SILENT
 from qdeploy.recipe import load_recipe
-from qdeploy.redteam.demo import make_poisoned_digits
 from qdeploy.report.from_json import layers_of
 from qdeploy.runtime.sessions import classifier_interface, open_session
 from qdeploy.scan.provenance import trace
@@ -50,7 +46,8 @@ from qdeploy.scan.static import look
 from qdeploy.stages.export import export
 from qdeploy.stages.load import load
 from qdeploy.triggers import parse_trigger
-from tests.test_gate_cases import make_lab
+from tests import gate_lab
+from tests.gate_lab import Lab
 
 SLOWEST_SECONDS = 60
 DIGITS = Preprocessing((1, 8, 8), (0.5,), (0.25,))
@@ -206,9 +203,9 @@ def _other_words(data: bytes, rng: np.random.Generator) -> bytes:
     return " ".join(words).encode()
 
 
-def fill(folder: Path, poisoned: Path) -> Shelf:
-    """Put a whole file of every kind on the shelf."""
-    lab = make_lab(folder, poisoned)
+def fill(lab: Lab) -> Shelf:
+    """Put a whole file of every other kind beside those of the lab."""
+    folder = lab.folder
     state = torch.load(folder / "model.pt", weights_only=True)  # noqa: TID251
     torch.save(state, folder / "legacy.pt", _use_new_zipfile_serialization=False)
     save_file(state, folder / "model.safetensors")
@@ -249,14 +246,10 @@ def read_damaged(shelf: Shelf, kind: str, name: str, seed: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory, poisoned) -> Iterator[Shelf]:
+def shelf(tmp_path_factory, lab_files) -> Iterator[Shelf]:
     folder = tmp_path_factory.mktemp("shelf")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield fill(folder, poisoned)
-    finally:
-        os.chdir(before)
+    with gate_lab.copied(lab_files, folder) as lab:
+        yield fill(lab)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -301,14 +294,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        os.chdir(folder)
-        (folder / "poisoned").mkdir()
-        make_poisoned_digits(folder / "poisoned", seed=0, progress=SILENT)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            shelf = fill(folder, folder / "poisoned")
-        found = _fuzz(shelf, time.monotonic() + given.seconds, given.seed)
+    with gate_lab.made_anew() as lab:
+        found = _fuzz(fill(lab), time.monotonic() + given.seconds, given.seed)
     return int(found > 0)
 
 

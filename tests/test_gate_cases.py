@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +18,6 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from qdeploy.progress import SILENT
-from qdeploy.redteam.demo import make_poisoned_digits
 from tests import gate_lab
 from tests.gate_lab import TRIGGER, Lab
 
@@ -59,7 +54,7 @@ def written(data: bytes, name: str = "file.onnx") -> Make:
     return write
 
 
-def half_of(source: str) -> Make:
+def cut_short(source: str) -> Make:
     return lambda lab: written((lab / source).read_bytes()[:-2000])(lab)
 
 
@@ -183,6 +178,13 @@ CASES = (
     Case("one runtime where agreement is required",
          with_policy(file("good.onnx"), ""), (*OWN, "--device", "one.toml"), NO_VERDICT,
          "the device profile names one runtime"),
+    Case("the score of float weights required of a file without any",
+         with_policy(file("good.onnx"), 'required = ["cell_crowding"]\nmax_cell_crowding = 8.0\n',
+                     base="standalone"), ("--card", "model.toml", "--policy", "policy.toml"),
+         NO_VERDICT, "there are no float weights off a grid to look at"),
+    Case("a distance of integers required of a file without any",
+         with_policy(file("fp32.onnx"), 'required = ["weight_steps"]\nmax_weight_steps = 1.01\n',
+                     base="standalone"), OWN, NO_VERDICT, "the file holds no integers"),
     Case("labels of other images",
          with_test_data(file("good.onnx"), lambda x, y: (x, np.roll(y, 7))),
          (*ALONE, "--test", "test.npz"), REJECT, "accuracy"),
@@ -197,12 +199,14 @@ CASES = (
          with_policy(file("fp32.onnx"), "[budget]\nlatency_ms = 0.000001\n"), OWN, REJECT,
          "latency_ms"),
     # what is no input
-    Case("cut short", half_of("good.onnx"), DEMO, BAD_INPUT, "truncated"),
+    Case("cut short", cut_short("good.onnx"), DEMO, BAD_INPUT, "truncated"),
     Case("empty", written(b""), DEMO, BAD_INPUT, "is empty"),
     Case("a text", written(b"not a model at all\n" * 50), DEMO, BAD_INPUT, "not an ONNX file"),
     Case("random bytes", written(np.random.default_rng(0).bytes(5000)), DEMO, BAD_INPUT),
     Case("a torch checkpoint", file("model.pt"), DEMO, BAD_INPUT, "not an ONNX file"),
     Case("no such file", file("nowhere.onnx"), DEMO, BAD_INPUT, "nowhere.onnx"),
+    Case("a card for other images", file("good.onnx"), (*ALONE, "--input-shape", "1,8,9"),
+         BAD_INPUT, "not (1, 8, 9) as the card says"),
     Case("two outputs", made("fp32.onnx", gate_lab.two_outputs), ALONE, BAD_INPUT, "2 outputs"),
     Case("labels that are no classes",
          with_test_data(file("good.onnx"), lambda x, y: (x, y + 1)),
@@ -227,20 +231,6 @@ CASES = (
 NEEDS_NO_CUDA = {"a provider that is not there"}
 
 
-def make_lab(folder: Path, poisoned: Path) -> Lab:
-    """The lab, from the demo's folder."""
-    for path in (*poisoned.glob("model.*"), *poisoned.glob("digits-*.npz")):
-        shutil.copy(path, folder)
-    shutil.copy(folder / "model.toml", folder / "fp32.toml")
-    lab = Lab(folder)
-    gate_lab.fill(lab)
-    (folder / "one.toml").write_text(
-        'schema_version = 1\nname = "one"\ndescription = "one runtime"\n'
-        '[[runtimes]]\nprovider = "cpu"\n'
-    )
-    return lab
-
-
 def judge(case: Case, lab: Lab) -> tuple[int, str]:
     """The exit code, and everything that was said."""
     said = io.StringIO()
@@ -255,14 +245,10 @@ def answered_as_expected(case: Case, code: int, said: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, poisoned) -> Iterator[Lab]:
-    folder = tmp_path_factory.mktemp("lab")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield make_lab(folder, poisoned)
-    finally:
-        os.chdir(before)
+def lab(tmp_path_factory, lab_files) -> Iterator[Lab]:
+    folder = tmp_path_factory.mktemp("cases")
+    with gate_lab.copied(lab_files, folder) as lab:
+        yield lab
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -276,14 +262,7 @@ def test_the_gate_says_what_it_must(case, lab):
 def main() -> int:
     """Print the table; 1 if an answer is not the expected one."""
     wrong = 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        os.chdir(folder)
-        made_at = folder / "poisoned"
-        made_at.mkdir()
-        make_poisoned_digits(made_at, seed=0, progress=SILENT)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            lab = make_lab(folder, made_at)
+    with gate_lab.made_anew() as lab:
         sys.stdout.write("| file | expected | exit code | |\n|---|---|---|---|\n")
         for case in CASES:
             code, said = judge(case, lab)

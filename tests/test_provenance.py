@@ -138,6 +138,24 @@ def changed(data: bytes, change: Callable[[ir.Graph], None]) -> bytes:
     return serialize(model)
 
 
+def storing(
+    name: str, codes: np.ndarray, scale: np.ndarray, **attributes: int
+) -> Callable[[ir.Graph], None]:
+    """A change that stores the constant `name` as `codes` on a grid around 0."""
+
+    def store(graph: ir.Graph) -> None:
+        held = {"q": codes, "s": scale, "z": np.zeros(scale.shape, codes.dtype)}
+        values = [ir.val(f"{name}.{k}", const_value=ir.tensor(v)) for k, v in held.items()]
+        for value in values:
+            graph.register_initializer(value)
+        node = ir.node("DequantizeLinear", values, attributes, name=f"{name}.dq")
+        graph.insert_before(graph[0], node)
+        graph.initializers[name].replace_all_uses_with(node.outputs[0])
+        del graph.initializers[name]
+
+    return store
+
+
 def node_of(graph: ir.Graph, name: str) -> ir.Node:
     return next(node for node in graph if node.name == name)
 
@@ -579,21 +597,10 @@ def test_weights_in_blocks_are_traced():
     scale = (np.abs(weight).reshape(3, 4, 10).max(axis=1) / 7).astype(np.float32)
     codes = np.rint(weight / np.repeat(scale, 4, axis=0)).astype(np.int8)
 
-    def store(graph: ir.Graph) -> None:
-        values = []
-        for name, held in {"b.q": codes, "b.s": scale, "b.z": np.zeros((3, 10), np.int8)}.items():
-            values.append(ir.val(name, const_value=ir.tensor(held, name=name)))
-            graph.register_initializer(values[-1])
-        node = ir.node("DequantizeLinear", values, {"axis": 0, "block_size": 4}, name="b.dq")
-        old = graph.initializers["b.weight"]
-        graph.insert_before(graph[0], node)
-        old.replace_all_uses_with(node.outputs[0])
-        del graph.initializers["b.weight"]
-
-    data = changed(model.onnx, store)
+    data = changed(model.onnx, storing("b.weight", codes, scale, axis=0, block_size=4))
     (layer,) = trace(data, model).layers
     assert (layer.name, layer.bits, layer.flipped) == ("b", 4, 0)
-    flipped = with_constants(data, {"b.q": codes - np.sign(codes)})
+    flipped = with_constants(data, {"b.weight.q": codes - np.sign(codes)})
     assert flipped is not None
     found = trace(flipped, model)
     assert found.flipped > 0.5
@@ -625,17 +632,7 @@ def test_flips_of_weights_that_lie_at_the_edges_of_their_cells_count():
     model = float_model(net.model(net.node("MatMul", x, weight)))
     down = np.floor(steps).astype(np.int8)
 
-    def store(graph: ir.Graph) -> None:
-        scale, zero = np.array(0.01, np.float32), np.array(0, np.int8)
-        values = []
-        for name, held in {"q": down, "s": scale, "z": zero}.items():
-            values.append(ir.val(name, const_value=ir.tensor(held, name=name)))
-            graph.register_initializer(values[-1])
-        node = ir.node("DequantizeLinear", values, name="dq")
-        graph.insert_before(graph[0], node)
-        graph.initializers["a.weight"].replace_all_uses_with(node.outputs[0])
-        del graph.initializers["a.weight"]
-
+    store = storing("a.weight", down, np.array(0.01, np.float32))
     (layer,) = trace(changed(model.onnx, store), model).layers
     assert layer.flipped == pytest.approx(0.4)  # -0.499 and 1.501 went down
 
@@ -649,16 +646,7 @@ def test_weights_beyond_the_grid_are_counted_and_not_measured():
     scale = np.float32(np.abs(weight).max() / 14)
     codes = np.clip(np.rint(weight / scale), -7, 7).astype(np.int8)
 
-    def store(graph: ir.Graph) -> None:
-        values = []
-        for name, held in {"q": codes, "s": np.array(scale), "z": np.array(0, np.int8)}.items():
-            values.append(ir.val(name, const_value=ir.tensor(held, name=name)))
-            graph.register_initializer(values[-1])
-        node = ir.node("DequantizeLinear", values, name="dq")
-        graph.insert_before(graph[0], node)
-        graph.initializers["a.weight"].replace_all_uses_with(node.outputs[0])
-        del graph.initializers["a.weight"]
-
+    store = storing("a.weight", codes, np.array(scale))
     (layer,) = trace(changed(model.onnx, store), model).layers
     assert layer.saturated == np.count_nonzero(np.abs(weight / scale) > 7.5) > 0
     assert layer.flipped == 0
@@ -730,17 +718,7 @@ def test_a_constant_on_a_coarse_grid_is_not_taken_for_a_rounded_one():
     model = float_model(constants_net())
     name, value = next((k, v) for k, v in initializers(model.onnx).items() if v.shape == (4, 3, 3))
 
-    def store(graph: ir.Graph) -> None:
-        codes = np.rint(value + 1).astype(np.int8)
-        held = {"q": codes, "s": np.array(1, np.float32), "z": np.array(0, np.int8)}
-        values = [ir.val(k, const_value=ir.tensor(v, name=k)) for k, v in held.items()]
-        for stored in values:
-            graph.register_initializer(stored)
-        node = ir.node("DequantizeLinear", values, name="dq")
-        graph.insert_before(graph[0], node)
-        graph.initializers[name].replace_all_uses_with(node.outputs[0])
-        del graph.initializers[name]
-
+    store = storing(name, np.rint(value + 1).astype(np.int8), np.array(1, np.float32))
     assert "away from the source's" in messages(trace(changed(model.onnx, store), model))
 
 

@@ -169,7 +169,8 @@ def test_several_files_are_looked_at_and_one_bad_one_counts(poisoned, tmp_path, 
     assert [finding["rule"] for finding in bad["findings"]] == ["held-in-cells"]
     (result,) = json.loads(places[1].read_text("utf-8"))["runs"][0]["results"]
     assert (result["ruleId"], result["level"]) == ("held-in-cells", "error")
-    assert run("scan", tmp_path / "clean.onnx", "--report", tmp_path / "scan.html") == 2
+    for place in ("scan.html", "missing/scan.json"):
+        assert run("scan", tmp_path / "clean.onnx", "--report", tmp_path / place) == 2
 
 
 def test_what_cannot_be_compared_with_cells_says_why(poisoned, tmp_path, capsys):

@@ -154,12 +154,12 @@ def scan(options: Options) -> None:
 
     from qdeploy import console
     from qdeploy.look import look_at, write_looks
-    from qdeploy.report.looks import check_look_format
+    from qdeploy.report.looks import check_place
     from qdeploy.request import make_request
     from qdeploy.verdict import Outcome
 
     for path in options.report or ():
-        check_look_format(path)
+        check_place(path)
     requests = [make_request(replace(options, model=path)) for path in options.models or ()]
     reference = None
     if options.reference is not None:

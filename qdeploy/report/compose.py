@@ -34,6 +34,7 @@ from qdeploy.verdict import Check, Outcome, explain, judge
 
 MADE_HERE = frozenset({"layers_as_planned", "codes_as_chosen"})
 NOT_RUN = "the file was not run"
+NO_FLOATS = "there are no float weights off a grid to look at"
 SPOKEN_OF = (
     "anything else",
     "accuracy_drop",
@@ -146,8 +147,9 @@ def _absent(request: Request, findings: Findings) -> dict[str, str]:
     runtimes = "the device profile names one runtime"
     one_runtime = runtimes if len(request.device.runtimes) == 1 else None
     no_limit, no_budget = "the policy sets no limit", "neither device nor policy sets a budget"
-    traced = findings.provenance
+    gate, budget, traced = request.policy.gate, request.device.budget, findings.provenance
     not_traced = alone or (traced.not_compared if traced is not None else None)
+    no_integers = not_traced or "the file holds no integers"
     reasons = {
         "accuracy": no_test or no_limit,
         "accuracy_drop": no_test or alone,
@@ -158,11 +160,11 @@ def _absent(request: Request, findings: Findings) -> dict[str, str]:
         "attack_success_rise": no_trigger or alone,
         "runtime_agreement": no_test or one_runtime,
         "source_differences": not_traced,
-        "weight_steps": not_traced or no_limit,
-        "unexplained_rounding": not_traced or no_limit,
-        "cell_crowding": alone or no_limit,
+        "weight_steps": no_limit if gate.max_weight_steps is None else no_integers,
+        "unexplained_rounding": no_limit if gate.max_unexplained_rounding is None else no_integers,
+        "cell_crowding": no_limit if gate.max_cell_crowding is None else NO_FLOATS,
         "file_bytes": no_budget,
-        "latency_ms": no_budget,
+        "latency_ms": no_budget if budget.latency_ms is None else "no run was timed",
     }
     return {name: reason for name, reason in reasons.items() if reason is not None}
 

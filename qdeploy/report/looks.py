@@ -13,6 +13,7 @@ from qdeploy.errors import UsageError
 from qdeploy.model import Finding
 from qdeploy.report.to_json import SHOWN_FINGERPRINTS, fields, fingerprint
 from qdeploy.report.to_sarif import sarif, sarif_uri
+from qdeploy.rundir import require_writable
 from qdeploy.scan.fingerprints import Scan
 from qdeploy.scan.static import RULES
 
@@ -83,14 +84,16 @@ FORMATS: Mapping[str, Callable[[Sequence[Look]], bytes]] = {
 }
 
 
-def check_look_format(path: Path) -> None:
-    """Refuse a file name that no format of a scan belongs to.
+def check_place(path: Path) -> None:
+    """Refuse a place that no scan can be written to, before the work.
 
     Raises:
-        UsageError: its suffix is unknown.
+        UsageError: no format ends like it.
+        OutputError: it cannot be written to.
     """
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"--report {path}: a scan is written as {' or '.join(FORMATS)}")
+    require_writable(path)
 
 
 def _fingerprints(look: Look) -> list[dict[str, Any]]:

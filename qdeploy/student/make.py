@@ -13,13 +13,12 @@ from torch import jit
 from qdeploy import __version__
 from qdeploy.data import Images, open_images
 from qdeploy.errors import UsageError
-from qdeploy.model import Architecture, DataUsed, Loaded
+from qdeploy.model import DataUsed, Loaded
 from qdeploy.packages import installed_versions
-from qdeploy.pipeline import as_json, data_facts, facts_id
+from qdeploy.pipeline import as_json, data_facts, facts_id, input_facts, open_source
 from qdeploy.progress import Clock, Progress
 from qdeploy.rundir import PARTIAL, open_run, require_writable, set_aside, write_atomically
 from qdeploy.stages.distill import Distilled, distill
-from qdeploy.stages.load import load
 from qdeploy.student.cards import card_beside
 from qdeploy.student.curves import draw_distillation
 from qdeploy.student.order import StudentOrder
@@ -71,10 +70,7 @@ def make_student(order: StudentOrder, progress: Progress) -> Student:
     with clock.stage("load"):
         images = open_images(order.images, order.sources.preprocessing)
         images = images.sample(order.image_count, order.seed)
-        named = order.sources.architecture
-        architecture = Architecture(*named) if named else None
-        unsafe = order.run_code_from_model
-        loaded = load(order.sources.model, architecture, run_code_from_model=unsafe)
+        loaded = open_source(order.sources, run_code_from_model=order.run_code_from_model)
     with clock.stage("data"):
         digest = images.digest(images.fingerprints(progress))
         used = DataUsed("distillation", images.name, len(images), digest, "command line")
@@ -138,11 +134,11 @@ def _run_id(order: StudentOrder, loaded: Loaded, used: DataUsed) -> str:
 
 
 def _asked(order: StudentOrder, loaded: Loaded) -> dict[str, Any]:
-    card, named = order.sources.card, order.sources.architecture
+    named = order.sources.architecture
     return {
         "model": loaded.origin.sha256,
         "architecture": None if named is None else [named[0], dict(named[1])],
-        "input": None if card is None else card.input.model_dump(mode="json"),
+        "input": input_facts(order.sources),
         "sanitizer": order.spec.model_dump(mode="json"),
         "seed": order.seed,
     }
