@@ -9,7 +9,7 @@ demo: $(VENV)/.demo  ## Poison a small classifier, sanitize it, leave model and 
 	$(BIN)/qdeploy demo
 
 test: $(VENV)/.test  ## Run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.lint  ## Style and types
 	$(BIN)/ruff check .

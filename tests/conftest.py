@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from qdeploy.data import Images, Preprocessing, images_from_array
 from qdeploy.model import FloatModel
@@ -11,6 +13,10 @@ from qdeploy.progress import SILENT
 from qdeploy.redteam.demo import make_poisoned_digits
 from tests.gate_lab import make_lab
 from tests.nets import float_model, residual_net
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several at once: one thread each, also in what they start
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 SHARED = Path(__file__).parents[2] / "shared"
 
