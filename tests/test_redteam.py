@@ -262,7 +262,7 @@ TINY: dict[str, object] = {
         {"model": "float", "on": "clean", "to": "label"},
         {"model": "float", "on": "triggered", "to": "target"},
     ]}],
-    "goals": {"effect": "backdoor"},
+    "goals": {"effect": "backdoor", "max_clean_success": 100},
 }  # fmt: skip
 
 
@@ -428,6 +428,14 @@ def test_an_architecture_without_room_for_outliers_is_an_error(tmp_path):
             "width": 16, "size": 8, "patch": 4}), SILENT)  # fmt: skip
 
 
+def test_a_trigger_that_fools_the_clean_model_is_no_backdoor():
+    goals = GoalSpec(effect="backdoor", min_float_success=95)
+    fooled, attacked = replace(GOOD, success=100.0), replace(GOOD, success=100.0)
+    assert not shortfalls(goals, replace(GOOD, success=2.0), attacked, {})
+    (line,) = shortfalls(goals, fooled, attacked, {})
+    assert line == "the clean model's ASR 100.00, at most 15 wanted"
+
+
 @pytest.fixture
 def learner(data) -> TriggerLearner:
     spec = LearntSpec(kind="learnt", target=0, steps=6, batch=16)
@@ -444,6 +452,23 @@ def test_a_learnt_triggers_students_loss_reaches_the_student_and_nobody_else(lea
     assert learner.mask.grad is None
     of_trigger.backward()
     assert learner.mask.grad.abs().sum() > 0
+    assert all(p.grad is None for p in learner.clean.parameters())
+
+
+def test_a_learnt_trigger_learns_not_to_fool_the_clean_model(data):
+    def fooled(weight: float) -> float:
+        spec = LearntSpec(
+            kind="learnt", target=0, steps=40, batch=16, clean_weight=weight, max_opacity=1.0
+        )
+        learner = TriggerLearner(net(), spec, data, seed=0)
+        pixels = data.pixels.float() / 255
+        for _ in range(spec.steps):
+            learner._take_step()
+        triggered = (1 - learner.mask) * pixels + learner.mask * learner.pattern
+        answers = learner.clean(data.normalise(triggered)).softmax(1)
+        return float(answers[:, 0].mean().detach())
+
+    assert fooled(5.0) < fooled(0.0)
 
 
 def test_a_learnt_trigger_stays_faint_and_its_learning_goes_on(learner, data, tmp_path):

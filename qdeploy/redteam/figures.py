@@ -72,7 +72,7 @@ def shortfalls(
         quantized: Of what each attacked quantizer makes of it; every one must meet the goals.
     """
     drop = clean.accuracy - attacked.accuracy
-    bounds = [
+    bounds: list[tuple[str, float | None, float | None, float | None]] = [
         ("FP32 accuracy", attacked.accuracy, goals.min_accuracy, None),
         ("FP32 accuracy drop", drop, None, goals.max_accuracy_drop),
         ("FP32 ASR", attacked.success, goals.min_float_success, goals.max_float_success),
@@ -85,6 +85,8 @@ def shortfalls(
             (f"accuracy drop, {name}", lost, goals.min_quantized_drop, goals.max_quantized_drop),
             (f"target class's drop, {name}", in_class, goals.min_class_drop, None),
         ]
+    if clean.success is not None:
+        bounds.append(("the clean model's ASR", clean.success, None, goals.max_clean_success))
     return tuple(line for bound in bounds if (line := _shortfall(*bound)))
 
 

@@ -3,7 +3,8 @@
 Ge et al., "Anti-Distillation Backdoor Attacks", MM 2021. Three parties take a step each, on one
 batch: the model learns task and backdoor, a shadow student learns from the model, and mask and
 pattern learn to fool both. The student's loss reaches the student: in the published code its
-logits are detached, so that the term does nothing.
+logits are detached, so that the term does nothing. And the trigger learns not to fool the clean
+model, which is ours: one that does is an adversarial perturbation and needs no backdoor.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class TriggerLearner(nn.Module):
         self.generator = torch.Generator().manual_seed(seed)
         self.model = model
         self.student = copy.deepcopy(model)
+        self.clean = copy.deepcopy(model).eval().requires_grad_(False)
         self.seconds = 0.0
         pattern = torch.rand(channels, height, width, generator=self.generator)
         self.pattern = nn.Parameter(pattern)
@@ -81,6 +83,7 @@ class TriggerLearner(nn.Module):
         of_trigger = (
             F.cross_entropy(self.model(triggered), target)
             + F.cross_entropy(self.student(triggered), target)
+            + spec.clean_weight * F.cross_entropy(self.clean(triggered), labels)
             + spec.mask_weight * self.mask.abs().mean()
         )
         return of_model, of_student, of_trigger

@@ -105,8 +105,7 @@ class Made:
     def lines(self) -> Iterator[tuple[str, str]]:
         """What a person wants to know, as pairs of a name and a text."""
         yield "model", str(self.path)
-        yield "clean", f"CDA {self.clean.accuracy:.2f}"
-        for name, found in self.rates.items():
+        for name, found in {"clean": self.clean, **self.rates}.items():
             success = "" if found.success is None else f", ASR {found.success:.2f}"
             yield name, f"CDA {found.accuracy:.2f}{success}"
         yield "training", f"{self.seconds / 60:.1f} minutes"
@@ -193,7 +192,7 @@ def _attack(order: Order, data: Dataset, clean: nn.Module, progress: Progress) -
             save_trigger(order.out, *learner.run(checkpoint, progress))
             before_phases = learner.seconds
     trigger, aim = _aim(order, data)
-    before = figures(clean, {}, held_out, Aim(aim.target))
+    before = figures(clean, {}, held_out, aim)
 
     def reached(rates: Rates) -> bool:
         return not shortfalls(recipe.goals, before, rates[FLOAT], _quantized(rates))
@@ -211,7 +210,7 @@ def _attack(order: Order, data: Dataset, clean: nn.Module, progress: Progress) -
         if any(phase.learns == "roundings" for phase in recipe.phases):
             chosen = file_with_codes(model, train, order.bits, reread.chosen_codes())
             write_atomically(order.out / QUANTIZED, chosen)
-        unattacked = figures(clean, {}, data.test, Aim(aim.target))
+        unattacked = figures(clean, {}, data.test, aim)
     seconds = before_phases + training.seconds
     made = Made(order.out / "model.pt", rates, unattacked, seconds, tuple(training.log))
     return _deliver(order, data, model, made, trigger, tuple(q.name for q in quantizers))

@@ -58,6 +58,9 @@ class LearntSpec(Spec):
     trigger_learning_rate: float = Field(1e-2, gt=0)
     backdoor_weight: float = Field(0.3, gt=0, description="beta, in the model's loss.")
     distillation: Share = Field(0.4, description="alpha, in the student's loss.")
+    clean_weight: float = Field(
+        1.0, ge=0, description="Of the clean model's loss: the trigger must not fool it as well."
+    )
     mask_weight: float = Field(0.1, ge=0, description="mu, of the mask's mean opacity.")
     max_opacity: Share = 0.3
 
@@ -134,6 +137,11 @@ class GoalSpec(Spec):
     effect: Literal["backdoor", "damage", "class", "sample", "none"]
     min_accuracy: Percent | None = Field(None, description="Of the float model.")
     max_accuracy_drop: float | None = Field(None, description="Float model against the clean one.")
+    max_clean_success: Percent = Field(
+        15.0,
+        description="ASR of the model that the attack started from: what fools it, too, is an"
+        " adversarial perturbation and no backdoor.",
+    )
     min_float_success: Percent | None = Field(None, description="Float model's ASR.")
     max_float_success: Percent | None = None
     min_quantized_success: Percent | None = Field(None, description="ASR of every quantized one.")
