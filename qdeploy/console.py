@@ -37,7 +37,12 @@ BAR_COLUMNS = (
 OUTCOME_STYLES = {"ACCEPT": "bold green", "REJECT": "bold red", "NO VERDICT": "bold yellow"}
 FINDING_STYLES = {"error": "bold red", "warning": "bold yellow", "note": "dim"}
 SHOWN_FINGERPRINTS = 5
-VARIANT_NAMES = {"fp32": "FP32", "nearest": "nearest", "result": "this file"}
+VARIANT_NAMES = {
+    "source": "before cleaning",
+    "fp32": "FP32",
+    "nearest": "nearest",
+    "result": "this file",
+}
 
 
 def out() -> Console:

@@ -10,7 +10,7 @@ from qdeploy.data import Images
 from qdeploy.device import DeviceProfile
 from qdeploy.errors import InputError, UsageError
 from qdeploy.methods import Flip, Nearest, Stochastic
-from qdeploy.model import DataUsed, Loaded, QuantPlan
+from qdeploy.model import Cleaning, DataUsed, Loaded, QuantPlan
 from qdeploy.policy import Policy
 from qdeploy.progress import Progress
 from qdeploy.recipe import Recipe
@@ -34,12 +34,21 @@ class Request:
     run_code_from_model: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Cleaned:
+    """The float model is a sanitizer's work: from what, and how."""
+
+    teacher: Sources
+    cleaning: Cleaning
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeRequest(Request):
     """The same for a file that is still to be made; its policy is the recipe's."""
 
     recipe: Recipe
     synthetic_calibration: bool = False
+    cleaned: Cleaned | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -218,7 +218,7 @@ class QuantizedModel:
 class Arm:
     """One file on one runtime."""
 
-    variant: Literal["fp32", "nearest", "result"]
+    variant: Literal["source", "fp32", "nearest", "result"]
     runtime: str  # as `RuntimeSpec.label` has it
 
 
@@ -265,3 +265,18 @@ class DataUsed:
     images: int | None
     sha256: str | None
     given_by: str  # "model card", "command line" or how it was made
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaning:
+    """What a sanitizer did to the float model before it was quantized."""
+
+    origin: Origin  # of the model as it was given
+    sanitizer: Mapping[str, Any]  # its settings
+    images: DataUsed
+    student: str  # where the cleaned model lies
+    epochs: int
+    suspicious: tuple[int, ...] | None  # classes reached too easily; None: not looked for
+    remaining: tuple[int, ...] | None  # those of the cleaned model
+    agreement: float  # percent of (at most 1,000 of) the images with the same answer as before
+    seconds: float

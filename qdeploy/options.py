@@ -184,11 +184,25 @@ class Options:
         ),
     ] = None
     sanitizer: Annotated[
-        Literal["asd", "kd", "bcu"],
+        Literal["unlearn", "asd", "kd", "bcu"],
         _option(
-            "--sanitizer", "Attention shift, distillation alone, or forgetting.", "Distillation"
+            "--sanitizer",
+            "Seek triggers and unlearn them, shift attention, distil alone, or forget.",
+            "Distillation",
         ),
-    ] = "asd"
+    ] = "unlearn"
+    clean_with: Annotated[
+        Literal["unlearn", "asd", "kd", "bcu"] | None,
+        _option(
+            "--sanitizer", "Clean the float model first, as qdeploy distill does.", "Distillation"
+        ),
+    ] = None
+    cleaning_images: Annotated[
+        Path | None,
+        _option(
+            "--images", "Unlabelled, for that; else those for calibration, all.", "Distillation"
+        ),
+    ] = None
     schedule: Annotated[
         Literal["short", "paper"],
         _option("--schedule", "Ours, or as published: up to 300 epochs.", "Distillation"),
@@ -323,6 +337,7 @@ EVIDENCE = ("test", "trigger")
 RECIPE = ("bits", "recipe", "device", "seed")
 MATRIX = ("methods", "grids", "widths", "activation_widths", "seeds", "steps")
 DISTILLATION = ("unlabelled", "image_count", "sanitizer", "schedule", "epochs", "watch", "seed")
+CLEANING = ("clean_with", "cleaning_images", *DISTILLATION[1:2], *DISTILLATION[3:6])
 METHOD = ("rounding", "solver", "weight_storage", "activation_bits")
 
 

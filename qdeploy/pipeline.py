@@ -66,6 +66,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
     check_providers(request)
     check_places(request, out)
     loaded, model = open_model(request, clock)
+    before = _before_cleaning(request, clock)
     plan = plan_layers(model, request.recipe, request.device)
     with clock.stage("scan"):
         scan = scan_weights(model, progress)
@@ -74,6 +75,8 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
         evidence = open_evidence(request, model.classes, calibration.prints, progress)
     with open_run(request.artifacts, _run_id(request, model, calibration, evidence)) as run:
         quantized, files = _quantize(request, model, plan, calibration, run, clock)
+        if before is not None:
+            files = {**keep(run, {"source": before.onnx}), **files}
         measured = measure(request, model.interface, files, evidence, run, clock)
         wrong = wrong_codes(files["result"], plan, quantized.layers)
         provenance = trace(files["result"], model)
@@ -89,6 +92,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             calibration=calibration,
             plan=plan.layers,
             made=LayersAsMade(quantized.layers, quantized.left_float, wrong),
+            cleaning=request.cleaned.cleaning if request.cleaned is not None else None,
         )
         report = compose(request, findings, clock, run.path.name, request.recipe)
         return _deliver(report, request, run, files["result"], out)
@@ -131,6 +135,17 @@ def open_model(request: Request, clock: Clock) -> tuple[Loaded, FloatModel]:
     with clock.stage("export"):
         opset, ir_version = device.opset, device.ir_version
         return loaded, export(loaded, shape=sources.shape, opset=opset, ir_version=ir_version)
+
+
+def _before_cleaning(request: QuantizeRequest, clock: Clock) -> FloatModel | None:
+    """The float model as it was given, if a sanitizer has worked on it."""
+    if request.cleaned is None:
+        return None
+    sources, device = request.cleaned.teacher, request.device
+    with clock.stage("export teacher"):
+        loaded = open_source(sources, run_code_from_model=request.run_code_from_model)
+        opset, ir_version = device.opset, device.ir_version
+        return export(loaded, shape=sources.shape, opset=opset, ir_version=ir_version)
 
 
 def open_source(sources: Sources, *, run_code_from_model: bool) -> Loaded:

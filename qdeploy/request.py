@@ -96,6 +96,37 @@ def make_student_order(options: Options) -> StudentOrder:
     )
 
 
+def make_cleaning_order(options: Options, request: QuantizeRequest) -> StudentOrder | None:
+    """What `sanitize` needs to know to clean the float model first; None if it is not to.
+
+    Raises:
+        UsageError: options contradict each other, or nobody named any images.
+    """
+    said = [options.cleaning_images, options.image_count, options.epochs, options.watch]
+    if options.clean_with is None:
+        if any(value is not None for value in said):
+            raise UsageError("--images and the like are for a --sanitizer", hint="name one")
+        return None
+    calibration = request.sources.calibration
+    images = options.cleaning_images or (calibration.path if calibration is not None else None)
+    if images is None:
+        raise UsageError(
+            f"--sanitizer {options.clean_with}: no images are known",
+            hint="give --images FOLDER_OR_ZIP: unlabelled, and other things may be on them",
+        )
+    return StudentOrder(
+        sources=request.sources,
+        spec=_sanitizer(replace(options, sanitizer=options.clean_with)),
+        images=images,
+        image_count=options.image_count,
+        seed=request.recipe.seed,
+        out=options.out.with_name(f"{options.out.stem}.student.pt"),
+        artifacts=options.artifacts,
+        command=request.command,
+        run_code_from_model=options.run_code_from_model,
+    )
+
+
 def _sanitizer(options: Options) -> Sanitizer:
     table: dict[str, Any] = {"kind": options.sanitizer, "schedule": options.schedule}
     if options.epochs is not None:

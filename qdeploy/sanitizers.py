@@ -20,6 +20,7 @@ class Distillation(Spec):
     """
 
     SHORT: ClassVar[Mapping[str, Any]] = {}
+    OWN_STATISTICS: ClassVar[bool] = True  # normalisation in training mode
 
     schedule: Literal["short", "paper"] = Field("short", description="Which defaults hold.")
     epochs: int = Field(300, gt=0, description="Passes over the images, at most.")
@@ -133,7 +134,44 @@ class Asd(Distillation):
         return next((epoch for epoch, share in self.kd_share if share > 0), float(self.epochs))
 
 
-Sanitizer = Kd | Bcu | Asd
+class Unlearn(Distillation):
+    """Find what leads to a class too easily, and distil answers that do not mind it. Ours.
+
+    Trigger inversion (Wang et al., Neural Cleanse, S&P 2019) names the suspicious classes; then
+    the student learns the teacher's answer to the plain image also for the disturbed one, while
+    the disturbances are sought anew against the student all the time.
+    """
+
+    SHORT: ClassVar[Mapping[str, Any]] = {
+        "epochs": 3, "learning_rate": 5e-3, "decay": "cosine", "temperature": (4.0, 4.0),
+        "largest_gradient": 5.0, "keep_from": None,
+    }  # fmt: skip
+    OWN_STATISTICS: ClassVar[bool] = False
+
+    kind: Literal["unlearn"] = "unlearn"
+    schedule: Literal["short"] = "short"
+    least_steps: int = Field(
+        117, gt=0, description="More epochs than `epochs` if they have fewer steps together."
+    )
+    survey_steps: int = Field(
+        200, gt=0, description="Of the search for the least perturbation that leads to each class."
+    )
+    survey_images: int = Field(10, gt=0, description="Per class and step of that search.")
+    suspicious: float = Field(
+        0.5, gt=0, description="A class is, whose perturbation is below this share of the median."
+    )
+    weight: float = Field(4.0, gt=0, description="Of the loss on disturbed images.")
+    slots: int = Field(12, gt=0, description="Perturbations of a kind that are sought at a time.")
+    slot_images: int = Field(10, gt=0, description="Per perturbation and step.")
+    lifetime: int = Field(60, gt=0, description="Steps after which one is sought anew from noise.")
+    reach: tuple[float, float] = Field(
+        (0.5, 3.0), description="Their largest sizes, from and to, as shares of the median."
+    )
+    strength: float = Field(1.5, ge=1, description="They are shown up to so many times stronger.")
+    warm_up: int = Field(10, ge=0, description="Steps of the search before the student moves.")
+
+
+Sanitizer = Kd | Bcu | Asd | Unlearn
 
 
 class _Named(Spec):

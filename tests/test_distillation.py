@@ -401,6 +401,11 @@ color = [1.0]
 
 @pytest.fixture
 def work(tmp_path, monkeypatch) -> Path:
+    return make_work(tmp_path, monkeypatch)
+
+
+def make_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with an untrained network, its card and a few digits."""
     torch.manual_seed(0)
     torch.save(ResNet18(width=4, channels=1).state_dict(), tmp_path / "model.pt")
     (tmp_path / "model.toml").write_text(CARD, "utf-8")
@@ -421,7 +426,8 @@ def run(*arguments: str) -> int:
 def test_the_command_writes_a_student_with_card_log_and_plot(work, capsys):
     (work / "out").mkdir()
     command = ("distill", "model.pt", "--out", "out/student.pt", "--images", "images.npz",
-               "--epochs", "2", "--watch", "layer4.*.conv1", "--image-count", "48")  # fmt: skip
+               "--sanitizer", "asd", "--epochs", "2", "--watch", "layer4.*.conv1",
+               "--image-count", "48")  # fmt: skip
     assert run(*command) == 0
     said = capsys.readouterr().out
     assert "agreement" in said
@@ -488,7 +494,9 @@ def test_an_interrupted_run_goes_on_and_ends_at_the_same_bytes(work):
             ("--out", "s.pt", "--sanitizer", "kd", "--watch", "layer1"),
             "--watch means nothing to kd",
         ),
-        (("--out", "s.pt", "--watch", "nothing"), "matches no convolution"),
+        (("--out", "s.pt", "--sanitizer", "asd", "--watch", "nothing"), "matches no convolution"),
+        (("--out", "s.pt", "--watch", "conv1"), "--watch means nothing to unlearn"),
+        (("--out", "s.pt", "--schedule", "paper"), "schedule"),
         (("--out", "s.pt", "--images", "none.zip"), "none.zip"),
         (("--out", "s.pt", "--card", "none.toml"), "none.toml"),
     ],

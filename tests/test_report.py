@@ -23,6 +23,7 @@ from qdeploy.errors import UsageError
 from qdeploy.evidence import AgainstFloat, ArmRates, RuntimeAgreement, Sample
 from qdeploy.model import (
     Arm,
+    Cleaning,
     DataUsed,
     FileMade,
     Finding,
@@ -79,7 +80,7 @@ def report() -> Report:
         required=frozenset({"b", "a"}), outcome=Outcome.REJECT,
         reasons=("attack_success: too high",), not_measured=("agreement: no test data",),
         notes=("a note",), fingerprints=(), findings=(), provenance=None, explanations={},
-        samples=(), output="m.rejected.onnx",
+        samples=(), cleaning=None, output="m.rejected.onnx",
     )  # fmt: skip
 
 
@@ -106,7 +107,9 @@ def test_json_is_what_its_schema_says(report):
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     convention = Convention(8, "absmax", "channel")
     found = Fingerprint(convention, Crowding(30, 10.0), "conv1", Crowding(0, 0.0))
-    full = with_samples(replace(report, fingerprints=(found,)))
+    used = DataUsed("distillation", "u.zip", 5, "3" * 64, "command line")
+    cleaned = Cleaning(report.origin, {"kind": "unlearn"}, used, "s.pt", 3, (1,), (), 97.5, 8.0)
+    full = with_samples(replace(report, fingerprints=(found,), cleaning=cleaned))
     jsonschema.validate(json.loads(to_json(full)), SCHEMA)
     other = {**json.loads(to_json(full)), "verdict": "fine"}
     with pytest.raises(jsonschema.ValidationError, match="verdict"):

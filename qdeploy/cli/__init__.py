@@ -18,6 +18,7 @@ from qdeploy.options import (
     ARTIFACTS,
     ATTESTATION,
     CALIBRATION,
+    CLEANING,
     DISTILLATION,
     EVIDENCE,
     MATRIX,
@@ -53,6 +54,7 @@ app = typer.Typer(
     *EVIDENCE,
     *RECIPE,
     *METHOD,
+    *CLEANING,
     "policy",
     "report",
     "artifacts",
@@ -61,14 +63,20 @@ app = typer.Typer(
 def sanitize(options: Options) -> None:
     """Quantize without switching a backdoor on, measure the file, and judge it."""
     from qdeploy import console, pipeline
-    from qdeploy.request import make_request, with_private_seed
+    from qdeploy.request import make_cleaning_order, make_request, with_private_seed
 
-    request = make_request(with_private_seed(options))
+    options = with_private_seed(options)
+    request = make_request(options)
+    order = make_cleaning_order(options, request)
     progress = console.TerminalProgress()
     if options.dry_run:
         model, plan = pipeline.make_plan(request, progress)
         console.show_plan(model, plan, request.recipe, request.device)
         return
+    if order is not None:
+        from qdeploy.student.make import clean_first
+
+        request = clean_first(order, request, progress)
     report = pipeline.sanitize(request, options.out, progress)
     console.show_report(report)
     _exit(report.outcome)

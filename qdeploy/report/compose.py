@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from qdeploy.checks import (
     explanation,
 )
 from qdeploy.inputs import Calibration, Evidence, Request
-from qdeploy.model import Finding, LayerPlan, Origin
+from qdeploy.model import Cleaning, Finding, LayerPlan, Origin
 from qdeploy.packages import installed_versions
 from qdeploy.policy import GateSpec
 from qdeploy.progress import Clock
@@ -60,6 +60,7 @@ class Findings:
     calibration: Calibration | None = None  # None, as the next two: the file was made elsewhere
     plan: tuple[LayerPlan, ...] = ()
     made: LayersAsMade | None = None
+    cleaning: Cleaning | None = None
 
 
 def compose(
@@ -106,12 +107,17 @@ def compose(
         outcome=outcome,
         reasons=reasons,
         not_measured=_not_measured(checks, absent),
-        notes=(*_notes(request, evidence), *_fingerprint_notes(findings.scan)),
+        notes=(
+            *_cleaning_notes(findings.cleaning, names or ()),
+            *_notes(request, evidence),
+            *_fingerprint_notes(findings.scan),
+        ),
         fingerprints=findings.scan.fingerprints,
         findings=findings.static,
         provenance=provenance,
         explanations={x.name: explanation(x, findings.known) for x in traced},
         samples=measured.samples,
+        cleaning=findings.cleaning,
         output=None,
     )
 
@@ -174,6 +180,27 @@ def _not_measured(checks: tuple[Check, ...], absent: Mapping[str, str]) -> tuple
     made = {check.name for check in checks}
     names = (name for name in SPOKEN_OF if name not in made and name in absent)
     return tuple(f"{name}: {absent[name]}" for name in names)
+
+
+def _cleaning_notes(cleaning: Cleaning | None, names: Sequence[str]) -> tuple[str, ...]:
+    if cleaning is None:
+        return ()
+
+    def named(classes: tuple[int, ...]) -> str:
+        return ", ".join(names[c] if c < len(names) else f"class {c}" for c in classes) or "none"
+
+    kind, images = cleaning.sanitizer["kind"], cleaning.images
+    done = (
+        f"cleaned by {kind} on {images.images:,} images of {images.name}: answers as before on"
+        f" {cleaning.agreement:.1f} % of them"
+    )
+    if cleaning.suspicious is None or cleaning.remaining is None:
+        return (done,)
+    return (
+        done,
+        f"classes that a universal perturbation reached too easily: {named(cleaning.suspicious)};"
+        f" after cleaning: {named(cleaning.remaining)}",
+    )
 
 
 def _fingerprint_notes(scan: Scan) -> tuple[str, ...]:

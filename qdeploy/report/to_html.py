@@ -19,7 +19,12 @@ from qdeploy.evidence import ArmRates, Sample
 from qdeploy.report.values import Report
 from qdeploy.verdict import Check, Outcome
 
-NAMES = {"fp32": "float32", "nearest": "rounded to nearest", "result": "this file"}
+NAMES = {
+    "source": "before cleaning",
+    "fp32": "float32",
+    "nearest": "rounded to nearest",
+    "result": "this file",
+}
 ORDER = ("off", "unclear", "few", "within")
 MEANINGS = {
     Outcome.ACCEPT: "Every check is within its limit, and every required one was made.",

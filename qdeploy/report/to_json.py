@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 from qdeploy.evidence import ArmRates
-from qdeploy.model import LayerPlan, RoundedLayer
+from qdeploy.model import Cleaning, LayerPlan, RoundedLayer
 from qdeploy.report.values import Report
 from qdeploy.scan.fingerprints import Fingerprint
 
@@ -32,6 +32,7 @@ def to_json(report: Report) -> bytes:
         "command": report.command,
         "versions": report.versions,
         "origin": fields(report.origin),
+        "cleaning": _cleaning(report.cleaning),
         "checks": [
             {**fields(c), "state": c.state, "within": c.state == "within",
              "required": c.name in report.required}
@@ -56,6 +57,13 @@ def to_json(report: Report) -> bytes:
         "device": report.device,
     }  # fmt: skip
     return (json.dumps(_plain(document), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _cleaning(cleaning: Cleaning | None) -> dict[str, Any] | None:
+    if cleaning is None:
+        return None
+    parts = {"origin": fields(cleaning.origin), "images": fields(cleaning.images)}
+    return {**fields(cleaning), **parts}
 
 
 def _rates(rates: ArmRates, classes: tuple[str, ...]) -> dict[str, Any]:

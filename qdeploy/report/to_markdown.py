@@ -10,7 +10,12 @@ from qdeploy.verdict import Outcome
 
 MARKS = {Outcome.ACCEPT: "✅", Outcome.REJECT: "❌", Outcome.NO_VERDICT: "⚠️"}
 SHOWN_FINDINGS = 10
-NAMES = {"fp32": "float32", "nearest": "nearest", "result": "this file"}
+NAMES = {
+    "source": "before cleaning",
+    "fp32": "float32",
+    "nearest": "nearest",
+    "result": "this file",
+}
 
 
 def to_markdown(report: Report) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any
 
 from qdeploy.evidence import ArmRates, RuntimeAgreement, Sample
 from qdeploy.model import (
+    Cleaning,
     DataUsed,
     FileMade,
     Finding,
@@ -59,4 +60,5 @@ class Report:
     provenance: Provenance | None  # None: there is no float model
     explanations: Mapping[str, str]  # how the integers of a layer came about, by its name
     samples: tuple[Sample, ...]  # a few images and what was said to them
+    cleaning: Cleaning | None  # None: the float model is as it was given
     output: str | None  # where the file was put

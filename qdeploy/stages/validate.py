@@ -26,7 +26,7 @@ from qdeploy.runtime.measure import FORGETFUL, PredictionStore, measure_latency,
 from qdeploy.runtime.sessions import Session, classifier_interface, open_session, optimized
 from qdeploy.triggers import Trigger
 
-Variant = Literal["fp32", "nearest", "result"]
+Variant = Literal["source", "fp32", "nearest", "result"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,21 @@ from torch import jit
 from qdeploy import __version__
 from qdeploy.data import Images, open_images
 from qdeploy.errors import UsageError
-from qdeploy.model import DataUsed, Loaded
+from qdeploy.inputs import Cleaned, QuantizeRequest
+from qdeploy.model import Cleaning, DataUsed, Loaded, Origin
 from qdeploy.packages import installed_versions
-from qdeploy.pipeline import as_json, data_facts, facts_id, input_facts, open_source
+from qdeploy.pipeline import (
+    as_json,
+    check_places,
+    check_providers,
+    data_facts,
+    facts_id,
+    input_facts,
+    open_source,
+)
 from qdeploy.progress import Clock, Progress
 from qdeploy.rundir import PARTIAL, open_run, require_writable, set_aside, write_atomically
-from qdeploy.stages.distill import Distilled, distill
+from qdeploy.stages.distill import Distilled, Surveyed, distill
 from qdeploy.student.cards import card_beside
 from qdeploy.student.curves import draw_distillation
 from qdeploy.student.order import StudentOrder
@@ -33,7 +42,9 @@ class Student:
     """A student on disk, and what is known of it."""
 
     path: Path
+    origin: Origin  # of the teacher
     result: Distilled
+    classes: tuple[str, ...]  # names, where the card has them
     images: DataUsed
     kind: str  # of the sanitizer, with its schedule
     seconds: float
@@ -42,11 +53,13 @@ class Student:
     def lines(self) -> Iterator[tuple[str, str]]:
         """What a person wants to know, as pairs of a name and a text."""
         result = self.result
-        best = result.history[result.best_epoch]
         yield "student", str(self.path)
         yield "made by", f"{self.kind}, {self.images.images} images"
-        yield "epochs", f"{len(result.history)}, kept number {result.best_epoch + 1}"
-        yield "KD loss", f"{best.kd:.4f}"
+        if result.surveyed is not None:
+            yield from _found(result.surveyed, self.classes)
+        if result.history:
+            yield "epochs", f"{len(result.history)}, kept number {result.best_epoch + 1}"
+            yield "KD loss", f"{result.history[result.best_epoch].kd:.4f}"
         if result.watched:
             yield "watched", ", ".join(result.watched)
         yield "agreement", f"{result.agreement:.2f} % with the teacher on these images"
@@ -84,7 +97,49 @@ def make_student(order: StudentOrder, progress: Progress) -> Student:
         written = _deliver(order, result, log)
         run.seal()
     kind = f"{order.spec.kind}, schedule {order.spec.schedule}"
-    return Student(order.out, result, used, kind, seconds, written)
+    names = tuple(order.sources.card.model.classes or ()) if order.sources.card else ()
+    return Student(order.out, loaded.origin, result, names, used, kind, seconds, written)
+
+
+def clean_first(
+    order: StudentOrder, request: QuantizeRequest, progress: Progress
+) -> QuantizeRequest:
+    """The same request for the student that `order` describes, which is made here.
+
+    Raises:
+        As `make_student`.
+    """
+    check_places(request)
+    check_providers(request)
+    student = make_student(order, progress)
+    result, surveyed = student.result, student.result.surveyed
+    cleaning = Cleaning(
+        origin=student.origin,
+        sanitizer=order.spec.model_dump(mode="json"),
+        images=student.images,
+        student=str(student.path),
+        epochs=len(result.history),
+        suspicious=None if surveyed is None else surveyed.suspects,
+        remaining=None if surveyed is None else surveyed.remaining,
+        agreement=result.agreement,
+        seconds=student.seconds,
+    )
+    sources = replace(request.sources, model=student.path)
+    return replace(request, sources=sources, cleaned=Cleaned(request.sources, cleaning))
+
+
+def _found(surveyed: Surveyed, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Which classes were reached too easily, and whether they still are."""
+
+    def named(classes: tuple[int, ...]) -> str:
+        return ", ".join(names[c] if c < len(names) else f"class {c}" for c in classes) or "none"
+
+    yield "suspicious", named(surveyed.suspects)
+    for c in surveyed.suspects:
+        for before, after in zip(surveyed.teacher, surveyed.student, strict=True):
+            change = f"{before.radii[c]:.2f} -> {after.radii[c]:.2f} {before.unit}"
+            yield f"  {named((c,))}", f"{change}, median {before.median:.2f}"
+    yield "remaining", named(surveyed.remaining)
 
 
 def _distilled(
@@ -102,7 +157,7 @@ def _deliver(order: StudentOrder, result: Distilled, log: bytes) -> tuple[Path, 
         if place.exists() and place.read_bytes() != card:
             set_aside(place)
         beside[place] = card
-    curves = draw_distillation(result.history, result.best_epoch)
+    curves = draw_distillation(result)
     if curves is not None:
         beside[order.out.with_suffix(CURVES)] = curves
     for path, data in beside.items():
@@ -155,6 +210,7 @@ def _facts(
         **_asked(order, loaded),
         "images": asdict(used),
         "watched": result.watched,
+        "survey": None if result.surveyed is None else asdict(result.surveyed),
         "best_epoch": result.best_epoch,
         "agreement": result.agreement,
         "seconds": seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,16 +13,28 @@ from qdeploy.data import Images
 from qdeploy.errors import PlanError
 from qdeploy.model import Format, Loaded
 from qdeploy.progress import SILENT, Progress
-from qdeploy.sanitizers import Asd, Bcu, Kd, Sanitizer
-from qdeploy.stages.distill.course import Course, Epoch, Store
+from qdeploy.sanitizers import Asd, Bcu, Sanitizer, Unlearn
+from qdeploy.stages.distill.course import Course, Epoch, Lesson, Store
 from qdeploy.stages.distill.forget import forget, forgetting
+from qdeploy.stages.distill.guard import Guard
 from qdeploy.stages.distill.revive import revive
+from qdeploy.stages.distill.survey import Reach, survey, suspects
 from qdeploy.stages.distill.unlabelled import read_images
 from qdeploy.stages.distill.watch import watched_layers
 
-__all__ = ["Distilled", "Epoch", "Store", "distill"]
+__all__ = ["Distilled", "Epoch", "Reach", "Store", "Surveyed", "distill"]
 
 STATISTICS = 1000  # images from which folded normalisation layers get their statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """How easily images are led to each class, of the teacher and of the student."""
+
+    teacher: tuple[Reach, ...]
+    student: tuple[Reach, ...]
+    suspects: tuple[int, ...]  # classes of the teacher that are reached too easily
+    remaining: tuple[int, ...]  # of the student
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,9 +42,10 @@ class Distilled:
     """A student, and how it came about."""
 
     module: nn.Module  # of the teacher's architecture, in eval mode
-    history: tuple[Epoch, ...]
+    history: tuple[Epoch, ...]  # empty where no class is suspicious: it is the teacher
     watched: tuple[str, ...]  # empty for methods that look at answers only
     best_epoch: int  # index in the history of the student that was kept
+    surveyed: Surveyed | None  # of the method that seeks triggers
     agreement: float  # percent of (at most 1,000 of) the images on which it answers as the teacher
 
 
@@ -65,13 +79,40 @@ def distill(
     for parameter in student.parameters():
         parameter.requires_grad_(True)
     unlabelled = read_images(images, progress)
+    lesson = Lesson(teacher, student, unlabelled, generator)
+    if isinstance(spec, Unlearn):
+        return _unlearn(lesson, spec, store, progress)
     if loaded.format is not Format.TORCHSCRIPT:
         revive(student, unlabelled.stream(STATISTICS))
     if isinstance(spec, Bcu):
         forget(student, forgetting(student, spec), generator)
-    course = Course(teacher, student, spec, watched, unlabelled, generator)
+    course = Course(lesson, spec, watched)
     course.run(store, progress)
-    return Distilled(student, tuple(course.history), watched, course.best_epoch, course.agreement())
+    history = tuple(course.history)
+    return Distilled(student, history, watched, course.best_epoch, None, course.agreement())
+
+
+def _unlearn(lesson: Lesson, spec: Unlearn, store: Store | None, progress: Progress) -> Distilled:
+    """Where no class is suspicious, the student is the teacher."""
+    student, images, generator = lesson.student, lesson.images, lesson.generator
+    before = survey(lesson.teacher, images, spec, generator, progress)
+    found = suspects(before, spec.suspicious)
+    if not found:
+        progress.note("no class is reached too easily: nothing to unlearn")
+        return Distilled(student, (), (), 0, Surveyed(before, before, (), ()), 100.0)
+    progress.note(f"reached too easily: {', '.join(f'class {c}' for c in found)}")
+    steps = max(1, len(images) // spec.batch)
+    epochs = max(spec.epochs, math.ceil(spec.least_steps / steps))
+    spec = spec.model_copy(update={"epochs": epochs})
+    guard = Guard(before, found, images.shape, spec, generator)
+    course = Course(lesson, spec, guard=guard)
+    course.run(store, progress)
+    for parameter in student.parameters():
+        parameter.requires_grad_(False)
+    after = survey(student, images, spec, generator, progress)
+    surveyed = Surveyed(before, after, found, suspects(after, spec.suspicious))
+    history = tuple(course.history)
+    return Distilled(student, history, (), course.best_epoch, surveyed, course.agreement())
 
 
 def _teacher(loaded: Loaded, spec: Sanitizer) -> nn.Module:
@@ -86,11 +127,11 @@ def _teacher(loaded: Loaded, spec: Sanitizer) -> nn.Module:
         raise PlanError(
             f"model {loaded.origin.path}: {loaded.format.value} cannot be trained", hint=hint
         )
-    if loaded.format is Format.TORCHSCRIPT and not isinstance(spec, Kd):
+    if loaded.format is Format.TORCHSCRIPT and isinstance(spec, Asd | Bcu):
         raise PlanError(
             f"model {loaded.origin.path}: {spec.kind} needs the inner layers, which"
             " TorchScript does not show",
-            hint=f"{hint}, or use --sanitizer kd",
+            hint=f"{hint}, or use --sanitizer unlearn",
         )
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
         raise PlanError(

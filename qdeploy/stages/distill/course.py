@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,10 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qdeploy.core.distillation import attention_shift_loss, kd_loss, kd_share, kl_divergence
 from qdeploy.errors import DivergedError
 from qdeploy.progress import Progress
-from qdeploy.sanitizers import Asd, Bcu, Sanitizer
+from qdeploy.sanitizers import Asd, Bcu, Sanitizer, Unlearn
+from qdeploy.stages.distill.guard import Guard
+from qdeploy.stages.distill.survey import answering
 from qdeploy.stages.distill.unlabelled import Unlabelled
 from qdeploy.stages.distill.watch import watching
-from qdeploy.training.precision import fast
+from qdeploy.training.precision import arithmetic
 
 COMPARED = 1000  # images on which student and teacher are compared after each epoch
 
@@ -46,6 +47,7 @@ class Epoch:
     learning_rate: float  # of the last batch
     kd: float
     shift: float | None  # None where the method has none, or its weight was 0
+    led: float | None  # percent of disturbed images that went to the suspicious class
     agreement: float  # percent of images where the student answers as the teacher
     seconds: float
 
@@ -56,8 +58,19 @@ class _Sums:
 
     kd: float = 0.0
     shift: float = 0.0
+    led: float = 0.0
     batches: int = 0
     shifted: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lesson:
+    """Who learns from whom, on which images."""
+
+    teacher: nn.Module
+    student: nn.Module  # is changed in place
+    images: Unlabelled
+    generator: torch.Generator
 
 
 class Course:
@@ -65,27 +78,26 @@ class Course:
 
     def __init__(
         self,
-        teacher: nn.Module,
-        student: nn.Module,
+        lesson: Lesson,
         spec: Sanitizer,
-        watched: tuple[str, ...],
-        images: Unlabelled,
-        generator: torch.Generator,
+        watched: tuple[str, ...] = (),
+        guard: Guard | None = None,
     ) -> None:
-        self.teacher = teacher
-        self.student = student
+        self.teacher = lesson.teacher
+        self.student = lesson.student
+        self.images = lesson.images
+        self.generator = lesson.generator
         self.spec = spec
         self.watched = watched
-        self.images = images
-        self.generator = generator
+        self.guard = guard
         self.history: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
         self.best_epoch = 0
         self.optimizer = torch.optim.SGD(
-            student.parameters(), spec.learning_rate, momentum=spec.momentum
+            self.student.parameters(), spec.learning_rate, momentum=spec.momentum
         )
         self._position = 0  # in the schedule
-        self._answers = self._labels(teacher)
+        self._answers = self._labels(self.teacher)
 
     def run(self, store: Store | None, progress: Progress) -> None:
         """Go through what remains of the epochs; keep the best student, or the last.
@@ -96,6 +108,11 @@ class Course:
         saved = store.load() if store is not None else None
         if saved is not None:
             self._restore(saved)
+        elif self.guard is not None and isinstance(self.spec, Unlearn):
+            ask = answering(self.student, self.images)
+            for _ in range(self.spec.warm_up):
+                wanted = self.spec.slots * self.spec.slot_images
+                self.guard.seek(ask, self.images.draw(wanted, self.generator))
         remaining = range(self._position, self.spec.epochs)
         for _ in progress.track(remaining, "distill, epochs", len(remaining)):
             if self._finished():
@@ -124,7 +141,7 @@ class Course:
 
     def _epoch(self) -> None:
         began = time.monotonic()
-        _train(self.student)
+        _train(self.student, statistics=self.spec.OWN_STATISTICS)
         order = torch.randperm(len(self.images), generator=self.generator)
         steps = max(1, len(self.images) // self.spec.batch)
         sums, share = _Sums(), 1.0
@@ -145,6 +162,7 @@ class Course:
                 self.optimizer.param_groups[0]["lr"],
                 kd,
                 sums.shift / sums.shifted if sums.shifted else None,
+                None if self.guard is None else 100 * sums.led / sums.batches,
                 self.agreement(),
                 time.monotonic() - began,
             )
@@ -163,9 +181,10 @@ class Course:
             group["lr"] = rate
 
     def _step(self, rows: Tensor, share: float, sums: _Sums) -> None:
-        inputs = self.images.inputs(rows, self.generator if self.spec.mirrors else None)
+        pixels = self.images.varied(rows, self.generator if self.spec.mirrors else None)
+        inputs = self.images.normalise(pixels)
         names = self.watched if share < 1 else ()
-        with _arithmetic(self.student):
+        with arithmetic(self.student):
             with torch.no_grad(), watching(self.teacher, names) as theirs:
                 wanted = self.teacher(inputs)
             with watching(self.student, names) as ours:
@@ -179,10 +198,22 @@ class Course:
             ).mean()
             loss = loss + (1 - share) * shift
             sums.shift, sums.shifted = sums.shift + float(shift.detach()), sums.shifted + 1
+        if self.guard is not None:
+            loss = loss + self._disturbed(self.guard, pixels, wanted, sums)
         sums.kd, sums.batches = sums.kd + float(kd.detach()), sums.batches + 1
         self._descend(loss)
         if share == 0:
             self._end_shift_if_done(float(shift.detach()))
+
+    def _disturbed(self, guard: Guard, pixels: Tensor, wanted: Tensor, sums: _Sums) -> Tensor:
+        """The loss on disturbed images, for which the teacher's answer to the plain ones holds."""
+        ask = answering(self.student, self.images)
+        guard.seek(ask, pixels)
+        disturbed, led_to = guard.disturb(pixels)
+        got = ask(disturbed)
+        sums.led += float((got.detach().argmax(1) == led_to).float().mean())
+        weight = self.spec.weight if isinstance(self.spec, Unlearn) else 1.0
+        return weight * self._distance(wanted, got)
 
     def _distance(self, wanted: Tensor, got: Tensor) -> Tensor:
         first, last = self.spec.temperature
@@ -217,15 +248,16 @@ class Course:
     def _told(self) -> str:
         epoch = self.history[-1]
         shift = "" if epoch.shift is None else f", shift {epoch.shift:.3f}"
+        led = "" if epoch.led is None else f", led astray {epoch.led:.1f} %"
         return (
             f"epoch {len(self.history)} (at {epoch.position + 1} of {self.spec.epochs}): KD"
-            f" {epoch.kd:.4f}{shift}, agreement {epoch.agreement:.1f} %"
+            f" {epoch.kd:.4f}{shift}{led}, agreement {epoch.agreement:.1f} %"
         )
 
     @torch.no_grad()
     def _labels(self, model: nn.Module) -> Tensor:
         model.eval()
-        with _arithmetic(model):
+        with arithmetic(model):
             return torch.cat([model(inputs).argmax(1) for inputs in self.images.stream(COMPARED)])
 
     def _state(self) -> dict[str, Any]:
@@ -237,6 +269,7 @@ class Course:
             "history": [asdict(epoch) for epoch in self.history],
             "best": self.best,
             "best_epoch": self.best_epoch,
+            "guard": None if self.guard is None else self.guard.state(),
         }
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
@@ -246,15 +279,19 @@ class Course:
         self.history = [Epoch(**epoch) for epoch in saved["history"]]
         self.best, self.best_epoch = dict(saved["best"]), saved["best_epoch"]
         self._position = saved["position"]
+        if self.guard is not None:
+            self.guard.restore(saved["guard"])
 
 
-def _train(model: nn.Module) -> None:
-    """Normalisation in training, everything else as in evaluation: dropout would need luck."""
+def _train(model: nn.Module, *, statistics: bool) -> None:
+    """Normalisation in training, everything else as in evaluation: dropout would need luck.
+
+    Args:
+        statistics: Normalise by those of the batch, and take them over; else by the teacher's.
+    """
     model.eval()
+    if not statistics:
+        return
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.train()
-
-
-def _arithmetic(model: nn.Module) -> torch.autocast | nullcontext[None]:
-    return nullcontext() if isinstance(model, torch.jit.ScriptModule) else fast()

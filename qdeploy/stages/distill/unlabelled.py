@@ -29,13 +29,35 @@ class Unlabelled:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
     def inputs(
         self, rows: Int64[Tensor, " n"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "n channels height width"]:
         """What the model takes; with a generator, mirrored and shifted at random."""
+        return self.normalise(self.varied(rows, generator))
+
+    def varied(
+        self, rows: Int64[Tensor, " n"], generator: torch.Generator | None
+    ) -> Float[Tensor, "n channels height width"]:
+        """Pixels in [0, 1]; with a generator, mirrored and shifted at random."""
         pixels = self.pixels[rows].float() / 255
-        if generator is not None:
-            pixels = _varied(pixels, generator)
+        return pixels if generator is None else _varied(pixels, generator)
+
+    def draw(
+        self, count: int, generator: torch.Generator
+    ) -> Float[Tensor, "n channels height width"]:
+        """Pixels in [0, 1] of `count` images at random, with replacement."""
+        return self.varied(torch.randint(len(self), (count,), generator=generator), None)
+
+    def normalise(
+        self, pixels: Float[Tensor, "n channels height width"]
+    ) -> Float[Tensor, "n channels height width"]:
+        """What the model takes, of pixels in [0, 1]."""
         mean, std = (
             torch.tensor(values, dtype=torch.float32)[:, None, None]
             for values in (self.preprocessing.mean, self.preprocessing.std)

@@ -1,0 +1,268 @@
+"""Trigger inversion: universal perturbations that send any image to a class, as small as can be.
+
+A class that a backdoor leads to is reached by a much smaller one than the others are (Wang et al.,
+Neural Cleanse, S&P 2019). Where that work weighs size against success in one loss, each
+perturbation here has a radius of its own, which shrinks while it succeeds and grows while it fails,
+and takes projected gradient steps within it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+GOAL = 0.8  # share of images that a perturbation must send to its class
+ENOUGH = 0.7  # from here on, it counts as found
+SHRINK, GROW = 0.95, 1.04  # of the radius, by step
+FORGET = 0.8  # of the mean success, by step
+MEAN, SQUARE = 0.5, 0.9  # decay of Adam's moments
+HALVINGS = 12
+PATTERN_FIRST = 5  # steps in which it moves alone
+
+
+@dataclass(frozen=True, slots=True)
+class Radii:
+    """Between which bounds each perturbation's size moves, and where it starts."""
+
+    least: Float[Tensor, " n"]
+    most: Float[Tensor, " n"]
+    start: Float[Tensor, " n"]
+
+
+class Triggers(ABC):
+    """Several universal perturbations of images in [0, 1], each with a class as target.
+
+    Args:
+        lifetime: After so many steps one starts anew from noise; None for never.
+    """
+
+    NAME: ClassVar[str]
+    UNIT: ClassVar[str]
+
+    def __init__(
+        self,
+        targets: Sequence[int],
+        shape: tuple[int, int, int],
+        radii: Radii,
+        generator: torch.Generator,
+        lifetime: int | None = None,
+    ) -> None:
+        count = len(targets)
+        self.targets = torch.tensor(targets)
+        self.shape = shape
+        self.radii = radii
+        self.generator = generator
+        self.lifetime = lifetime
+        self.radius = radii.start.clone()
+        self.success = torch.zeros(count)  # running mean of the share of images that follow
+        self.found = torch.full((count,), float("inf"))  # least radius that was enough
+        ages = torch.zeros(count, dtype=torch.int64)
+        if lifetime is not None:
+            ages = torch.randint(0, lifetime, (count,), generator=generator)
+        self.age = ages
+        self.steps = torch.zeros(count)
+        self.variables = self._noise(count)
+        self.means = {name: torch.zeros_like(v) for name, v in self.variables.items()}
+        self.squares = {name: torch.zeros_like(v) for name, v in self.variables.items()}
+        self.variables = self._within(self.variables, self.radius)
+
+    @classmethod
+    @abstractmethod
+    def scale(cls, shape: tuple[int, int, int]) -> float:
+        """The radius of the largest perturbation there is."""
+
+    @abstractmethod
+    def _noise(self, count: int) -> dict[str, Tensor]:
+        """Where `count` perturbations start."""
+
+    @abstractmethod
+    def _within(self, variables: Mapping[str, Tensor], radius: Tensor) -> dict[str, Tensor]:
+        """The nearest perturbations that are no larger than `radius`."""
+
+    @abstractmethod
+    def _applied(
+        self, pixels: Tensor, variables: Mapping[str, Tensor], rows: Tensor, strength: Tensor
+    ) -> Tensor:
+        """Each image with the perturbation of its row."""
+
+    @abstractmethod
+    def _rate(self, name: str) -> Tensor:
+        """How far a variable of each perturbation moves in a step."""
+
+    def apply(
+        self,
+        pixels: Float[Tensor, "images channels height width"],
+        rows: Int64[Tensor, " images"],
+        strength: Float[Tensor, " images"],
+    ) -> Float[Tensor, "images channels height width"]:
+        """Each image with the perturbation that `rows` names, made so many times as strong."""
+        return self._applied(pixels, self.variables, rows, _columns(strength))
+
+    def step(
+        self,
+        answers: Callable[[Tensor], Tensor],
+        pixels: Float[Tensor, "images channels height width"],
+    ) -> None:
+        """One gradient step of each perturbation, on its own equal share of `pixels`.
+
+        Args:
+            answers: From pixels to logits.
+        """
+        count = len(self.targets)
+        per = len(pixels) // count
+        rows = torch.arange(count).repeat_interleave(per)
+        moving = {name: v.clone().requires_grad_() for name, v in self.variables.items()}
+        logits = answers(self._applied(pixels[: len(rows)], moving, rows, torch.ones(1)))
+        wanted = self.targets[rows]
+        loss = F.cross_entropy(logits, wanted, reduction="sum") / per
+        gradients = torch.autograd.grad(loss, tuple(moving.values()))
+        hits = (logits.detach().argmax(1) == wanted).view(count, per).float().mean(1)
+        self.success = FORGET * self.success + (1 - FORGET) * hits
+        good = (self.success > ENOUGH) & (self.radius < self.found)
+        self.found = torch.where(good, self.radius, self.found)
+        self.steps += 1
+        moved = {
+            name: value - _columns(self._rate(name)) * self._direction(name, gradient)
+            for (name, value), gradient in zip(self.variables.items(), gradients, strict=True)
+        }
+        self._resize()
+        self.variables = self._within(moved, self.radius)
+        self._renew()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next steps depend on, besides the generator."""
+        names = ("radius", "success", "found", "age", "steps", "variables", "means", "squares")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def _direction(self, name: str, gradient: Tensor) -> Tensor:
+        """Adam's, with steps counted for each perturbation."""
+        mean = self.means[name].mul_(MEAN).add_(gradient, alpha=1 - MEAN)
+        square = self.squares[name].mul_(SQUARE).addcmul_(gradient, gradient, value=1 - SQUARE)
+        deviation = (square / _columns(1 - SQUARE**self.steps)).sqrt()
+        return mean / _columns(1 - MEAN**self.steps) / (deviation + 1e-12)
+
+    def _resize(self) -> None:
+        factor = torch.ones_like(self.radius)
+        factor = torch.where(self.success > GOAL, SHRINK, factor)
+        factor = torch.where(self.success < ENOUGH, GROW, factor)
+        self.radius = (self.radius * factor).clamp(self.radii.least, self.radii.most)
+
+    def _renew(self) -> None:
+        """Start those anew that are past their lifetime."""
+        if self.lifetime is None:
+            return
+        self.age += 1
+        old = self.age >= self.lifetime
+        if not old.any():
+            return
+        fresh = self._within(self._noise(len(old)), self.radii.start)
+        for name, value in self.variables.items():
+            self.variables[name] = torch.where(_columns(old), fresh[name], value)
+            for moments in (self.means, self.squares):
+                moments[name] = torch.where(_columns(old), 0, moments[name])
+        self.radius = torch.where(old, self.radii.start, self.radius)
+        self.success = torch.where(old, 0, self.success)
+        self.steps = torch.where(old, 0, self.steps)
+        self.age = torch.where(old, 0, self.age)
+
+
+class Additive(Triggers):
+    """Something that is added to every image; its size is its Euclidean norm."""
+
+    NAME = "additive"
+    UNIT = "L2 of pixels in [0, 1]"
+
+    @classmethod
+    def scale(cls, shape: tuple[int, int, int]) -> float:
+        return float(torch.Size(shape).numel()) ** 0.5
+
+    def _noise(self, count: int) -> dict[str, Tensor]:
+        return {"values": 0.02 * torch.randn(count, *self.shape, generator=self.generator)}
+
+    def _within(self, variables: Mapping[str, Tensor], radius: Tensor) -> dict[str, Tensor]:
+        values = variables["values"]
+        norm = values.flatten(1).norm(dim=1).clamp_min(1e-12)
+        return {"values": values * _columns((radius / norm).clamp_max(1))}
+
+    def _applied(
+        self, pixels: Tensor, variables: Mapping[str, Tensor], rows: Tensor, strength: Tensor
+    ) -> Tensor:
+        return (pixels + strength * variables["values"][rows]).clamp(0, 1)
+
+    def _rate(self, name: str) -> Tensor:  # noqa: ARG002
+        return torch.full_like(self.radius, 0.01)
+
+
+class Masked(Triggers):
+    """A pattern behind a mask of opacities: patches and blends; its size is the mask's sum."""
+
+    NAME = "masked"
+    UNIT = "pixels covered"
+
+    @classmethod
+    def scale(cls, shape: tuple[int, int, int]) -> float:
+        return float(shape[1] * shape[2])
+
+    def _noise(self, count: int) -> dict[str, Tensor]:
+        """Equally opaque everywhere: a pixel that is not covered at all would never be tried."""
+        return {
+            "values": torch.rand(count, *self.shape, generator=self.generator),
+            "mask": torch.ones(count, 1, *self.shape[1:]),
+        }
+
+    def _within(self, variables: Mapping[str, Tensor], radius: Tensor) -> dict[str, Tensor]:
+        mask = variables["mask"].clamp(0, 1)
+        return {"values": variables["values"].clamp(0, 1), "mask": _sparse(mask, radius)}
+
+    def _applied(
+        self, pixels: Tensor, variables: Mapping[str, Tensor], rows: Tensor, strength: Tensor
+    ) -> Tensor:
+        opacity = (strength * variables["mask"][rows]).clamp(0, 1)
+        return (1 - opacity) * pixels + opacity * variables["values"][rows]
+
+    def _direction(self, name: str, gradient: Tensor) -> Tensor:
+        """For the mask the plain gradient: Adam would raise all of it alike."""
+        if name == "values":
+            return super()._direction(name, gradient)
+        mean = self.means[name].mul_(MEAN).add_(gradient, alpha=1 - MEAN)
+        return mean / _columns(mean.abs().flatten(1).amax(1).clamp_min(1e-20))
+
+    def _rate(self, name: str) -> Tensor:
+        """The mask waits: where the first pattern is wrong, it would be gone before it is right."""
+        if name == "values":
+            return torch.full_like(self.radius, 0.2)
+        return torch.where(self.steps > PATTERN_FIRST, 0.1, 0.0)
+
+
+KINDS: tuple[type[Triggers], ...] = (Additive, Masked)
+
+
+def _sparse(mask: Tensor, most: Tensor) -> Tensor:
+    """Each mask, less a constant so that what stays above 0 sums to at most `most`.
+
+    The projection on the intersection of cube and simplex, by halving.
+    """
+    flat = mask.flatten(1)
+    low, high = torch.zeros(len(flat)), torch.ones(len(flat))
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        too_much = (flat - middle[:, None]).clamp_min(0).sum(1) > most
+        low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
+    over = flat.sum(1) > most
+    return torch.where(_columns(over), (mask - _columns(high)).clamp_min(0), mask)
+
+
+def _columns(values: Tensor) -> Tensor:
+    return values[:, None, None, None]

@@ -1,0 +1,68 @@
+"""Perturbations towards suspicious classes, sought against the student while it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdeploy.core.inversion import KINDS, Radii, Triggers
+from qdeploy.sanitizers import Unlearn
+from qdeploy.stages.distill.survey import Reach
+
+SMALLEST = 0.3  # of a perturbation's largest size
+CHANCE = 0.02  # of being shown, for a perturbation that has had no success yet
+
+
+class Guard:
+    """What the student must not mind, in several kinds and sizes at a time."""
+
+    def __init__(
+        self,
+        reaches: Sequence[Reach],
+        classes: Sequence[int],
+        shape: tuple[int, int, int],
+        spec: Unlearn,
+        generator: torch.Generator,
+    ) -> None:
+        self.spec = spec
+        self.generator = generator
+        low, high = spec.reach
+        sizes = torch.logspace(0, 1, spec.slots, base=high / low) * low
+        targets = [classes[i % len(classes)] for i in range(spec.slots)]
+        self.triggers: list[Triggers] = []
+        for kind, reach in zip(KINDS, reaches, strict=True):
+            most = sizes * reach.median
+            radii = Radii(SMALLEST * most, most, most)
+            self.triggers.append(kind(targets, shape, radii, generator, spec.lifetime))
+
+    def seek(self, answers: Callable[[Tensor], Tensor], pixels: Tensor) -> None:
+        """One step of the search against the student."""
+        for triggers in self.triggers:
+            wanted = len(triggers.targets) * self.spec.slot_images
+            rows = torch.randint(len(pixels), (wanted,), generator=self.generator)
+            triggers.step(answers, pixels[rows])
+
+    def disturb(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The images disturbed, an equal share in each way, and the class each is led to."""
+        shown, led = [], []
+        for triggers, part in zip(
+            self.triggers, pixels.tensor_split(len(self.triggers)), strict=True
+        ):
+            chances = triggers.success + CHANCE
+            rows = torch.multinomial(chances, len(part), True, generator=self.generator)
+            extra = torch.rand(len(part), generator=self.generator)
+            shown.append(triggers.apply(part, rows, 1 + (self.spec.strength - 1) * extra))
+            led.append(triggers.targets[rows])
+        return torch.cat(shown), torch.cat(led)
+
+    def state(self) -> list[dict[str, Any]]:
+        """What the next steps depend on."""
+        return [triggers.state() for triggers in self.triggers]
+
+    def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from there."""
+        for triggers, state in zip(self.triggers, states, strict=True):
+            triggers.restore(state)

@@ -1,0 +1,93 @@
+"""How easily images are led to each class, and which classes are reached too easily."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qdeploy.core.inversion import KINDS, Radii, Triggers
+from qdeploy.progress import Progress
+from qdeploy.sanitizers import Unlearn
+from qdeploy.stages.distill.unlabelled import Unlabelled
+from qdeploy.training.precision import arithmetic
+
+FIRST = {"additive": 0.07, "masked": 0.1}  # where the search starts, as a share of the largest
+LEAST, MOST = 1e-3, 0.5
+TOGETHER = 10  # classes that are searched at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Size of the least universal perturbation of one kind found for each class."""
+
+    kind: str
+    unit: str
+    radii: tuple[float, ...]  # by class; the largest there is where none was found
+
+    @property
+    def median(self) -> float:
+        """The typical class."""
+        return statistics.median(self.radii)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of the median, by class."""
+        return tuple(radius / self.median for radius in self.radii)
+
+
+def survey(
+    model: nn.Module,
+    images: Unlabelled,
+    spec: Unlearn,
+    generator: torch.Generator,
+    progress: Progress,
+) -> tuple[Reach, ...]:
+    """What leads to each class of `model`, one result for every kind of perturbation.
+
+    Time goes with the number of classes.
+    """
+    classes = len(answering(model, images)(images.pixels[:1].float() / 255)[0])
+    groups = [range(i, min(i + TOGETHER, classes)) for i in range(0, classes, TOGETHER)]
+    work = [(kind, group) for kind in KINDS for group in groups]
+    found: dict[str, list[float]] = {kind.NAME: [] for kind in KINDS}
+    steps = [(*item, step) for item in work for step in range(spec.survey_steps)]
+    triggers: Triggers | None = None
+    ask = answering(model, images)
+    for kind, group, step in progress.track(steps, "look for shortcuts, steps", len(steps)):
+        if step == 0:
+            triggers = _fresh(kind, group, images, generator)
+        assert triggers is not None  # noqa: S101 - made at the first step
+        triggers.step(ask, images.draw(len(group) * spec.survey_images, generator))
+        if step == spec.survey_steps - 1:
+            most = float(triggers.radii.most[0])
+            found[kind.NAME] += triggers.found.clamp_max(most).tolist()
+    return tuple(Reach(kind.NAME, kind.UNIT, tuple(found[kind.NAME])) for kind in KINDS)
+
+
+def suspects(reaches: Sequence[Reach], share: float) -> tuple[int, ...]:
+    """Classes that some perturbation of less than `share` of the median leads to."""
+    return tuple(
+        sorted({c for reach in reaches for c, part in enumerate(reach.shares) if part < share})
+    )
+
+
+def answering(model: nn.Module, images: Unlabelled) -> Callable[[Tensor], Tensor]:
+    """From pixels in [0, 1] to the logits of `model`, in float32."""
+
+    def ask(pixels: Tensor) -> Tensor:
+        with arithmetic(model):
+            return model(images.normalise(pixels)).float()
+
+    return ask
+
+
+def _fresh(
+    kind: type[Triggers], group: range, images: Unlabelled, generator: torch.Generator
+) -> Triggers:
+    scale = torch.full((len(group),), kind.scale(images.shape))
+    radii = Radii(LEAST * scale, MOST * scale, FIRST[kind.NAME] * scale)
+    return kind(tuple(group), images.shape, radii, generator)
