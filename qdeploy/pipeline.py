@@ -11,6 +11,7 @@ from typing import Any
 
 from qdeploy import __version__
 from qdeploy.checks import LayerDigest, LayersAsMade
+from qdeploy.device import DeviceProfile
 from qdeploy.graph.io import identity
 from qdeploy.inputs import (
     NO_EVIDENCE,
@@ -133,19 +134,22 @@ def open_model(request: Request, clock: Clock) -> tuple[Loaded, FloatModel]:
     with clock.stage("load"):
         loaded = open_source(sources, run_code_from_model=request.run_code_from_model)
     with clock.stage("export"):
-        opset, ir_version = device.opset, device.ir_version
-        return loaded, export(loaded, shape=sources.shape, opset=opset, ir_version=ir_version)
+        return loaded, _exported(loaded, sources, device)
 
 
 def _before_cleaning(request: QuantizeRequest, clock: Clock) -> FloatModel | None:
     """The float model as it was given, if a sanitizer has worked on it."""
     if request.cleaned is None:
         return None
-    sources, device = request.cleaned.teacher, request.device
-    with clock.stage("export teacher"):
+    sources = request.cleaned.teacher
+    with clock.stage("teacher"):
         loaded = open_source(sources, run_code_from_model=request.run_code_from_model)
-        opset, ir_version = device.opset, device.ir_version
-        return export(loaded, shape=sources.shape, opset=opset, ir_version=ir_version)
+        return _exported(loaded, sources, request.device)
+
+
+def _exported(loaded: Loaded, sources: Sources, device: DeviceProfile) -> FloatModel:
+    shape, opset = sources.shape, device.opset
+    return export(loaded, shape=shape, opset=opset, ir_version=device.ir_version)
 
 
 def open_source(sources: Sources, *, run_code_from_model: bool) -> Loaded:

@@ -111,8 +111,7 @@ class Course:
         elif self.guard is not None and isinstance(self.spec, Unlearn):
             ask = answering(self.student, self.images)
             for _ in range(self.spec.warm_up):
-                wanted = self.spec.slots * self.spec.slot_images
-                self.guard.seek(ask, self.images.draw(wanted, self.generator))
+                self.guard.seek(ask, self.images.draw(self.spec.batch, self.generator))
         remaining = range(self._position, self.spec.epochs)
         for _ in progress.track(remaining, "distill, epochs", len(remaining)):
             if self._finished():

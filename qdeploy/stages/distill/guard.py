@@ -30,8 +30,9 @@ class Guard:
         self.spec = spec
         self.generator = generator
         low, high = spec.reach
-        sizes = torch.logspace(0, 1, spec.slots, base=high / low) * low
-        targets = [classes[i % len(classes)] for i in range(spec.slots)]
+        slots = max(spec.slots, len(classes))
+        sizes = torch.logspace(0, 1, slots, base=high / low) * low
+        targets = [classes[i % len(classes)] for i in range(slots)]
         self.triggers: list[Triggers] = []
         for kind, reach in zip(KINDS, reaches, strict=True):
             most = sizes * reach.median
