@@ -482,6 +482,11 @@ def test_an_interrupted_run_goes_on_and_ends_at_the_same_bytes(work):
     assert len(rest.notes) == 2 + 3  # epochs 3, 4 and 5 were left
     assert len(student.result.history) == 5
     assert (work / "halved.pt").read_bytes() == (work / "whole.pt").read_bytes()
+    (work / "halved.pt").unlink()
+    again = Interrupting()
+    make_student(order(work, "halved"), again)
+    assert again.notes == []  # nothing was left to do
+    assert (work / "halved.pt").read_bytes() == (work / "whole.pt").read_bytes()
 
 
 @pytest.mark.parametrize(

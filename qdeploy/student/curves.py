@@ -36,6 +36,7 @@ def draw_distillation(result: Distilled) -> bytes | None:
             place.plot(range(1, len(values) + 1), plotted, marker=".", color="black")
             place.axvline(result.best_epoch + 1, color="gray", linewidth=0.8, linestyle=":")
             place.set(title=title, xlabel="epoch (dotted: the one kept)")
+            place.xaxis.get_major_locator().set_params(integer=True)
             place.grid(alpha=0.3)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -26,7 +26,7 @@ from qdeploy.pipeline import (
     open_source,
 )
 from qdeploy.progress import Clock, Progress
-from qdeploy.rundir import PARTIAL, open_run, require_writable, set_aside, write_atomically
+from qdeploy.rundir import open_run, require_writable, set_aside, write_atomically
 from qdeploy.stages.distill import Distilled, Surveyed, distill
 from qdeploy.student.cards import card_beside
 from qdeploy.student.curves import draw_distillation
@@ -34,6 +34,7 @@ from qdeploy.student.order import StudentOrder
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.write import write_script, write_state
 
+TRAINING = "training.pt"
 LOG, CURVES, CARD = ".json", ".svg", ".toml"  # beside the student, by its name
 
 
@@ -88,7 +89,7 @@ def make_student(order: StudentOrder, progress: Progress) -> Student:
         digest = images.digest(images.fingerprints(progress))
         used = DataUsed("distillation", images.name, len(images), digest, "command line")
     with open_run(order.artifacts, _run_id(order, loaded, used)) as run:
-        store = Checkpoint(run.path / PARTIAL / "student.pt")
+        store = Checkpoint(run.path / TRAINING)  # stays: asked again, it need not be done again
         with clock.stage("distill"):
             result = _distilled(order, loaded, images, store, progress)
         seconds = time.monotonic() - began
