@@ -605,7 +605,7 @@ def test_weights_in_blocks_are_traced():
     found = trace(flipped, model)
     assert found.flipped > 0.5
     assert found.nearest is not None
-    np.testing.assert_array_equal(initializers(found.nearest)["b.q"], codes)
+    np.testing.assert_array_equal(initializers(found.nearest)["b.weight.q"], codes)
 
 
 @pytest.mark.parametrize(
