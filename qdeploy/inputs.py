@@ -40,6 +40,7 @@ class Cleaned:
 
     teacher: Sources
     cleaning: Cleaning
+    prints: frozenset[bytes]  # of the images that it was done with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,14 +114,25 @@ def open_evidence(
         return Evidence(None, triggers, used)
     prints = images.fingerprints(progress)
     shared = len(fitted.intersection(prints))
-    if shared and sources.calibration is not None:
+    fitted_to = _fitted_to(request)
+    if shared and fitted_to:
         raise InputError(
-            f"data: {shared} images are in both the calibration data {sources.calibration.path} and"
-            f" the test data {sources.test.path}",
+            f"data: {shared} images are in both the {fitted_to} and the test data"
+            f" {sources.test.path}",
             hint="a model must be judged on images that it was not fitted to",
         )
     test = DataUsed("test", images.name, len(images), images.digest(prints), sources.test.given_by)
     return Evidence(images, triggers, (test, *used))
+
+
+def _fitted_to(request: Request) -> str:
+    """The images that somebody gave to fit the model to, as an error says it; empty for none."""
+    calibration, found = request.sources.calibration, []
+    if calibration is not None:
+        found.append(f"calibration data {calibration.path}")
+    if isinstance(request, QuantizeRequest) and request.cleaned is not None:
+        found.append(f"images {request.cleaned.cleaning.images.name} that it was cleaned with")
+    return " or the ".join(found)
 
 
 def _calibration_images(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
@@ -265,6 +265,11 @@ class DataUsed:
     images: int | None
     sha256: str | None
     given_by: str  # "model card", "command line" or how it was made
+
+
+def named_classes(classes: Sequence[int], names: Sequence[str]) -> str:
+    """The classes by name, by number where the card has no names; "none" for none."""
+    return ", ".join(names[c] if c < len(names) else f"class {c}" for c in classes) or "none"
 
 
 @dataclass(frozen=True, slots=True)

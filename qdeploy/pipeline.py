@@ -73,7 +73,10 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
         scan = scan_weights(model, progress)
     with clock.stage("data"):
         calibration = open_calibration(request, loaded, plan, progress)
-        evidence = open_evidence(request, model.classes, calibration.prints, progress)
+        fitted = calibration.prints
+        if request.cleaned is not None:
+            fitted |= request.cleaned.prints
+        evidence = open_evidence(request, model.classes, fitted, progress)
     with open_run(request.artifacts, _run_id(request, model, calibration, evidence)) as run:
         quantized, files = _quantize(request, model, plan, calibration, run, clock)
         if before is not None:

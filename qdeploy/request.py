@@ -104,7 +104,7 @@ def make_cleaning_order(options: Options, request: QuantizeRequest) -> StudentOr
     """
     said = [options.cleaning_images, options.image_count, options.epochs, options.watch]
     if options.clean_with is None:
-        if any(value is not None for value in said):
+        if any(value is not None for value in said) or options.schedule != "short":
             raise UsageError("--images and the like are for a --sanitizer", hint="name one")
         return None
     calibration = request.sources.calibration

@@ -312,8 +312,10 @@ def test_export_and_quantize_are_the_same_stages_alone(work, run):
     ],
 )
 def test_options_reach_the_layers(work, run, options, expected):
-    done = run("sanitize", "model.pt", "--out", "m.onnx", "--report", "report.json", *options)
-    assert done.code in {0, 3, 4}  # stochastic rounding is as good as its luck
+    done = run(
+        "sanitize", "model.pt", "--out", "m.onnx", "--report", "report.json", "--seed", 1, *options
+    )
+    assert done.code in {0, 3}
     for layer in report_of(work)["layers"]:
         assert {key: layer[key] for key in expected} == expected
 

@@ -20,7 +20,7 @@ from qdeploy.checks import (
     explanation,
 )
 from qdeploy.inputs import Calibration, Evidence, Request
-from qdeploy.model import Cleaning, Finding, LayerPlan, Origin
+from qdeploy.model import Cleaning, Finding, LayerPlan, Origin, named_classes
 from qdeploy.packages import installed_versions
 from qdeploy.policy import GateSpec
 from qdeploy.progress import Clock
@@ -186,9 +186,6 @@ def _cleaning_notes(cleaning: Cleaning | None, names: Sequence[str]) -> tuple[st
     if cleaning is None:
         return ()
 
-    def named(classes: tuple[int, ...]) -> str:
-        return ", ".join(names[c] if c < len(names) else f"class {c}" for c in classes) or "none"
-
     kind, images = cleaning.sanitizer["kind"], cleaning.images
     done = (
         f"cleaned by {kind} on {images.images:,} images of {images.name}: answers as before on"
@@ -198,8 +195,9 @@ def _cleaning_notes(cleaning: Cleaning | None, names: Sequence[str]) -> tuple[st
         return (done,)
     return (
         done,
-        f"classes that a universal perturbation reached too easily: {named(cleaning.suspicious)};"
-        f" after cleaning: {named(cleaning.remaining)}",
+        f"classes that a universal perturbation reached too easily:"
+        f" {named_classes(cleaning.suspicious, names)}; after cleaning:"
+        f" {named_classes(cleaning.remaining, names)}",
     )
 
 

@@ -14,7 +14,7 @@ from qdeploy import __version__
 from qdeploy.data import Images, open_images
 from qdeploy.errors import UsageError
 from qdeploy.inputs import Cleaned, QuantizeRequest
-from qdeploy.model import Cleaning, DataUsed, Loaded, Origin
+from qdeploy.model import Cleaning, DataUsed, Loaded, Origin, named_classes
 from qdeploy.packages import installed_versions
 from qdeploy.pipeline import (
     as_json,
@@ -47,6 +47,7 @@ class Student:
     result: Distilled
     classes: tuple[str, ...]  # names, where the card has them
     images: DataUsed
+    prints: frozenset[bytes]  # of these images
     kind: str  # of the sanitizer, with its schedule
     seconds: float
     written: tuple[Path, ...]
@@ -86,7 +87,8 @@ def make_student(order: StudentOrder, progress: Progress) -> Student:
         images = images.sample(order.image_count, order.seed)
         loaded = open_source(order.sources, run_code_from_model=order.run_code_from_model)
     with clock.stage("data"):
-        digest = images.digest(images.fingerprints(progress))
+        prints = images.fingerprints(progress)
+        digest = images.digest(prints)
         used = DataUsed("distillation", images.name, len(images), digest, "command line")
     with open_run(order.artifacts, _run_id(order, loaded, used)) as run:
         store = Checkpoint(run.path / TRAINING)  # stays: asked again, it need not be done again
@@ -99,7 +101,9 @@ def make_student(order: StudentOrder, progress: Progress) -> Student:
         run.seal()
     kind = f"{order.spec.kind}, schedule {order.spec.schedule}"
     names = tuple(order.sources.card.model.classes or ()) if order.sources.card else ()
-    return Student(order.out, loaded.origin, result, names, used, kind, seconds, written)
+    return Student(
+        order.out, loaded.origin, result, names, used, frozenset(prints), kind, seconds, written
+    )
 
 
 def clean_first(
@@ -126,21 +130,19 @@ def clean_first(
         seconds=student.seconds,
     )
     sources = replace(request.sources, model=student.path)
-    return replace(request, sources=sources, cleaned=Cleaned(request.sources, cleaning))
+    return replace(
+        request, sources=sources, cleaned=Cleaned(request.sources, cleaning, student.prints)
+    )
 
 
 def _found(surveyed: Surveyed, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """Which classes were reached too easily, and whether they still are."""
-
-    def named(classes: tuple[int, ...]) -> str:
-        return ", ".join(names[c] if c < len(names) else f"class {c}" for c in classes) or "none"
-
-    yield "suspicious", named(surveyed.suspects)
+    yield "suspicious", named_classes(surveyed.suspects, names)
     for c in surveyed.suspects:
         for before, after in zip(surveyed.teacher, surveyed.student, strict=True):
             change = f"{before.radii[c]:.2f} -> {after.radii[c]:.2f} {before.unit}"
-            yield f"  {named((c,))}", f"{change}, median {before.median:.2f}"
-    yield "remaining", named(surveyed.remaining)
+            yield f"  {named_classes((c,), names)}", f"{change}, median {before.median:.2f}"
+    yield "remaining", named_classes(surveyed.remaining, names)
 
 
 def _distilled(

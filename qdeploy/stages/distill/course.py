@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qdeploy.core.distillation import attention_shift_loss, kd_loss, kd_share, kl_divergence
 from qdeploy.errors import DivergedError
 from qdeploy.progress import Progress
-from qdeploy.sanitizers import Asd, Bcu, Sanitizer, Unlearn
+from qdeploy.sanitizers import Asd, Bcu, Sanitizer
 from qdeploy.stages.distill.guard import Guard
 from qdeploy.stages.distill.survey import answering
 from qdeploy.stages.distill.unlabelled import Unlabelled
@@ -108,9 +108,9 @@ class Course:
         saved = store.load() if store is not None else None
         if saved is not None:
             self._restore(saved)
-        elif self.guard is not None and isinstance(self.spec, Unlearn):
+        elif self.guard is not None:
             ask = answering(self.student, self.images)
-            for _ in range(self.spec.warm_up):
+            for _ in range(self.guard.spec.warm_up):
                 self.guard.seek(ask, self.images.draw(self.spec.batch, self.generator))
         remaining = range(self._position, self.spec.epochs)
         for _ in progress.track(remaining, "distill, epochs", len(remaining)):
@@ -211,8 +211,7 @@ class Course:
         disturbed, led_to = guard.disturb(pixels)
         got = ask(disturbed)
         sums.led += float((got.detach().argmax(1) == led_to).float().mean())
-        weight = self.spec.weight if isinstance(self.spec, Unlearn) else 1.0
-        return weight * self._distance(wanted, got)
+        return guard.spec.weight * self._distance(wanted, got)
 
     def _distance(self, wanted: Tensor, got: Tensor) -> Tensor:
         first, last = self.spec.temperature

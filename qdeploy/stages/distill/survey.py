@@ -50,22 +50,20 @@ def survey(
 
     Time goes with the number of classes.
     """
-    classes = len(answering(model, images)(images.pixels[:1].float() / 255)[0])
-    groups = [range(i, min(i + TOGETHER, classes)) for i in range(0, classes, TOGETHER)]
-    work = [(kind, group) for kind in KINDS for group in groups]
-    found: dict[str, list[float]] = {kind.NAME: [] for kind in KINDS}
-    steps = [(*item, step) for item in work for step in range(spec.survey_steps)]
-    triggers: Triggers | None = None
     ask = answering(model, images)
-    for kind, group, step in progress.track(steps, "look for shortcuts, steps", len(steps)):
-        if step == 0:
+    classes = len(ask(images.pixels[:1].float() / 255)[0])
+    groups = [range(i, min(i + TOGETHER, classes)) for i in range(0, classes, TOGETHER)]
+    reaches = []
+    for kind in KINDS:
+        radii: list[float] = []
+        for group in groups:
             triggers = _fresh(kind, group, images, generator)
-        assert triggers is not None  # noqa: S101 - made at the first step
-        triggers.step(ask, images.draw(len(group) * spec.survey_images, generator))
-        if step == spec.survey_steps - 1:
-            most = float(triggers.radii.most[0])
-            found[kind.NAME] += triggers.found.clamp_max(most).tolist()
-    return tuple(Reach(kind.NAME, kind.UNIT, tuple(found[kind.NAME])) for kind in KINDS)
+            label = f"look for {kind.NAME} shortcuts, steps"
+            for _ in progress.track(range(spec.survey_steps), label, spec.survey_steps):
+                triggers.step(ask, images.draw(len(group) * spec.survey_images, generator))
+            radii += torch.minimum(triggers.found, triggers.radii.most).tolist()
+        reaches.append(Reach(kind.NAME, kind.UNIT, tuple(radii)))
+    return tuple(reaches)
 
 
 def suspects(reaches: Sequence[Reach], share: float) -> tuple[int, ...]:
