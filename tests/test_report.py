@@ -46,6 +46,7 @@ from qdeploy.report.values import Report, StageTime
 from qdeploy.scan.fingerprints import Convention, Fingerprint
 from qdeploy.scan.provenance import LayerTrace, Provenance
 from qdeploy.scan.static import RULES
+from qdeploy.stages.validate import Variant
 from qdeploy.verdict import Check, Outcome
 
 
@@ -201,6 +202,13 @@ def test_the_page_marks_what_a_file_gets_wrong(report):
 
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m|`"
+
+
+def test_every_variant_has_its_colour(report):
+    page = to_html(report).decode()
+    for variant in get_args(Variant):
+        assert f".{variant} {{ --c: var(--{variant}); }}" in page
+        assert page.count(f"--{variant}: #") == 2  # by day and by night
 
 
 def test_names_from_strangers_stay_names(report):
