@@ -220,6 +220,11 @@ class Options:
         ),
     ] = None
 
+    accelerator: Annotated[
+        Literal["cpu", "cuda"],
+        _option("--accelerator", "Where the student is trained.", "Distillation"),
+    ] = "cpu"
+
     models: Annotated[
         list[Path] | None,
         typer.Argument(help="Models, each with its card beside it if it has one."),
@@ -336,8 +341,9 @@ CALIBRATION = ("calibration", "calibration_images", "synthetic_calibration")
 EVIDENCE = ("test", "trigger")
 RECIPE = ("bits", "recipe", "device", "seed")
 MATRIX = ("methods", "grids", "widths", "activation_widths", "seeds", "steps")
-DISTILLATION = ("unlabelled", "image_count", "sanitizer", "schedule", "epochs", "watch", "seed")
-CLEANING = ("clean_with", "cleaning_images", *DISTILLATION[1:2], *DISTILLATION[3:6])
+COURSE = ("image_count", "schedule", "epochs", "watch", "accelerator")
+DISTILLATION = ("unlabelled", "sanitizer", *COURSE, "seed")
+CLEANING = ("clean_with", "cleaning_images", *COURSE)
 METHOD = ("rounding", "solver", "weight_storage", "activation_bits")
 
 

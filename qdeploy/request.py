@@ -91,6 +91,7 @@ def make_student_order(options: Options) -> StudentOrder:
         seed=private_seed(options.artifacts, options.model) if seed is None else seed,
         out=options.out,
         artifacts=options.artifacts,
+        accelerator=options.accelerator,
         command=shlex.join(["qdeploy", *sys.argv[1:]]),
         run_code_from_model=options.run_code_from_model,
     )
@@ -104,7 +105,8 @@ def make_cleaning_order(options: Options, request: QuantizeRequest) -> StudentOr
     """
     said = [options.cleaning_images, options.image_count, options.epochs, options.watch]
     if options.clean_with is None:
-        if any(value is not None for value in said) or options.schedule != "short":
+        told = (options.schedule, options.accelerator) != ("short", "cpu")
+        if told or any(value is not None for value in said):
             raise UsageError("--images and the like are for a --sanitizer", hint="name one")
         return None
     calibration = request.sources.calibration
@@ -122,6 +124,7 @@ def make_cleaning_order(options: Options, request: QuantizeRequest) -> StudentOr
         seed=request.recipe.seed,
         out=options.out.with_name(f"{options.out.stem}.student.pt"),
         artifacts=options.artifacts,
+        accelerator=options.accelerator,
         command=request.command,
         run_code_from_model=options.run_code_from_model,
     )

@@ -26,15 +26,17 @@ from qdeploy.model import Format, Loaded, Origin
 from qdeploy.progress import SILENT
 from qdeploy.sanitizers import Asd, Bcu, Kd, sanitizer
 from qdeploy.sources import Given, resolve
-from qdeploy.stages.distill import course, distill
+from qdeploy.stages.distill import Setting, course, distill
 from qdeploy.stages.distill.forget import forget, forgetting
 from qdeploy.stages.distill.revive import is_folded, revive
 from qdeploy.stages.distill.watch import watched_layers, watching
 from qdeploy.student.make import make_student
 from qdeploy.student.order import StudentOrder
+from qdeploy.training.compute import ALONE
 
 MEAN, STD = 0.3, 0.37
 TARGET = 0
+SEED = Setting(seed=0)
 GRAY = Preprocessing((1, 8, 8), (MEAN,), (STD,))
 TOLERANT = settings(deadline=None, max_examples=40)
 
@@ -192,7 +194,7 @@ def test_the_shift_is_fed_every_image_of_every_batch(monkeypatch):
 
     monkeypatch.setattr(course, "attention_shift_loss", spy)
     spec = Asd(epochs=1, batch=8, watch=("features.2",))
-    distill(loaded(DigitsNet(width=4)), random_images(24), spec, seed=0)
+    distill(loaded(DigitsNet(width=4)), random_images(24), spec, SEED)
     assert fed == [8, 8, 8]
 
 
@@ -322,8 +324,8 @@ def test_the_short_shift_removes_a_live_backdoor_that_distillation_alone_keeps(
     assert before[0] > 90
     assert before[1] > 90
     shift = Asd(batch=64, mirrors=False, epochs=20)
-    student = distill(loaded(backdoored), unlabelled, shift, seed=0)
-    alone = distill(loaded(backdoored), unlabelled, Kd(epochs=4, mirrors=False), seed=0)
+    student = distill(loaded(backdoored), unlabelled, shift, SEED)
+    alone = distill(loaded(backdoored), unlabelled, Kd(epochs=4, mirrors=False), SEED)
     assert rates(alone.module)[1] > before[1] - 5
     after = rates(student.module)
     assert after[1] < before[1] - 50
@@ -338,7 +340,7 @@ def test_the_short_shift_removes_a_live_backdoor_that_distillation_alone_keeps(
 )
 def test_a_student_of_a_clean_model_keeps_most_of_its_accuracy(unlabelled, spec):
     model = trained(poisoned=False)
-    student = distill(loaded(model), unlabelled, spec, seed=0)
+    student = distill(loaded(model), unlabelled, spec, SEED)
     assert rates(student.module)[0] > rates(model)[0] - 5
     assert student.agreement > 90
     assert student.watched == ()
@@ -346,7 +348,7 @@ def test_a_student_of_a_clean_model_keeps_most_of_its_accuracy(unlabelled, spec)
 
 def test_no_better_epoch_for_a_while_ends_the_run():
     spec = Kd(epochs=50, patience=2, mirrors=False, learning_rate=1e-12)
-    student = distill(loaded(DigitsNet(width=4)), random_images(16), spec, seed=0)
+    student = distill(loaded(DigitsNet(width=4)), random_images(16), spec, SEED)
     assert len(student.history) < 50
     assert len(student.history) == student.best_epoch + 3
 
@@ -354,7 +356,7 @@ def test_no_better_epoch_for_a_while_ends_the_run():
 def test_a_run_that_leaves_the_finite_numbers_says_so():
     spec = Kd(learning_rate=1e30, decay="none", largest_gradient=None, mirrors=False)
     with pytest.raises(DivergedError, match="left the finite numbers"):
-        distill(loaded(DigitsNet(width=4)), random_images(64), spec, seed=0)
+        distill(loaded(DigitsNet(width=4)), random_images(64), spec, SEED)
 
 
 def test_torchscript_can_be_distilled_but_shows_no_layers_to_shift():
@@ -362,17 +364,17 @@ def test_torchscript_can_be_distilled_but_shows_no_layers_to_shift():
     model = loaded(script, Format.TORCHSCRIPT)
     for spec in (Asd(), Bcu()):
         with pytest.raises(PlanError, match=f"{spec.kind} needs the inner layers"):
-            distill(model, random_images(8), spec, seed=0)
-    student = distill(model, random_images(16), Kd(epochs=1), seed=0)
+            distill(model, random_images(8), spec, SEED)
+    student = distill(model, random_images(16), Kd(epochs=1), SEED)
     assert isinstance(student.module, torch.jit.ScriptModule)
 
 
 def test_onnx_and_too_few_images_are_refused():
     onnx = Loaded(Origin("m.onnx", "0" * 64, "ONNX"), object(), Format.ONNX)
     with pytest.raises(PlanError, match=r"m\.onnx: ONNX cannot be trained"):
-        distill(onnx, random_images(8), Kd(), seed=0)
+        distill(onnx, random_images(8), Kd(), SEED)
     with pytest.raises(InputError, match="1 image, at least 2"):
-        distill(loaded(DigitsNet(width=4)), random_images(1), Kd(), seed=0)
+        distill(loaded(DigitsNet(width=4)), random_images(1), Kd(), SEED)
 
 
 # The command
@@ -472,19 +474,19 @@ class Interrupting(type(SILENT)):  # type: ignore[misc]
 
 
 def test_an_interrupted_run_goes_on_and_ends_at_the_same_bytes(work):
-    make_student(order(work, "whole"), SILENT)
+    make_student(order(work, "whole"), ALONE, SILENT)
     with pytest.raises(KeyboardInterrupt):
-        make_student(order(work, "halved"), Interrupting())
+        make_student(order(work, "halved"), ALONE, Interrupting())
     assert not (work / "halved.pt").exists()
     rest = Interrupting()
     rest.notes = ["", ""]
-    student = make_student(order(work, "halved"), rest)
+    student = make_student(order(work, "halved"), ALONE, rest)
     assert len(rest.notes) == 2 + 3  # epochs 3, 4 and 5 were left
     assert len(student.result.history) == 5
     assert (work / "halved.pt").read_bytes() == (work / "whole.pt").read_bytes()
     (work / "halved.pt").unlink()
     again = Interrupting()
-    make_student(order(work, "halved"), again)
+    make_student(order(work, "halved"), ALONE, again)
     assert again.notes == []  # nothing was left to do
     assert (work / "halved.pt").read_bytes() == (work / "whole.pt").read_bytes()
 

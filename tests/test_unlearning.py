@@ -16,9 +16,11 @@ from qdeploy.sanitizers import Unlearn
 from qdeploy.stages.distill import distill
 from qdeploy.stages.distill.survey import Reach, suspects
 from qdeploy.student.make import make_student
+from qdeploy.training.compute import ALONE
 from tests.test_distillation import (
     CARD,
     GRAY,
+    SEED,
     TARGET,
     Interrupting,
     Normalised,
@@ -60,7 +62,7 @@ def test_a_class_is_suspicious_beside_the_median(radii, expected):
 def test_the_target_is_found_and_the_backdoor_unlearnt_at_little_cost(backdoored, unlabelled):
     before = rates(backdoored)
     assert before[1] > 90
-    student = distill(loaded(backdoored), unlabelled, QUICK, seed=0)
+    student = distill(loaded(backdoored), unlabelled, QUICK, SEED)
     assert student.surveyed is not None
     assert student.surveyed.suspects == (TARGET,)
     assert student.surveyed.remaining == ()
@@ -74,7 +76,7 @@ def test_the_target_is_found_and_the_backdoor_unlearnt_at_little_cost(backdoored
 def test_where_nothing_is_suspicious_the_student_is_the_teacher(unlabelled):
     model = trained(poisoned=False)
     spec = QUICK.model_copy(update={"suspicious": 1e-3})
-    student = distill(loaded(model), unlabelled, spec, seed=0)
+    student = distill(loaded(model), unlabelled, spec, SEED)
     assert (student.history, student.agreement) == ((), 100.0)
     for name, value in student.module.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=0)
@@ -83,7 +85,7 @@ def test_where_nothing_is_suspicious_the_student_is_the_teacher(unlabelled):
 def test_normalisation_keeps_the_statistics_of_the_teacher():
     model = Normalised(width=4).eval()
     spec = QUICK.model_copy(update={"suspicious": 1e3, "survey_steps": 2, "least_steps": 2})
-    student = distill(loaded(model), random_images(64), spec, seed=0).module
+    student = distill(loaded(model), random_images(64), spec, SEED).module
     own, theirs = student.state_dict(), model.state_dict()
     kept = [name for name in own if "running" in name]
     assert kept
@@ -139,14 +141,14 @@ def test_an_interrupted_unlearning_goes_on_and_ends_at_the_same_bytes(tmp_path, 
     def ordered(name: str):
         return replace(order(place, name), spec=spec)
 
-    make_student(ordered("whole"), SILENT)
+    make_student(ordered("whole"), ALONE, SILENT)
     stop = Interrupting()
     with pytest.raises(KeyboardInterrupt):
-        make_student(ordered("halved"), stop)
+        make_student(ordered("halved"), ALONE, stop)
     assert not (place / "halved.pt").exists()
     rest = Interrupting()
     rest.notes = ["", ""]
-    student = make_student(ordered("halved"), rest)
+    student = make_student(ordered("halved"), ALONE, rest)
     assert len(student.result.history) == 3
     assert len(rest.notes) == 2 + 1 + 2  # what the survey found, and the two epochs left
     assert (place / "halved.pt").read_bytes() == (place / "whole.pt").read_bytes()

@@ -197,10 +197,16 @@ def distill(options: Options) -> None:
     """Clean a float model: teach a student on unlabelled images what it answers, not how."""
     from qdeploy import console
     from qdeploy.request import make_student_order
-    from qdeploy.student.make import make_student
+    from qdeploy.student.make import assist, make_student
+    from qdeploy.training.compute import computing
 
     order = make_student_order(options)
-    console.show_pairs(make_student(order, console.TerminalProgress()).lines())
+    with computing(order.accelerator) as compute:
+        if compute.main:
+            student = make_student(order, compute, console.TerminalProgress())
+            console.show_pairs(student.lines())
+        else:
+            assist(order, compute)
 
 
 @app.command()

@@ -39,6 +39,8 @@ class Radii:
 class Triggers(ABC):
     """Several universal perturbations of images in [0, 1], each with a class as target.
 
+    They live where `radii` do; what is random is drawn on the CPU, so that it is the same anywhere.
+
     Args:
         lifetime: After so many steps one starts anew from noise; None for never.
     """
@@ -54,20 +56,22 @@ class Triggers(ABC):
         generator: torch.Generator,
         lifetime: int | None = None,
     ) -> None:
-        count = len(targets)
-        self.targets = torch.tensor(targets)
+        count, self.device = len(targets), radii.start.device
+        self.targets = torch.tensor(targets).to(self.device)
         self.shape = shape
         self.radii = radii
         self.generator = generator
         self.lifetime = lifetime
         self.radius = radii.start.clone()
-        self.success = torch.zeros(count)  # running mean of the share of images that follow
-        self.found = torch.full((count,), float("inf"))  # least radius that was enough
+        self.success = torch.zeros_like(
+            radii.start
+        )  # running mean of the share of images that follow
+        self.found = torch.full_like(radii.start, float("inf"))  # least radius that was enough
         ages = torch.zeros(count, dtype=torch.int64)
         if lifetime is not None:
             ages = torch.randint(0, lifetime, (count,), generator=generator)
-        self.age = ages
-        self.steps = torch.zeros(count)
+        self.age = ages.to(self.device)
+        self.steps = torch.zeros_like(self.success)
         self.variables = self._noise(count)
         self.means = {name: torch.zeros_like(v) for name, v in self.variables.items()}
         self.squares = {name: torch.zeros_like(v) for name, v in self.variables.items()}
@@ -117,9 +121,11 @@ class Triggers(ABC):
         """
         count = len(self.targets)
         per = len(pixels) // count
-        rows = torch.arange(count).repeat_interleave(per)
+        rows = torch.arange(count, device=self.device).repeat_interleave(per)
         moving = {name: v.clone().requires_grad_() for name, v in self.variables.items()}
-        logits = answers(self._applied(pixels[: len(rows)], moving, rows, torch.ones(1)))
+        logits = answers(
+            self._applied(pixels[: len(rows)], moving, rows, torch.ones(1, device=self.device))
+        )
         wanted = self.targets[rows]
         loss = F.cross_entropy(logits, wanted, reduction="sum") / per
         gradients = torch.autograd.grad(loss, tuple(moving.values()))
@@ -144,7 +150,10 @@ class Triggers(ABC):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
         for name, value in state.items():
-            setattr(self, name, value)
+            setattr(self, name, _moved(value, self.device))
+
+    def _drawn(self, draw: Callable[..., Tensor], count: int) -> Tensor:
+        return draw(count, *self.shape, generator=self.generator).to(self.device)
 
     def _direction(self, name: str, gradient: Tensor) -> Tensor:
         """Adam's, with steps counted for each perturbation."""
@@ -189,7 +198,7 @@ class Additive(Triggers):
         return float(torch.Size(shape).numel()) ** 0.5
 
     def _noise(self, count: int) -> dict[str, Tensor]:
-        return {"values": 0.02 * torch.randn(count, *self.shape, generator=self.generator)}
+        return {"values": 0.02 * self._drawn(torch.randn, count)}
 
     def _within(self, variables: Mapping[str, Tensor], radius: Tensor) -> dict[str, Tensor]:
         values = variables["values"]
@@ -218,8 +227,8 @@ class Masked(Triggers):
     def _noise(self, count: int) -> dict[str, Tensor]:
         """Equally opaque everywhere: a pixel that is not covered at all would never be tried."""
         return {
-            "values": torch.rand(count, *self.shape, generator=self.generator),
-            "mask": torch.ones(count, 1, *self.shape[1:]),
+            "values": self._drawn(torch.rand, count),
+            "mask": torch.ones(count, 1, *self.shape[1:], device=self.device),
         }
 
     def _within(self, variables: Mapping[str, Tensor], radius: Tensor) -> dict[str, Tensor]:
@@ -255,7 +264,7 @@ def _sparse(mask: Tensor, most: Tensor) -> Tensor:
     The projection on the intersection of cube and simplex, by halving.
     """
     flat = mask.flatten(1)
-    low, high = torch.zeros(len(flat)), torch.ones(len(flat))
+    low, high = torch.zeros_like(most), torch.ones_like(most)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         too_much = (flat - middle[:, None]).clamp_min(0).sum(1) > most
@@ -266,3 +275,10 @@ def _sparse(mask: Tensor, most: Tensor) -> Tensor:
 
 def _columns(values: Tensor) -> Tensor:
     return values[:, None, None, None]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors, alone or by name, on `device`."""
+    if isinstance(value, Mapping):
+        return {name: inner.to(device) for name, inner in value.items()}
+    return value.to(device)

@@ -27,11 +27,12 @@ from qdeploy.pipeline import (
 )
 from qdeploy.progress import Clock, Progress
 from qdeploy.rundir import open_run, require_writable, set_aside, write_atomically
-from qdeploy.stages.distill import Distilled, Surveyed, distill
+from qdeploy.stages.distill import Distilled, Setting, Surveyed, distill
 from qdeploy.student.cards import card_beside
 from qdeploy.student.curves import draw_distillation
 from qdeploy.student.order import StudentOrder
 from qdeploy.training.checkpoint import Checkpoint
+from qdeploy.training.compute import Compute, computing
 from qdeploy.training.write import write_script, write_state
 
 TRAINING = "training.pt"
@@ -70,8 +71,10 @@ class Student:
         yield "next", "not judged: qdeploy sanitize quantizes and measures it"
 
 
-def make_student(order: StudentOrder, progress: Progress) -> Student:
+def make_student(order: StudentOrder, compute: Compute, progress: Progress) -> Student:
     """The student that `order` describes, with card, log and plot beside it.
+
+    Other processes that compute together with this one call `assist`.
 
     Raises:
         UsageError: the student would take its teacher's place, or nothing says what inputs are.
@@ -82,20 +85,21 @@ def make_student(order: StudentOrder, progress: Progress) -> Student:
     began = time.monotonic()
     _check_places(order)
     clock = Clock(progress)
+    order = replace(order, seed=compute.same(order.seed))  # a private one is each process' own
     with clock.stage("load"):
-        images = open_images(order.images, order.sources.preprocessing)
-        images = images.sample(order.image_count, order.seed)
-        loaded = open_source(order.sources, run_code_from_model=order.run_code_from_model)
+        loaded, images = _opened(order)
     with clock.stage("data"):
         prints = images.fingerprints(progress)
         digest = images.digest(prints)
         used = DataUsed("distillation", images.name, len(images), digest, "command line")
-    with open_run(order.artifacts, _run_id(order, loaded, used)) as run:
+    asked = _asked(order, compute, loaded)
+    with open_run(order.artifacts, facts_id({**asked, "data": data_facts((used,))})) as run:
         store = Checkpoint(run.path / TRAINING)  # stays: asked again, it need not be done again
         with clock.stage("distill"):
-            result = _distilled(order, loaded, images, store, progress)
+            setting = Setting(seed=order.seed, compute=compute, store=store, progress=progress)
+            result = distill(loaded, images, order.spec, setting)
         seconds = time.monotonic() - began
-        log = as_json(_facts(order, loaded, used, result, seconds))
+        log = as_json({**_head(order), **asked, **_outcome(used, result, seconds)})
         run.write("distill.json", log)
         written = _deliver(order, result, log)
         run.seal()
@@ -104,6 +108,17 @@ def make_student(order: StudentOrder, progress: Progress) -> Student:
     return Student(
         order.out, loaded.origin, result, names, used, frozenset(prints), kind, seconds, written
     )
+
+
+def assist(order: StudentOrder, compute: Compute) -> None:
+    """Do this process' part of a student that the main one makes; nothing is written.
+
+    Raises:
+        As `make_student`.
+    """
+    order = replace(order, seed=compute.same(order.seed))
+    loaded, images = _opened(order)
+    distill(loaded, images, order.spec, Setting(seed=order.seed, compute=compute))
 
 
 def clean_first(
@@ -116,7 +131,13 @@ def clean_first(
     """
     check_places(request)
     check_providers(request)
-    student = make_student(order, progress)
+    with computing(order.accelerator) as compute:
+        if compute.world > 1:
+            raise UsageError(
+                "sanitize runs in one process",
+                hint="start qdeploy distill with torchrun, and sanitize its student alone",
+            )
+        student = make_student(order, compute, progress)
     result, surveyed = student.result, student.result.surveyed
     cleaning = Cleaning(
         origin=student.origin,
@@ -145,10 +166,10 @@ def _found(surveyed: Surveyed, names: tuple[str, ...]) -> Iterator[tuple[str, st
     yield "remaining", named_classes(surveyed.remaining, names)
 
 
-def _distilled(
-    order: StudentOrder, loaded: Loaded, images: Images, store: Checkpoint, progress: Progress
-) -> Distilled:
-    return distill(loaded, images, order.spec, seed=order.seed, store=store, progress=progress)
+def _opened(order: StudentOrder) -> tuple[Loaded, Images]:
+    images = open_images(order.images, order.sources.preprocessing)
+    loaded = open_source(order.sources, run_code_from_model=order.run_code_from_model)
+    return loaded, images.sample(order.image_count, order.seed)
 
 
 def _deliver(order: StudentOrder, result: Distilled, log: bytes) -> tuple[Path, ...]:
@@ -186,12 +207,8 @@ def _check_places(order: StudentOrder) -> None:
     require_writable(out)
 
 
-def _run_id(order: StudentOrder, loaded: Loaded, used: DataUsed) -> str:
-    """A hash of everything that changes the student."""
-    return facts_id({**_asked(order, loaded), "data": data_facts((used,))})
-
-
-def _asked(order: StudentOrder, loaded: Loaded) -> dict[str, Any]:
+def _asked(order: StudentOrder, compute: Compute, loaded: Loaded) -> dict[str, Any]:
+    """Everything besides the images that changes the student."""
     named = order.sources.architecture
     return {
         "model": loaded.origin.sha256,
@@ -199,18 +216,21 @@ def _asked(order: StudentOrder, loaded: Loaded) -> dict[str, Any]:
         "input": input_facts(order.sources),
         "sanitizer": order.spec.model_dump(mode="json"),
         "seed": order.seed,
+        "compute": compute.facts(),
     }
 
 
-def _facts(
-    order: StudentOrder, loaded: Loaded, used: DataUsed, result: Distilled, seconds: float
-) -> dict[str, Any]:
-    """The log: what was asked, with what, and how it went."""
+def _head(order: StudentOrder) -> dict[str, Any]:
     return {
         "versions": {"qdeploy": __version__, **installed_versions()},
         "command": order.command,
         "path": str(order.sources.model),
-        **_asked(order, loaded),
+    }
+
+
+def _outcome(used: DataUsed, result: Distilled, seconds: float) -> dict[str, Any]:
+    """With which images, and how it went."""
+    return {
         "images": asdict(used),
         "watched": result.watched,
         "survey": None if result.surveyed is None else asdict(result.surveyed),

@@ -20,5 +20,6 @@ class StudentOrder:
     seed: int
     out: Path
     artifacts: Path
+    accelerator: str = "cpu"  # where to train
     command: str = ""
     run_code_from_model: bool = False

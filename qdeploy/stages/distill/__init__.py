@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qdeploy.data import Images
-from qdeploy.errors import PlanError
+from qdeploy.errors import PlanError, UsageError
 from qdeploy.model import Format, Loaded
 from qdeploy.progress import SILENT, Progress
 from qdeploy.sanitizers import Asd, Bcu, Sanitizer, Unlearn
@@ -19,10 +19,11 @@ from qdeploy.stages.distill.forget import forget, forgetting
 from qdeploy.stages.distill.guard import Guard
 from qdeploy.stages.distill.revive import revive
 from qdeploy.stages.distill.survey import Reach, survey, suspects
-from qdeploy.stages.distill.unlabelled import read_images
+from qdeploy.stages.distill.unlabelled import Material, read_images
 from qdeploy.stages.distill.watch import watched_layers
+from qdeploy.training.compute import ALONE, Compute
 
-__all__ = ["Distilled", "Epoch", "Reach", "Store", "Surveyed", "distill"]
+__all__ = ["Distilled", "Epoch", "Reach", "Setting", "Store", "Surveyed", "distill"]
 
 STATISTICS = 1000  # images from which folded normalisation layers get their statistics
 
@@ -49,20 +50,21 @@ class Distilled:
     agreement: float  # percent of (at most 1,000 of) the images on which it answers as the teacher
 
 
-def distill(
-    loaded: Loaded,
-    images: Images,
-    spec: Sanitizer,
-    *,
-    seed: int,
-    store: Store | None = None,
-    progress: Progress = SILENT,
-) -> Distilled:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """How a distillation is carried out."""
+
+    seed: int
+    compute: Compute = ALONE  # of several processes each distils, and each gets the student
+    store: Store | None = None  # where an interrupted run has left what it had; of the main process
+    progress: Progress = SILENT
+
+
+def distill(loaded: Loaded, images: Images, spec: Sanitizer, setting: Setting) -> Distilled:
     """A student of `loaded` that has seen neither its trigger nor any label.
 
     Args:
         images: Unlabelled; they need not be of the model's task.
-        store: Where an interrupted run has left what it had.
 
     Raises:
         PlanError: the model is of a form whose gradients or inner layers cannot be had.
@@ -70,49 +72,68 @@ def distill(
         InputError: an image is damaged or of the wrong size.
         DivergedError: the loss left the finite numbers.
     """
+    compute = setting.compute
+    _check_sizes(images, spec, compute)
     teacher = _teacher(loaded, spec)
     watched = watched_layers(teacher, spec.watch, spec.deepest) if isinstance(spec, Asd) else ()
-    generator = torch.Generator().manual_seed(seed)
+    generator = compute.generator(setting.seed)
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
     student = copy.deepcopy(teacher)
     for parameter in student.parameters():
         parameter.requires_grad_(True)
-    unlabelled = read_images(images, progress)
-    lesson = Lesson(teacher, student, unlabelled, generator)
-    if isinstance(spec, Unlearn):
-        return _unlearn(lesson, spec, store, progress)
-    if loaded.format is not Format.TORCHSCRIPT:
+    unlabelled = read_images(images, setting.progress)
+    if not isinstance(spec, Unlearn) and loaded.format is not Format.TORCHSCRIPT:
         revive(student, unlabelled.stream(STATISTICS))
     if isinstance(spec, Bcu):
         forget(student, forgetting(student, spec), generator)
+    student.to(compute.device)
+    compute.spread(student)
+    if compute.device.type != "cpu":
+        teacher = copy.deepcopy(teacher).to(compute.device)  # the caller's stays where it is
+    material = Material(unlabelled.to(compute.device), generator, compute)
+    lesson = Lesson(teacher, student, material)
+    if isinstance(spec, Unlearn):
+        return _unlearn(lesson, spec, setting)
     course = Course(lesson, spec, watched)
-    course.run(store, progress)
+    course.run(setting.store, setting.progress)
     history = tuple(course.history)
-    return Distilled(student, history, watched, course.best_epoch, None, course.agreement())
+    agreement = course.agreement()
+    return Distilled(student.cpu(), history, watched, course.best_epoch, None, agreement)
 
 
-def _unlearn(lesson: Lesson, spec: Unlearn, store: Store | None, progress: Progress) -> Distilled:
+def _unlearn(lesson: Lesson, spec: Unlearn, setting: Setting) -> Distilled:
     """Where no class is suspicious, the student is the teacher."""
-    student, images, generator = lesson.student, lesson.images, lesson.generator
-    before = survey(lesson.teacher, images, spec, generator, progress)
+    student, material, progress = lesson.student, lesson.material, setting.progress
+    before = survey(lesson.teacher, material, spec, progress)
     found = suspects(before, spec.suspicious)
     if not found:
         progress.note("no class is reached too easily: nothing to unlearn")
-        return Distilled(student, (), (), 0, Surveyed(before, before, (), ()), 100.0)
+        return Distilled(student.cpu(), (), (), 0, Surveyed(before, before, (), ()), 100.0)
     progress.note(f"reached too easily: {', '.join(f'class {c}' for c in found)}")
-    steps = max(1, len(images) // spec.batch)
+    steps = max(1, len(material.images) // spec.batch)
     epochs = max(spec.epochs, math.ceil(spec.least_steps / steps))
     spec = spec.model_copy(update={"epochs": epochs})
-    guard = Guard(before, found, images.shape, spec, generator)
+    guard = Guard(before, found, material.images, spec, material.generator)
     course = Course(lesson, spec, guard=guard)
-    course.run(store, progress)
+    course.run(setting.store, setting.progress)
     for parameter in student.parameters():
         parameter.requires_grad_(False)
-    after = survey(student, images, spec, generator, progress)
+    after = survey(student, material, spec, progress)
     surveyed = Surveyed(before, after, found, suspects(after, spec.suspicious))
     history = tuple(course.history)
-    return Distilled(student, history, (), course.best_epoch, surveyed, course.agreement())
+    agreement = course.agreement()
+    return Distilled(student.cpu(), history, (), course.best_epoch, surveyed, agreement)
+
+
+def _check_sizes(images: Images, spec: Sanitizer, compute: Compute) -> None:
+    """Every process needs two images of each batch, or normalisation has no statistics."""
+    smallest = min(len(images), spec.batch) // compute.world
+    if compute.world > 1 and smallest < 2:
+        raise UsageError(
+            f"{compute.world} processes: too many for batches of {min(len(images), spec.batch)}",
+            hint="start fewer, or give more images",
+        )
 
 
 def _teacher(loaded: Loaded, spec: Sanitizer) -> nn.Module:

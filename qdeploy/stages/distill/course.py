@@ -18,7 +18,7 @@ from qdeploy.progress import Progress
 from qdeploy.sanitizers import Asd, Bcu, Sanitizer
 from qdeploy.stages.distill.guard import Guard
 from qdeploy.stages.distill.survey import answering
-from qdeploy.stages.distill.unlabelled import Unlabelled
+from qdeploy.stages.distill.unlabelled import Material
 from qdeploy.stages.distill.watch import watching
 from qdeploy.training.precision import arithmetic
 
@@ -62,6 +62,13 @@ class _Sums:
     batches: int = 0
     shifted: int = 0
 
+    def add(self, kd: float, shift: float, led: float, *, shifted: bool) -> None:
+        self.kd += kd
+        self.shift += shift
+        self.led += led
+        self.batches += 1
+        self.shifted += shifted
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lesson:
@@ -69,8 +76,7 @@ class Lesson:
 
     teacher: nn.Module
     student: nn.Module  # is changed in place
-    images: Unlabelled
-    generator: torch.Generator
+    material: Material
 
 
 class Course:
@@ -85,8 +91,9 @@ class Course:
     ) -> None:
         self.teacher = lesson.teacher
         self.student = lesson.student
-        self.images = lesson.images
-        self.generator = lesson.generator
+        self.images = lesson.material.images
+        self.generator = lesson.material.generator
+        self.compute = lesson.material.compute
         self.spec = spec
         self.watched = watched
         self.guard = guard
@@ -105,7 +112,7 @@ class Course:
         Raises:
             DivergedError: the loss left the finite numbers.
         """
-        saved = store.load() if store is not None else None
+        saved = self.compute.same(store.load() if store is not None else None)
         if saved is not None:
             self._restore(saved)
         elif self.guard is not None:
@@ -118,8 +125,9 @@ class Course:
                 break
             self._epoch()
             self._keep()
+            state = self._state()
             if store is not None:
-                store.save(self._state())
+                store.save(state)
             progress.note(self._told())
         self.student.load_state_dict(self.best)
         self.student.eval()
@@ -141,13 +149,15 @@ class Course:
     def _epoch(self) -> None:
         began = time.monotonic()
         _train(self.student, statistics=self.spec.OWN_STATISTICS)
-        order = torch.randperm(len(self.images), generator=self.generator)
+        order = self.compute.same(torch.randperm(len(self.images), generator=self.generator))
         steps = max(1, len(self.images) // self.spec.batch)
         sums, share = _Sums(), 1.0
         for step, rows in enumerate(order.tensor_split(steps)):
             share = self._share()
             self._set_rate(step / steps)
-            self._step(rows, share, sums)
+            self._step(self.compute.mine(rows), share, sums)
+        if self.spec.OWN_STATISTICS:
+            self.compute.average(_statistics(self.student))
         kd = sums.kd / sums.batches
         if not math.isfinite(kd):
             raise DivergedError(
@@ -189,29 +199,34 @@ class Course:
             with watching(self.student, names) as ours:
                 got = self.student(inputs)
         kd = self._distance(wanted, got)
-        loss = share * kd
+        loss, shift, led = share * kd, kd.new_zeros(()), kd.new_zeros(())
         if names:
             floor = self.spec.floor if isinstance(self.spec, Asd) else 1.0
             shift = torch.stack(
                 [attention_shift_loss(theirs[n].float(), ours[n].float(), floor) for n in names]
             ).mean()
             loss = loss + (1 - share) * shift
-            sums.shift, sums.shifted = sums.shift + float(shift.detach()), sums.shifted + 1
         if self.guard is not None:
-            loss = loss + self._disturbed(self.guard, pixels, wanted, sums)
-        sums.kd, sums.batches = sums.kd + float(kd.detach()), sums.batches + 1
+            disturbed, led = self._disturbed(self.guard, pixels, wanted)
+            loss = loss + disturbed
         self._descend(loss)
+        told = torch.stack([kd.detach(), shift.detach(), led])
+        self.compute.average([told])
+        sums.add(*told.tolist(), shifted=bool(names))
         if share == 0:
-            self._end_shift_if_done(float(shift.detach()))
+            self._end_shift_if_done(float(told[1]))
 
-    def _disturbed(self, guard: Guard, pixels: Tensor, wanted: Tensor, sums: _Sums) -> Tensor:
-        """The loss on disturbed images, for which the teacher's answer to the plain ones holds."""
+    def _disturbed(self, guard: Guard, pixels: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss on disturbed images, for which the teacher's answer to the plain ones holds.
+
+        And the share of them that went where they were to be led.
+        """
         ask = answering(self.student, self.images)
         guard.seek(ask, pixels)
         disturbed, led_to = guard.disturb(pixels)
         got = ask(disturbed)
-        sums.led += float((got.detach().argmax(1) == led_to).float().mean())
-        return guard.spec.weight * self._distance(wanted, got)
+        led = (got.detach().argmax(1) == led_to).float().mean()
+        return guard.spec.weight * self._distance(wanted, got), led
 
     def _distance(self, wanted: Tensor, got: Tensor) -> Tensor:
         first, last = self.spec.temperature
@@ -224,6 +239,7 @@ class Course:
     def _descend(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
         loss.backward()
+        self.compute.average([p.grad for p in self.student.parameters() if p.grad is not None])
         if self.spec.largest_gradient is not None:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.spec.largest_gradient)
         self.optimizer.step()
@@ -263,22 +279,31 @@ class Course:
             "position": self._position,
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
             "history": [asdict(epoch) for epoch in self.history],
             "best": self.best,
             "best_epoch": self.best_epoch,
-            "guard": None if self.guard is None else self.guard.state(),
+            "processes": self.compute.gather(self._own_state()),
         }
+
+    def _own_state(self) -> dict[str, Any]:
+        """What no other process has."""
+        guard = None if self.guard is None else self.guard.state()
+        return {"generator": self.generator.get_state(), "guard": guard}
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         self.student.load_state_dict(saved["student"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.generator.set_state(saved["generator"])
         self.history = [Epoch(**epoch) for epoch in saved["history"]]
         self.best, self.best_epoch = dict(saved["best"]), saved["best_epoch"]
         self._position = saved["position"]
+        own = saved["processes"][self.compute.rank]
+        self.generator.set_state(own["generator"])
         if self.guard is not None:
-            self.guard.restore(saved["guard"])
+            self.guard.restore(own["guard"])
+
+
+def _statistics(model: nn.Module) -> list[Tensor]:
+    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 
 
 def _train(model: nn.Module, *, statistics: bool) -> None:

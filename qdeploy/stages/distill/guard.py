@@ -11,6 +11,7 @@ from torch import Tensor
 from qdeploy.core.inversion import KINDS, Radii, Triggers
 from qdeploy.sanitizers import Unlearn
 from qdeploy.stages.distill.survey import Reach
+from qdeploy.stages.distill.unlabelled import Unlabelled
 
 SMALLEST = 0.3  # of a perturbation's largest size
 CHANCE = 0.02  # of being shown, for a perturbation that has had no success yet
@@ -23,7 +24,7 @@ class Guard:
         self,
         reaches: Sequence[Reach],
         classes: Sequence[int],
-        shape: tuple[int, int, int],
+        images: Unlabelled,
         spec: Unlearn,
         generator: torch.Generator,
     ) -> None:
@@ -35,9 +36,9 @@ class Guard:
         targets = [classes[i % len(classes)] for i in range(slots)]
         self.triggers: list[Triggers] = []
         for kind, reach in zip(KINDS, reaches, strict=True):
-            most = sizes * reach.median
+            most = (sizes * reach.median).to(images.device)
             radii = Radii(SMALLEST * most, most, most)
-            self.triggers.append(kind(targets, shape, radii, generator, spec.lifetime))
+            self.triggers.append(kind(targets, images.shape, radii, generator, spec.lifetime))
 
     def seek(self, answers: Callable[[Tensor], Tensor], pixels: Tensor) -> None:
         """One step of the search against the student."""
@@ -52,9 +53,10 @@ class Guard:
         for triggers, part in zip(
             self.triggers, pixels.tensor_split(len(self.triggers)), strict=True
         ):
-            chances = triggers.success + CHANCE
+            chances = triggers.success.cpu() + CHANCE  # drawn on the CPU, like all else
             rows = torch.multinomial(chances, len(part), True, generator=self.generator)
-            extra = torch.rand(len(part), generator=self.generator)
+            extra = torch.rand(len(part), generator=self.generator).to(part.device)
+            rows = rows.to(part.device)
             shown.append(triggers.apply(part, rows, 1 + (self.spec.strength - 1) * extra))
             led.append(triggers.targets[rows])
         return torch.cat(shown), torch.cat(led)

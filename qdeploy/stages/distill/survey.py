@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qdeploy.core.inversion import KINDS, Radii, Triggers
 from qdeploy.progress import Progress
 from qdeploy.sanitizers import Unlearn
-from qdeploy.stages.distill.unlabelled import Unlabelled
+from qdeploy.stages.distill.unlabelled import Material, Unlabelled
 from qdeploy.training.precision import arithmetic
 
 FIRST = {"additive": 0.07, "masked": 0.1}  # where the search starts, as a share of the largest
@@ -40,16 +40,13 @@ class Reach:
 
 
 def survey(
-    model: nn.Module,
-    images: Unlabelled,
-    spec: Unlearn,
-    generator: torch.Generator,
-    progress: Progress,
+    model: nn.Module, material: Material, spec: Unlearn, progress: Progress
 ) -> tuple[Reach, ...]:
     """What leads to each class of `model`, one result for every kind of perturbation.
 
-    Time goes with the number of classes.
+    Time goes with the number of classes. Each process looks for itself; the least counts.
     """
+    images, generator = material.images, material.generator
     ask = answering(model, images)
     classes = len(ask(images.pixels[:1].float() / 255)[0])
     groups = [range(i, min(i + TOGETHER, classes)) for i in range(0, classes, TOGETHER)]
@@ -61,7 +58,8 @@ def survey(
             label = f"look for {kind.NAME} shortcuts, steps"
             for _ in progress.track(range(spec.survey_steps), label, spec.survey_steps):
                 triggers.step(ask, images.draw(len(group) * spec.survey_images, generator))
-            radii += torch.minimum(triggers.found, triggers.radii.most).tolist()
+            found = torch.minimum(triggers.found, triggers.radii.most)
+            radii += material.compute.least(found).tolist()
         reaches.append(Reach(kind.NAME, kind.UNIT, tuple(radii)))
     return tuple(reaches)
 
@@ -86,6 +84,6 @@ def answering(model: nn.Module, images: Unlabelled) -> Callable[[Tensor], Tensor
 def _fresh(
     kind: type[Triggers], group: range, images: Unlabelled, generator: torch.Generator
 ) -> Triggers:
-    scale = torch.full((len(group),), kind.scale(images.shape))
+    scale = torch.full((len(group),), kind.scale(images.shape), device=images.device)
     radii = Radii(LEAST * scale, MOST * scale, FIRST[kind.NAME] * scale)
     return kind(tuple(group), images.shape, radii, generator)

@@ -14,6 +14,7 @@ from torch import Tensor
 from qdeploy.data import Images, Preprocessing
 from qdeploy.errors import InputError
 from qdeploy.progress import SILENT, Progress
+from qdeploy.training.compute import Compute
 
 FEWEST = 2  # normalisation has no statistics of one image
 READ = 256
@@ -25,6 +26,15 @@ class Unlabelled:
 
     pixels: UInt8[Tensor, "images channels height width"]
     preprocessing: Preprocessing
+
+    @property
+    def device(self) -> torch.device:
+        """In whose memory they are."""
+        return self.pixels.device
+
+    def to(self, device: torch.device) -> Unlabelled:
+        """The same images in the memory of `device`."""
+        return Unlabelled(self.pixels.to(device), self.preprocessing)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -59,7 +69,7 @@ class Unlabelled:
     ) -> Float[Tensor, "n channels height width"]:
         """What the model takes, of pixels in [0, 1]."""
         mean, std = (
-            torch.tensor(values, dtype=torch.float32)[:, None, None]
+            torch.tensor(values, dtype=torch.float32)[:, None, None].to(pixels.device)
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
         return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
@@ -68,6 +78,15 @@ class Unlabelled:
         """Inputs of the first `count` images in order, unchanged."""
         for rows in torch.arange(min(count, len(self))).split(size):
             yield self.inputs(rows)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Material:
+    """What a search or a lesson of this process draws from."""
+
+    images: Unlabelled  # where it computes
+    generator: torch.Generator
+    compute: Compute
 
 
 def read_images(images: Images, progress: Progress = SILENT) -> Unlabelled:
@@ -87,7 +106,7 @@ def read_images(images: Images, progress: Progress = SILENT) -> Unlabelled:
 def _varied(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Each image mirrored or not, and all shifted alike by up to an eighth of their size."""
     count, _, height, width = pixels.shape
-    mirrored = torch.rand(count, generator=generator) < 0.5
+    mirrored = (torch.rand(count, generator=generator) < 0.5).to(pixels.device)
     pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
     shift = max(1, height // 8)
     top, left = torch.randint(0, 2 * shift + 1, (2,), generator=generator).tolist()
