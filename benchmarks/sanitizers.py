@@ -45,8 +45,10 @@ class Measured:
     minutes: float
 
 
-def measure(model: Path, test_images: int | None, minutes: float) -> Measured:
-    request = make_request(Options(model=model, test_images=test_images))
+def measure(
+    model: Path, test_images: int | None, minutes: float, card: Path | None = None
+) -> Measured:
+    request = make_request(Options(model=model, card=card, test_images=test_images))
     loaded = open_source(request.sources, run_code_from_model=False)
     exported = export(loaded, shape=request.sources.shape)
     evidence = open_evidence(request, exported.classes, NO_PRINTS, SILENT)

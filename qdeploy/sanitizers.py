@@ -165,10 +165,15 @@ class Unlearn(Distillation):
     slot_images: int = Field(10, gt=0, description="Per perturbation and step.")
     lifetime: int = Field(60, gt=0, description="Steps after which one is sought anew from noise.")
     reach: tuple[float, float] = Field(
-        (0.5, 3.0), description="Their largest sizes, from and to, as shares of the median."
+        (0.2, 3.0), description="Their sizes, from and to, as shares of the median."
     )
     strength: float = Field(1.5, ge=1, description="They are shown up to so many times stronger.")
     warm_up: int = Field(10, ge=0, description="Steps of the search before the student moves.")
+    further: float = Field(
+        1.25,
+        ge=0,
+        description="How far to go the way that the student's weights went: 1 is where it stopped.",
+    )
 
 
 Sanitizer = Kd | Bcu | Asd | Unlearn

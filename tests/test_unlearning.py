@@ -93,6 +93,20 @@ def test_normalisation_keeps_the_statistics_of_the_teacher():
     assert any(not torch.equal(own[name], theirs[name]) for name in own if name not in kept)
 
 
+def test_the_student_goes_on_beyond_the_end_of_its_training():
+    model = Normalised(width=4).eval()
+    brief = QUICK.model_copy(update={"suspicious": 1e3, "survey_steps": 2, "least_steps": 2})
+    once, twice = (
+        distill(loaded(model), random_images(64), brief.model_copy(update={"further": f}), SEED)
+        for f in (1.0, 2.0)
+    )
+    own, further = dict(once.module.named_parameters()), dict(twice.module.named_parameters())
+    moved = {name: own[name] - value for name, value in model.named_parameters()}
+    assert max(float(change.detach().abs().max()) for change in moved.values()) > 1e-4
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(further[name], value + 2 * moved[name])
+
+
 @pytest.fixture
 def work(tmp_path, monkeypatch, backdoored):
     """The backdoored classifier as a TorchScript file, with its card and data."""

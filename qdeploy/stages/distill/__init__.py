@@ -117,6 +117,7 @@ def _unlearn(lesson: Lesson, spec: Unlearn, setting: Setting) -> Distilled:
     guard = Guard(before, found, material.images, spec, material.generator)
     course = Course(lesson, spec, guard=guard)
     course.run(setting.store, setting.progress)
+    _extrapolate(lesson.teacher, student, spec.further)
     for parameter in student.parameters():
         parameter.requires_grad_(False)
     after = survey(student, material, spec, progress)
@@ -124,6 +125,17 @@ def _unlearn(lesson: Lesson, spec: Unlearn, setting: Setting) -> Distilled:
     history = tuple(course.history)
     agreement = course.agreement()
     return Distilled(student.cpu(), history, (), course.best_epoch, surveyed, agreement)
+
+
+@torch.no_grad()
+def _extrapolate(teacher: nn.Module, student: nn.Module, factor: float) -> None:
+    """Put the student where it would be, had it gone `factor` times as far from the teacher.
+
+    A direction in weight space that unlearns something does so beyond its end, too (Ilharco et
+    al., Editing Models with Task Arithmetic, ICLR 2023).
+    """
+    for start, end in zip(teacher.parameters(), student.parameters(), strict=True):
+        end.copy_(torch.lerp(start, end, factor))
 
 
 def _check_sizes(images: Images, spec: Sanitizer, compute: Compute) -> None:

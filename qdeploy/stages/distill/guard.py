@@ -13,7 +13,6 @@ from qdeploy.sanitizers import Unlearn
 from qdeploy.stages.distill.survey import Reach
 from qdeploy.stages.distill.unlabelled import Unlabelled
 
-SMALLEST = 0.3  # of a perturbation's largest size
 CHANCE = 0.02  # of being shown, for a perturbation that has had no success yet
 
 
@@ -36,8 +35,8 @@ class Guard:
         targets = [classes[i % len(classes)] for i in range(slots)]
         self.triggers: list[Triggers] = []
         for kind, reach in zip(KINDS, reaches, strict=True):
-            most = (sizes * reach.median).to(images.device)
-            radii = Radii(SMALLEST * most, most, most)
+            size = (sizes * reach.median).to(images.device)
+            radii = Radii(size, size, size)
             self.triggers.append(kind(targets, images.shape, radii, generator, spec.lifetime))
 
     def seek(self, answers: Callable[[Tensor], Tensor], pixels: Tensor) -> None:
