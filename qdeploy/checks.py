@@ -10,7 +10,14 @@ from typing import Literal
 
 from qdeploy.device import BudgetSpec
 from qdeploy.evidence import AgainstFloat, ArmRates, RuntimeAgreement
-from qdeploy.model import Finding, FloatLayer, Latency, RoundedLayer
+from qdeploy.model import (
+    Cleaning,
+    Finding,
+    FloatLayer,
+    Latency,
+    RoundedLayer,
+    named_classes,
+)
 from qdeploy.policy import CheckName, GateSpec
 from qdeploy.scan.fingerprints import Scan
 from qdeploy.scan.provenance import LayerTrace, Provenance
@@ -160,6 +167,18 @@ def check_crowding(scan: Scan, gate: GateSpec) -> Iterator[Check]:
         subject = str(scan.fingerprints[0].convention)
         limit = gate.max_cell_crowding
         yield Check("cell_crowding", scan.score, "<=", limit, "sd", subject=subject)
+
+
+def check_cleaning(
+    cleaning: Cleaning | None, names: Sequence[str], gate: GateSpec
+) -> Iterator[Check]:
+    """No class is still reached too easily, where a sanitizer looked for such classes."""
+    if cleaning is not None and cleaning.remaining is not None:
+        remaining, limit = cleaning.remaining, float(gate.max_remaining_shortcuts)
+        subject = named_classes(remaining, names) if remaining else None
+        yield Check(
+            "remaining_shortcuts", float(len(remaining)), "<=", limit, "classes", subject=subject
+        )
 
 
 def check_budget(

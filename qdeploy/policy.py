@@ -27,6 +27,7 @@ CheckName = Literal[
     "weight_steps",
     "unexplained_rounding",
     "cell_crowding",
+    "remaining_shortcuts",
     "file_bytes",
     "latency_ms",
 ]
@@ -72,6 +73,9 @@ class GateSpec(Spec):
     )
     max_cell_crowding: float | None = Field(
         None, description="Score of the float weights at cell edges; clean models stay below 5."
+    )
+    max_remaining_shortcuts: int = Field(
+        0, ge=0, description="Classes reached too easily after a cleaning that looked for them."
     )
     min_images: int = Field(200, gt=0, description="A rate over fewer images is no evidence.")
     min_class_images: int = Field(50, gt=0, description="The same for the rate of one class.")

@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from qdeploy.checks import check_cleaning
+from qdeploy.model import Cleaning, DataUsed, Origin
+from qdeploy.policy import GateSpec
 from qdeploy.progress import SILENT
 from qdeploy.sanitizers import Unlearn
 from qdeploy.stages.distill import distill
@@ -135,6 +138,8 @@ def test_one_command_cleans_quantizes_and_judges_and_reports_every_stage(work, c
     assert report["cleaning"]["suspicious"] == [TARGET]
     assert report["cleaning"]["origin"]["path"] == "model.pt"
     assert report["cleaning"]["student"] == report["origin"]["path"] == "model.student.pt"
+    (look,) = [check for check in report["checks"] if check["name"] == "remaining_shortcuts"]
+    assert (look["value"], look["limit"], look["state"]) == (0, 0, "within")
     success = {m["variant"]: m["attack_success"] for m in report["measurements"]}
     (trigger,) = success["source"]
     assert success["source"][trigger]["value"] > 90
@@ -144,6 +149,24 @@ def test_one_command_cleans_quantizes_and_judges_and_reports_every_stage(work, c
     assert "before cleaning" in (work / "report.html").read_text("utf-8")
     assert "reached too easily: class 0; after cleaning: none" in " ".join(said.split())
     assert (work / "model.student.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("remaining", "limit", "state"),
+    [((), 0, "within"), ((2,), 0, "off"), ((2,), 1, "within"), ((0, 2), 1, "off")],
+)
+def test_a_class_that_is_still_reached_too_easily_stands_against_the_file(remaining, limit, state):
+    origin = Origin("model.pt", "0" * 64, "torch")
+    images = DataUsed("distillation", "images.npz", 64, None, "command line")
+    made = Cleaning(
+        origin, {"kind": "unlearn"}, images, "student.pt", 3, (2,), remaining, 99.0, 1.0
+    )
+    gate = GateSpec(max_remaining_shortcuts=limit)
+    (check,) = check_cleaning(made, ("cat", "dog", "ship"), gate)
+    assert check.state == state
+    assert check.subject in {None, "ship", "cat, ship"}
+    assert not list(check_cleaning(replace(made, remaining=None), (), gate))
+    assert not list(check_cleaning(None, (), gate))
 
 
 def test_an_interrupted_unlearning_goes_on_and_ends_at_the_same_bytes(tmp_path, monkeypatch):

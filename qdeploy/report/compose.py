@@ -11,6 +11,7 @@ from qdeploy.checks import (
     LayerDigest,
     LayersAsMade,
     check_budget,
+    check_cleaning,
     check_crowding,
     check_layers,
     check_provenance,
@@ -32,7 +33,7 @@ from qdeploy.sources import CARD
 from qdeploy.stages.validate import Measured
 from qdeploy.verdict import Check, Outcome, explain, judge
 
-MADE_HERE = frozenset({"layers_as_planned", "codes_as_chosen"})
+MADE_HERE = frozenset({"layers_as_planned", "codes_as_chosen", "remaining_shortcuts"})
 NOT_RUN = "the file was not run"
 NO_FLOATS = "there are no float weights off a grid to look at"
 SPOKEN_OF = (
@@ -80,8 +81,7 @@ def compose(
     if calibration is not None and calibration.synthetic is not None:
         reasons += (f"calibrated on images made from the model itself ({calibration.synthetic})",)
         outcome = Outcome.NO_VERDICT if outcome is Outcome.ACCEPT else outcome
-    card = request.sources.card
-    names = card.model.classes if card is not None else None
+    names = _class_names(request)
     traced = provenance.layers if provenance is not None else ()
     return Report(
         run_id=run_id,
@@ -108,7 +108,7 @@ def compose(
         reasons=reasons,
         not_measured=_not_measured(checks, absent),
         notes=(
-            *_cleaning_notes(findings.cleaning, names or ()),
+            *_cleaning_notes(findings.cleaning, names),
             *_notes(request, evidence),
             *_fingerprint_notes(findings.scan),
         ),
@@ -122,6 +122,11 @@ def compose(
     )
 
 
+def _class_names(request: Request) -> tuple[str, ...]:
+    card = request.sources.card
+    return tuple(card.model.classes or ()) if card is not None else ()
+
+
 def _checks(request: Request, findings: Findings) -> tuple[Check, ...]:
     gate, measured, provenance = request.policy.gate, findings.measured, findings.provenance
     sizes = {f.variant: f.size_bytes for f in measured.files}
@@ -133,6 +138,7 @@ def _checks(request: Request, findings: Findings) -> tuple[Check, ...]:
         *(check_layers(findings.made, gate) if findings.made is not None else ()),
         *(check_provenance(provenance, findings.known, gate) if provenance is not None else ()),
         *check_crowding(findings.scan, gate),
+        *check_cleaning(findings.cleaning, _class_names(request), gate),
         *(check_budget(sizes["result"], measured.latencies, budget, gate) if sizes else ()),
     )
 
@@ -169,6 +175,7 @@ def _absent(request: Request, findings: Findings) -> dict[str, str]:
         "weight_steps": no_limit if gate.max_weight_steps is None else no_integers,
         "unexplained_rounding": no_limit if gate.max_unexplained_rounding is None else no_integers,
         "cell_crowding": no_limit if gate.max_cell_crowding is None else NO_FLOATS,
+        "remaining_shortcuts": "no sanitizer looked for shortcuts",
         "file_bytes": no_budget,
         "latency_ms": no_budget if budget.latency_ms is None else "no run was timed",
     }

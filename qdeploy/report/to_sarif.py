@@ -32,6 +32,7 @@ CHECKS = {
     "layers_as_planned": "A layer was left in float or lost its rounding method.",
     "codes_as_chosen": "The file does not hold the integers that were chosen.",
     "cell_crowding": "The float weights were held inside the cells of a quantizer.",
+    "remaining_shortcuts": "After cleaning, images are still led to a class too easily.",
     "file_bytes": "The file is larger than the device allows.",
     "latency_ms": "The file is slower than the device allows.",
 }
