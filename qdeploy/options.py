@@ -220,6 +220,15 @@ class Options:
         ),
     ] = None
 
+    further: Annotated[
+        float | None,
+        _option(
+            "--further",
+            "How far unlearn goes the way its training went; 1 is the end, else 1.25.",
+            "Distillation",
+            at_least=0,
+        ),
+    ] = None
     accelerator: Annotated[
         Literal["cpu", "cuda"],
         _option("--accelerator", "Where the student is trained.", "Distillation"),
@@ -341,7 +350,7 @@ CALIBRATION = ("calibration", "calibration_images", "synthetic_calibration")
 EVIDENCE = ("test", "trigger")
 RECIPE = ("bits", "recipe", "device", "seed")
 MATRIX = ("methods", "grids", "widths", "activation_widths", "seeds", "steps")
-COURSE = ("image_count", "schedule", "epochs", "watch", "accelerator")
+COURSE = ("image_count", "schedule", "epochs", "watch", "further", "accelerator")
 DISTILLATION = ("unlabelled", "sanitizer", *COURSE, "seed")
 CLEANING = ("clean_with", "cleaning_images", *COURSE)
 METHOD = ("rounding", "solver", "weight_storage", "activation_bits")

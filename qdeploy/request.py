@@ -103,7 +103,9 @@ def make_cleaning_order(options: Options, request: QuantizeRequest) -> StudentOr
     Raises:
         UsageError: options contradict each other, or nobody named any images.
     """
-    said = [options.cleaning_images, options.image_count, options.epochs, options.watch]
+    said = [
+        options.cleaning_images, options.image_count, options.epochs, options.watch, options.further
+    ]  # fmt: skip
     if options.clean_with is None:
         told = (options.schedule, options.accelerator) != ("short", "cpu")
         if told or any(value is not None for value in said):
@@ -138,6 +140,13 @@ def _sanitizer(options: Options) -> Sanitizer:
         if options.sanitizer != "asd":
             raise UsageError(f"--watch means nothing to {options.sanitizer}: only asd has a shift")
         table["watch"] = tuple(options.watch)
+    if options.further is not None:
+        if options.sanitizer != "unlearn":
+            raise UsageError(
+                f"--further means nothing to {options.sanitizer}: only unlearn goes on"
+                " from where its training ended"
+            )
+        table["further"] = options.further
     return sanitizer(table, where="options")
 
 

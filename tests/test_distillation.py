@@ -503,6 +503,10 @@ def test_an_interrupted_run_goes_on_and_ends_at_the_same_bytes(work):
         ),
         (("--out", "s.pt", "--sanitizer", "asd", "--watch", "nothing"), "matches no convolution"),
         (("--out", "s.pt", "--watch", "conv1"), "--watch means nothing to unlearn"),
+        (
+            ("--out", "s.pt", "--sanitizer", "kd", "--further", "2"),
+            "--further means nothing to kd",
+        ),
         (("--out", "s.pt", "--schedule", "paper"), "schedule"),
         (("--out", "s.pt", "--images", "none.zip"), "none.zip"),
         (("--out", "s.pt", "--card", "none.toml"), "none.toml"),
