@@ -179,7 +179,7 @@ def test_two_processes_unlearn_a_backdoor(tmp_path, monkeypatch):
     np.savez("images.npz", x=pixels[:1000], y=labels[:1000].numpy())
     torchrun("-m", "qdeploy", *COMMAND, "--seed", "1")
     log = json.loads(Path("student.json").read_text("utf-8"))
-    assert log["compute"]["processes"] == 2
+    assert log["compute"] == {"device": "cpu", "precision": "float32", "processes": 2}
     assert TARGET in log["survey"]["suspects"]
     before, after = rates(model), rates(torch.jit.load("student.pt"))
     assert (before[1] > 90, after[1] < 20, after[0] > before[0] - 5) == (True, True, True)

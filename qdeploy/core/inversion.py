@@ -63,10 +63,8 @@ class Triggers(ABC):
         self.generator = generator
         self.lifetime = lifetime
         self.radius = radii.start.clone()
-        self.success = torch.zeros_like(
-            radii.start
-        )  # running mean of the share of images that follow
-        self.found = torch.full_like(radii.start, float("inf"))  # least radius that was enough
+        self.success = torch.zeros_like(self.radius)  # running mean share of images that follow
+        self.found = torch.full_like(self.radius, float("inf"))  # least radius that was enough
         ages = torch.zeros(count, dtype=torch.int64)
         if lifetime is not None:
             ages = torch.randint(0, lifetime, (count,), generator=generator)
@@ -123,9 +121,8 @@ class Triggers(ABC):
         per = len(pixels) // count
         rows = torch.arange(count, device=self.device).repeat_interleave(per)
         moving = {name: v.clone().requires_grad_() for name, v in self.variables.items()}
-        logits = answers(
-            self._applied(pixels[: len(rows)], moving, rows, torch.ones(1, device=self.device))
-        )
+        plain = torch.ones(1, device=self.device)
+        logits = answers(self._applied(pixels[: len(rows)], moving, rows, plain))
         wanted = self.targets[rows]
         loss = F.cross_entropy(logits, wanted, reduction="sum") / per
         gradients = torch.autograd.grad(loss, tuple(moving.values()))

@@ -14,7 +14,7 @@ from qdeploy import __version__
 from qdeploy.data import Images, open_images
 from qdeploy.errors import UsageError
 from qdeploy.inputs import Cleaned, QuantizeRequest
-from qdeploy.model import Cleaning, DataUsed, Loaded, Origin, named_classes
+from qdeploy.model import Cleaning, DataUsed, Format, Loaded, Origin, named_classes
 from qdeploy.packages import installed_versions
 from qdeploy.pipeline import (
     as_json,
@@ -216,7 +216,7 @@ def _asked(order: StudentOrder, compute: Compute, loaded: Loaded) -> dict[str, A
         "input": input_facts(order.sources),
         "sanitizer": order.spec.model_dump(mode="json"),
         "seed": order.seed,
-        "compute": compute.facts(),
+        "compute": compute.facts(mixed=loaded.format is not Format.TORCHSCRIPT),
     }
 
 

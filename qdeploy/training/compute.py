@@ -38,10 +38,14 @@ class Compute:
         """Whether this is the process that tells, keeps and writes."""
         return self.rank == 0
 
-    def facts(self) -> dict[str, Any]:
-        """What changes the result, for a log."""
+    def facts(self, *, mixed: bool) -> dict[str, Any]:
+        """What changes the result, for a log.
+
+        Args:
+            mixed: Whether products may be in another type than the model's: not in TorchScript.
+        """
         kind = self.device.type
-        found = fast_type(kind) or torch.float32
+        found = (fast_type(kind) if mixed else None) or torch.float32
         precision = str(found).removeprefix("torch.")
         return {"device": kind, "precision": precision, "processes": self.world}
 
