@@ -68,7 +68,7 @@ def distill(loaded: Loaded, images: Images, spec: Sanitizer, setting: Setting) -
 
     Raises:
         PlanError: the model is of a form whose gradients or inner layers cannot be had.
-        UsageError: a pattern in `spec.watch` matches no layer.
+        UsageError: a pattern in `spec.watch` matches no layer, or there are too many processes.
         InputError: an image is damaged or of the wrong size.
         DivergedError: the loss left the finite numbers.
     """
