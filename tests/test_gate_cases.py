@@ -1,107 +1,47 @@
 """Files, and what the gate must say to each: the exit code, and a part of the reason.
 
-`python -m tests.test_gate_cases` prints the table, each row with what the gate answered.
+`python -m tests.test_gate_cases` prints the table, each row with what was answered. Files of
+attackers have tables of their own, by what they attack: `tests/hostile_*.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 
 from tests import gate_lab
 from tests.gate_lab import TRIGGER, Lab
+from tests.gate_table import (
+    ACCEPT,
+    ALONE,
+    BAD_INPUT,
+    BARE,
+    DEMO,
+    INTEGERS,
+    NO_VERDICT,
+    OWN,
+    REFERENCE,
+    REJECT,
+    Case,
+    answered_as_expected,
+    cut_short,
+    file,
+    judge,
+    made,
+    with_policy,
+    with_test_data,
+    without_data,
+    written,
+)
 
-ACCEPT, BAD_INPUT, REJECT, NO_VERDICT = 0, 2, 3, 4
-Make = Callable[[Lab], Path]
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A file, the options that it is judged with, and the answer."""
-
-    name: str
-    make: Make
-    options: tuple[str, ...]
-    code: int
-    says: str = ""
-
-
-def file(name: str) -> Make:
-    """One of the files that the lab starts with."""
-    return lambda lab: lab / name
-
-
-def made(source: str, change: Callable[[onnx.ModelProto], None]) -> Make:
-    """A file of the lab with something done to it."""
-    return lambda lab: lab.changed(source, "changed.onnx", change)
-
-
-def written(data: bytes, name: str = "file.onnx") -> Make:
-    def write(lab: Lab) -> Path:
-        (lab / name).write_bytes(data)
-        return lab / name
-
-    return write
-
-
-def cut_short(source: str) -> Make:
-    return lambda lab: written((lab / source).read_bytes()[:-2000])(lab)
-
-
-def with_policy(make: Make, limits: str, *, base: str = "demo") -> Make:
-    """`make`, beside a `policy.toml` that sets more limits than `base` does."""
-
-    def write(lab: Lab) -> Path:
-        policy = Path(__file__).parents[1] / "recipes" / "policies" / f"{base}.toml"
-        names = {line.split(" =")[0] for line in limits.splitlines()}
-        kept = [x for x in policy.read_text("utf-8").splitlines() if x.split(" =")[0] not in names]
-        (lab / "policy.toml").write_text("\n".join(kept) + f"\n{limits}", "utf-8")
-        return make(lab)
-
-    return write
-
-
-def with_test_data(
-    make: Make, change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-) -> Make:
-    """`make`, beside a `test.npz` that is the test data with something done to it."""
-
-    def write(lab: Lab) -> Path:
-        x, y = change(*lab.images("test"))
-        np.savez(lab / "test.npz", x=x, y=y)
-        return make(lab)
-
-    return write
-
-
-def without_data(make: Make) -> Make:
-    """`make`, beside a `bare.toml` that names neither data nor triggers."""
-
-    def write(lab: Lab) -> Path:
-        (lab / "bare.toml").write_text(lab.card.split("[data]")[0], "utf-8")
-        return make(lab)
-
-    return write
-
-
-REFERENCE = ("--reference", "fp32.onnx")
-DEMO = (*REFERENCE, "--policy", "demo")
-ALONE = ("--card", "model.toml", "--policy", "standalone")
-BARE = (*REFERENCE, "--card", "bare.toml")
-INTEGERS = "max_weight_steps = 1.01\nmax_unexplained_rounding = 1.0\n"
-OWN = (*REFERENCE, "--policy", "policy.toml")
-
-CASES = (
+OWN_CASES = (
     # what is good
     Case("sanitized", file("good.onnx"), DEMO, ACCEPT),
     Case("sanitized, alone", file("good.onnx"), ALONE, ACCEPT),
@@ -228,20 +168,15 @@ CASES = (
          (*OWN, "--made-by", "model.toml"), BAD_INPUT, "is not the report.json"),
 )  # fmt: skip
 
+
+def hostile() -> Iterator[Case]:
+    """The rows of the tables of attacks."""
+    for path in sorted(Path(__file__).parent.glob("hostile_*.py")):
+        yield from import_module(f"tests.{path.stem}").CASES
+
+
+CASES = (*OWN_CASES, *hostile())
 NEEDS_NO_CUDA = {"a provider that is not there"}
-
-
-def judge(case: Case, lab: Lab) -> tuple[int, str]:
-    """The exit code, and everything that was said."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        path = case.make(lab)
-        code = gate_lab.run("gate", path, *case.options)
-    return code, said.getvalue()
-
-
-def answered_as_expected(case: Case, code: int, said: str) -> bool:
-    return code == case.code and case.says in " ".join(said.split()) and "Traceback" not in said
 
 
 @pytest.fixture(scope="module")
