@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
-from pathlib import Path
 
 from qdeploy.errors import ProviderError
 from qdeploy.graph.io import identity
-from qdeploy.packages import EXTRAS, PACKAGES, installed_versions
-from qdeploy.runtime.sessions import PROVIDERS, available_providers, cores, open_session
-
-VNNI = frozenset({"avx512_vnni", "avx_vnni"})
-BF16 = frozenset({"amx_bf16", "avx512_bf16"})  # training in bfloat16 is faster with one of these
+from qdeploy.machine import (
+    EXTRAS,
+    PACKAGES,
+    VNNI,
+    X86,
+    cores,
+    exact_8bit_products,
+    installed_versions,
+    processor_flags,
+)
+from qdeploy.runtime.sessions import PROVIDERS, available_providers, open_session
 
 
 def describe() -> Iterator[tuple[str, str]]:
@@ -36,25 +41,13 @@ def describe() -> Iterator[tuple[str, str]]:
         yield f"extra {extra}", said or f"not installed: pip install 'qdeploy[{extra}]'"
 
 
-def processor_flags() -> frozenset[str]:
-    """Instruction sets as Linux names them; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return frozenset()
-    found = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
-    return frozenset(found.partition(":")[2].split())
-
-
 def suggested_device(flags: frozenset[str]) -> str:
     """The bundled profile for this processor."""
-    return (
-        "x86-vnni" if flags & VNNI or platform.machine() not in {"x86_64", "AMD64"} else "x86-avx2"
-    )
+    return "x86-vnni" if exact_8bit_products(flags) else "x86-avx2"
 
 
 def _int8(flags: frozenset[str]) -> str:
-    if platform.machine() not in {"x86_64", "AMD64"}:
+    if platform.machine() not in X86:
         return "8-bit products are exact on this architecture"
     if flags & VNNI:
         return f"exact 8-bit dot products ({', '.join(sorted(flags & VNNI))})"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from qdeploy.disk import write_atomically
 from qdeploy.graph.io import is_quantized, read_single_file
 from qdeploy.inputs import Request
 from qdeploy.model import Finding, Format
 from qdeploy.pipeline import open_model
 from qdeploy.progress import Clock, Progress
 from qdeploy.report.looks import FORMATS, Look
-from qdeploy.rundir import write_atomically
 from qdeploy.scan.fingerprints import scan_weights
 from qdeploy.scan.provenance import FEW, Provenance, trace
 from qdeploy.scan.static import look

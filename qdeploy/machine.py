@@ -1,11 +1,13 @@
-"""The libraries that a result depends on."""
+"""This machine: its processor, and the libraries that a result depends on."""
 
 from __future__ import annotations
 
+import os
+import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnx", "onnx-ir", "onnxscript", "torch", "numpy")
-
 
 EXTRAS = {
     "scan": ("fickling",),
@@ -14,6 +16,9 @@ EXTRAS = {
     "demo": ("scikit-learn",),
     "plots": ("matplotlib",),
 }  # by any of which an extra is there
+VNNI = frozenset({"avx512_vnni", "avx_vnni"})
+BF16 = frozenset({"amx_bf16", "avx512_bf16"})  # training in bfloat16 is faster with one of these
+X86 = frozenset({"x86_64", "AMD64"})
 
 
 def installed_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
@@ -25,3 +30,23 @@ def installed_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def processor_flags() -> frozenset[str]:
+    """Instruction sets as Linux names them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    found = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
+    return frozenset(found.partition(":")[2].split())
+
+
+def exact_8bit_products(flags: frozenset[str]) -> bool:
+    """No pair of 8-bit products saturates on this processor, whatever the integers are."""
+    return bool(flags & VNNI) or platform.machine() not in X86
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
-from qdeploy.runtime.sessions import cores
+from qdeploy.machine import cores
 
 T = TypeVar("T")
 R = TypeVar("R")

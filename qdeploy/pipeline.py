@@ -12,6 +12,7 @@ from typing import Any
 from qdeploy import __version__
 from qdeploy.checks import LayerDigest, LayersAsMade
 from qdeploy.device import DeviceProfile
+from qdeploy.disk import require_writable, set_aside, write_atomically
 from qdeploy.graph.io import identity
 from qdeploy.inputs import (
     NO_EVIDENCE,
@@ -22,6 +23,7 @@ from qdeploy.inputs import (
     open_calibration,
     open_evidence,
 )
+from qdeploy.machine import installed_versions
 from qdeploy.methods import Nearest
 from qdeploy.model import (
     Architecture,
@@ -32,14 +34,13 @@ from qdeploy.model import (
     QuantizedModel,
     QuantPlan,
 )
-from qdeploy.packages import installed_versions
 from qdeploy.progress import Clock, Progress
 from qdeploy.report.compose import Findings, compose
 from qdeploy.report.render import check_format, render
 from qdeploy.report.to_html import to_html
 from qdeploy.report.to_json import to_json
 from qdeploy.report.values import Report
-from qdeploy.rundir import REPORT, RunDir, open_run, require_writable, set_aside, write_atomically
+from qdeploy.rundir import REPORT, RunDir, open_run
 from qdeploy.runtime.sessions import open_session
 from qdeploy.scan.fingerprints import scan_weights
 from qdeploy.scan.provenance import Provenance, trace

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qdeploy.disk import write_atomically
 from qdeploy.errors import OutputError, UsageError
 
 MANIFEST = "manifest.json"
@@ -27,71 +28,6 @@ REPORT = "report.json"
 PARTIAL = "partial"
 LOCK = ".lock"
 SEED_KEY = "seed.key"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path`: a reader sees the old file or the whole new one, whatever happens.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o666 & ~_umask())
-            Path(temporary).replace(path)
-        except BaseException:  # also when interrupted: nothing half-written stays
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def require_writable(path: Path) -> None:
-    """Find out before the work, rather than after it, that a result has no place to go.
-
-    Raises:
-        OutputError: `path` is a folder, or its folder is missing or not writable.
-    """
-    folder = path.parent
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: is a folder")
-    if not folder.is_dir():
-        raise OutputError(f"cannot write {path}: folder {folder} does not exist")
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".qdeploy-"):
-            pass
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder, and those it lies in, unless they are there.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def set_aside(path: Path) -> Path | None:
-    """Move a file out of the way, so that nobody takes it for the result of this run."""
-    if not path.exists():
-        return None
-    aside = path.with_name(f"{path.stem}.previous{path.suffix}")
-    try:
-        path.replace(aside)
-    except OSError as error:
-        raise OutputError(f"cannot rename {path}: {error.strerror}") from error
-    return aside
 
 
 def private_seed(root: Path, model: Path) -> int:
@@ -236,17 +172,3 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray] | None:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError):
         return None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

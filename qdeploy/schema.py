@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from qdeploy.disk import read_bounded
 from qdeploy.errors import InputError, UsageError
 
 LARGEST_FILE_BYTES = 1 << 20
@@ -35,12 +36,9 @@ def load_toml(path: Path, model: type[SpecType], *, what: str) -> SpecType:
     Raises:
         InputError: it cannot be read, is not TOML, or does not fit the model.
     """
+    data = read_bounded(path, LARGEST_FILE_BYTES, what=what)
     try:
-        if path.stat().st_size > LARGEST_FILE_BYTES:
-            raise InputError(f"{what} {path}: larger than {LARGEST_FILE_BYTES} bytes")
-        table = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"{what} {path}: {error.strerror}") from error
+        table = tomllib.loads(data.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{what} {path}: not valid TOML: {error}") from error
     return validate(table, model, where=f"{what} {path}")

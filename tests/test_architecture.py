@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "qdeploy"
 
 # Lower rooms first; a module may import from its own line and from those above it.
 LEVELS = (
-    ("errors", "progress", "packages"),
-    ("schema", "card", "methods", "sanitizers", "policy", "recipe", "device", "core"),
+    ("errors", "progress", "machine"),
+    ("disk", "schema", "card", "methods", "sanitizers", "policy", "recipe", "device", "core"),
     ("model", "data", "triggers", "rundir", "architectures"),
     ("graph", "runtime"),
     ("tap", "walk", "parallel", "evidence", "verdict", "sources", "doctor"),

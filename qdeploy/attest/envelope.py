@@ -13,8 +13,9 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, SSlibKey
 
+from qdeploy.disk import read_bounded
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.report.kept import parse_object, read_bounded
+from qdeploy.report.kept import parse_object
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 LARGEST_ENVELOPE_BYTES = 16 << 20

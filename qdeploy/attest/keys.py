@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qdeploy.disk import read_bounded
 from qdeploy.errors import InputError, UsageError, foreign_reader
-from qdeploy.report.kept import read_bounded
 
 try:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey

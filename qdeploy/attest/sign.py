@@ -8,9 +8,9 @@ from pathlib import Path
 from qdeploy.attest.envelope import seal
 from qdeploy.attest.keys import load_signer
 from qdeploy.attest.statement import Verdict, make_statement, make_verdict
+from qdeploy.disk import file_sha256, require_writable, write_atomically
 from qdeploy.errors import InputError, UsageError
-from qdeploy.report.kept import file_sha256, read_report
-from qdeploy.rundir import require_writable, write_atomically
+from qdeploy.report.kept import read_report
 
 SUFFIX = ".intoto.json"
 

@@ -14,10 +14,10 @@ from qdeploy.compare.matrix import Cell, Matrix
 from qdeploy.compare.plots import draw_plots
 from qdeploy.compare.study import Study
 from qdeploy.compare.table import as_csv, as_markdown
+from qdeploy.disk import make_folder, require_writable, write_atomically
 from qdeploy.inputs import QuantizeRequest
-from qdeploy.packages import installed_versions
+from qdeploy.machine import installed_versions
 from qdeploy.progress import Progress
-from qdeploy.rundir import make_folder, require_writable, write_atomically
 
 CELLS = "cells"
 TABLE, CSV = "table.md", "cells.csv"

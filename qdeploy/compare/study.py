@@ -13,6 +13,7 @@ import numpy as np
 
 from qdeploy.compare.matrix import Cell
 from qdeploy.data import Images
+from qdeploy.disk import write_atomically
 from qdeploy.errors import UsageError
 from qdeploy.evidence import ArmRates, rates
 from qdeploy.inputs import Evidence, QuantizeRequest, open_calibration, open_evidence
@@ -21,7 +22,6 @@ from qdeploy.model import Arm, FloatModel, Grids, Loaded, Predictions, QuantPlan
 from qdeploy.pipeline import open_model
 from qdeploy.progress import Clock, Progress
 from qdeploy.recipe import Recipe
-from qdeploy.rundir import write_atomically
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.stages.calibrate import calibrate

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from qdeploy.disk import make_folder, require_writable, write_atomically
 from qdeploy.progress import Progress
 from qdeploy.redteam.datasets import open_dataset
 from qdeploy.redteam.make import DUD, LOG, MODEL, DudError, Order, make
 from qdeploy.redteam.recipe import load_attack
 from qdeploy.redteam.table import table
-from qdeploy.rundir import make_folder, require_writable, write_atomically
 from qdeploy.schema import Spec, find_bundled, load_toml
 
 KIND = "recipes/suites"

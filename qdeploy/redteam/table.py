@@ -13,6 +13,7 @@ import numpy as np
 
 from qdeploy import __version__
 from qdeploy.device import load_device
+from qdeploy.disk import make_folder, write_atomically
 from qdeploy.errors import UsageError, foreign_reader
 from qdeploy.evidence import ArmRates
 from qdeploy.gate import Subject, gate
@@ -22,7 +23,6 @@ from qdeploy.progress import Progress
 from qdeploy.recipe import load_recipe
 from qdeploy.redteam.make import LOG, MODEL, QUANTIZED, VICTIM
 from qdeploy.redteam.training import FLOAT
-from qdeploy.rundir import make_folder, write_atomically
 from qdeploy.runtime.sessions import open_session
 from qdeploy.sources import Given, resolve
 from qdeploy.verdict import Outcome, judge

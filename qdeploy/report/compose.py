@@ -21,8 +21,8 @@ from qdeploy.checks import (
     explanation,
 )
 from qdeploy.inputs import Calibration, Evidence, Request
+from qdeploy.machine import installed_versions
 from qdeploy.model import Cleaning, Finding, LayerPlan, Origin, named_classes
-from qdeploy.packages import installed_versions
 from qdeploy.policy import GateSpec
 from qdeploy.progress import Clock
 from qdeploy.recipe import Recipe

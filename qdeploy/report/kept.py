@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from qdeploy.disk import read_bounded
 from qdeploy.errors import InputError, first_line
 from qdeploy.schema import Spec, validate
 
@@ -148,35 +149,6 @@ def read_report(path: Path) -> KeptReport:
     table = parse_object(data, what=f"report {path}")
     content = validate(table, WrittenReport, where=f"report {path}")
     return KeptReport(path, hashlib.sha256(data).hexdigest(), content)
-
-
-def read_bounded(path: Path, limit_bytes: int, *, what: str) -> bytes:
-    """The bytes at `path`, if they are no more than `limit_bytes`.
-
-    Raises:
-        InputError: it cannot be read or is larger.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit_bytes + 1)
-    except OSError as error:
-        raise InputError(f"{what} {path}: {error.strerror}") from error
-    if len(data) > limit_bytes:
-        raise InputError(f"{what} {path}: larger than {limit_bytes} bytes")
-    return data
-
-
-def file_sha256(path: Path, *, what: str) -> str:
-    """The digest of the file at `path`, whatever its size.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{what} {path}: {error.strerror}") from error
 
 
 def parse_object(data: bytes, *, what: str) -> dict[str, Any]:

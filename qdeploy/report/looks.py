@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy import __version__
+from qdeploy.disk import require_writable
 from qdeploy.errors import UsageError
 from qdeploy.model import Finding
 from qdeploy.report.to_json import SHOWN_FINGERPRINTS, fields, fingerprint
 from qdeploy.report.to_sarif import sarif, sarif_uri
-from qdeploy.rundir import require_writable
 from qdeploy.scan.fingerprints import Scan
 from qdeploy.scan.static import RULES
 

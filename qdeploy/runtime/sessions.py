@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from qdeploy.errors import InputError, ProviderError, first_line
+from qdeploy.machine import cores
 from qdeploy.model import LARGEST_INPUT_VALUES, Interface
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -178,11 +178,6 @@ def optimized(model: bytes, *, provider: str = "cpu") -> bytes:
         except RUNTIME_ERRORS as error:
             raise InputError(f"onnxruntime cannot load the model: {first_line(error)}") from error
         return path.read_bytes()
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _options(provider: str, optimizations: str, threads: int) -> ort.SessionOptions:

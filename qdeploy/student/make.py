@@ -12,10 +12,11 @@ from torch import jit
 
 from qdeploy import __version__
 from qdeploy.data import Images, open_images
+from qdeploy.disk import require_writable, set_aside, write_atomically
 from qdeploy.errors import UsageError
 from qdeploy.inputs import Cleaned, QuantizeRequest
+from qdeploy.machine import installed_versions
 from qdeploy.model import Cleaning, DataUsed, Format, Loaded, Origin, named_classes
-from qdeploy.packages import installed_versions
 from qdeploy.pipeline import (
     as_json,
     check_places,
@@ -26,7 +27,7 @@ from qdeploy.pipeline import (
     open_source,
 )
 from qdeploy.progress import Clock, Progress
-from qdeploy.rundir import open_run, require_writable, set_aside, write_atomically
+from qdeploy.rundir import open_run
 from qdeploy.stages.distill import Distilled, Setting, Surveyed, distill
 from qdeploy.student.cards import card_beside
 from qdeploy.student.curves import draw_distillation

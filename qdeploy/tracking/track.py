@@ -8,8 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qdeploy.disk import file_sha256
 from qdeploy.errors import InputError, QdeployError, UsageError
-from qdeploy.report.kept import KeptReport, file_sha256, read_report
+from qdeploy.report.kept import KeptReport, read_report
 from qdeploy.rundir import REPORT
 from qdeploy.tracking.entries import MODEL, OUTCOME, RUN_ID, Entries, entries_of
 from qdeploy.tracking.server import Server, connected

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qdeploy.rundir import write_atomically
+from qdeploy.disk import write_atomically
 from qdeploy.stages.load.torch_files import checkpoint
 
 SECONDS_BETWEEN_SAVES = 60

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from qdeploy.doctor import BF16, processor_flags
+from qdeploy.machine import BF16, processor_flags
 
 
 @cache

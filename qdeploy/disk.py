@@ -1,0 +1,138 @@
+"""Files on disk: written whole or not at all, read only as far as they may reach."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qdeploy.errors import InputError, OutputError
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Put `data` at `path`: a reader sees the old file or the whole new one, whatever happens.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o666 & ~_umask())
+            Path(temporary).replace(path)
+        except BaseException:  # also when interrupted: nothing half-written stays
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def require_writable(path: Path) -> None:
+    """Find out before the work, rather than after it, that a result has no place to go.
+
+    Raises:
+        OutputError: `path` is a folder, or its folder is missing or not writable.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: is a folder")
+    if not folder.is_dir():
+        raise OutputError(f"cannot write {path}: folder {folder} does not exist")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".qdeploy-"):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those it lies in, unless they are there.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def set_aside(path: Path) -> Path | None:
+    """Move a file out of the way, so that nobody takes it for the result of this run."""
+    if not path.exists():
+        return None
+    aside = path.with_name(f"{path.stem}.previous{path.suffix}")
+    try:
+        path.replace(aside)
+    except OSError as error:
+        raise OutputError(f"cannot rename {path}: {error.strerror}") from error
+    return aside
+
+
+def read_bounded(path: Path, limit_bytes: int, *, what: str) -> bytes:
+    """The bytes of the regular file at `path`, if they are no more than `limit_bytes`.
+
+    Raises:
+        InputError: it cannot be read, is a device, a pipe or a folder, or is larger.
+    """
+    with open_regular(path, what=what) as file, _reading(path, what):
+        data = file.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise InputError(f"{what} {path}: larger than {limit_bytes} bytes")
+    return data
+
+
+def file_sha256(path: Path, *, what: str) -> str:
+    """The digest of the regular file at `path`, whatever its size.
+
+    Raises:
+        InputError: it cannot be read, or is a device, a pipe or a folder.
+    """
+    with open_regular(path, what=what) as file, _reading(path, what):
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_regular(path: Path, *, what: str) -> io.BufferedReader:
+    """The file at `path`, opened for reading, if it is one: a pipe would wait, a device never end.
+
+    Raises:
+        InputError: it cannot be opened, or is a device, a pipe or a folder.
+    """
+    with _reading(path, what):
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise InputError(f"{what} {path}: not a regular file")
+        return os.fdopen(handle, "rb")
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{what} {path}: {error.strerror}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
