@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.graph import codes, external, limits, nodes, tensors
+from qdeploy.graph import batch_axis, codes, external, limits, nodes, tensors
 from qdeploy.graph.messages import find
 from qdeploy.model import Finding
 
@@ -26,6 +26,7 @@ RULES = {
     **nodes.RULES,
     **codes.RULES,
     **limits.RULES,
+    **batch_axis.RULES,
     "sparse-initializer": "The model holds sparse tensors.",
     "duplicate-initializer": "Several constant tensors have one name, so readers may differ.",
     "training-info": "The model brings instructions for training.",
@@ -55,6 +56,7 @@ def inspect(proto: onnx.ModelProto) -> Iterator[Finding]:
     yield from tensors.odd_tensors(proto)
     yield from codes.integer_weights(proto)
     yield from nodes.choices(proto)
+    yield from (finding for finding in batch_axis.batch_axis(proto) if finding.level != "error")
     yield from _initializers(proto)
     yield from _texts(proto)
     yield from _ends(proto)
@@ -80,7 +82,11 @@ def _errors(proto: onnx.ModelProto) -> Iterator[Finding]:
         found = True
         yield finding
     if not found and not any(map(tensors.is_external, tensors.all_tensors(proto))):
-        yield from _own_check(proto)
+        for finding in _own_check(proto):
+            found = True
+            yield finding
+    if not found:
+        yield from (f for f in batch_axis.batch_axis(proto) if f.level == "error")
 
 
 def _own_check(proto: onnx.ModelProto) -> Iterator[Finding]:
