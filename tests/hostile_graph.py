@@ -97,7 +97,7 @@ CASES: tuple[Case, ...] = (
     Case("counts its batch", made("fp32.onnx", counts_its_batch), ALONE, REJECT, "batch"),
     Case("looks at its neighbours", made("fp32.onnx", looks_at_neighbours), ALONE, REJECT,
          "images"),
-    Case("a secret in a function", made("fp32.onnx", keeps_a_secret_in_a_function), ALONE, BAD_INPUT,
-         "other files"),
+    Case("a secret in a function", made("fp32.onnx", keeps_a_secret_in_a_function), ALONE,
+         BAD_INPUT, "other files"),
     Case("doubling functions", made("fp32.onnx", doubling_functions), ALONE, REJECT, "nodes"),
 )  # fmt: skip
