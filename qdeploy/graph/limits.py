@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from qdeploy.graph.messages import has_unknown_fields, parts, texts
 from qdeploy.graph.outline import Outline, outline, per_image
 from qdeploy.graph.tensors import MOST_DIMENSIONS
-from qdeploy.model import LARGEST_INPUT_VALUES, Finding
+from qdeploy.model import Finding
 
 RULES = {
     "too-large": "The graph has more nodes, calls, tensors, sizes or text than classifiers have.",
@@ -33,6 +33,7 @@ MOST_PARTS = 4_000_000  # messages of any kind: nodes have attributes, values, a
 LONGEST_NAME_BYTES = 4_096  # the longest that exporters make of paths of modules are some hundred
 MOST_TEXT_BYTES = 1 << 27  # torch notes for each node where in the code it comes from: 5 KB
 MOST_DEQUANTIZED = 1 << 29  # float32 in 2 GiB: no float model that fits a file has more
+MOST_INPUT_VALUES = 1 << 24  # of one image: 3 channels of 2,300 by 2,300 pixels
 MOST_INNER_VALUES = 1 << 28  # of one tensor for one image: 1 GiB of float32
 FREE_TEXTS = frozenset({"doc_string", "key", "value"})
 Function = tuple[str, str]
@@ -152,7 +153,7 @@ def _sizes(found: Outline) -> Iterator[Finding]:
     """Tensors that are made of nothing, or of little, and constants that many nodes unpack."""
     for name in found.inputs:
         values = per_image(found.shapes[name])
-        if values > LARGEST_INPUT_VALUES:
+        if values > MOST_INPUT_VALUES:
             text = f"input {name!r} takes {values} values, which are no image"
             yield Finding("huge-tensor", "error", name, text)
     dequantized = 0
