@@ -24,14 +24,14 @@ RULES = {
     "huge-tensor": "The graph makes tensors of a size that no classifier needs.",
     "unknown-field": "The file holds parts that ONNX does not know: readers may differ.",
 }
-# ResNet-152 has 520 nodes, ViT-L some 3,000 and a Swin-L of an older exporter 8,000.
+# Chosen with room: the largest classifiers are thought to have some thousands of nodes.
 MOST_NODES = 20_000  # calls of local functions expanded
-MOST_FUNCTIONS = 2_000  # an exporter that keeps a function for each module writes some hundred
+MOST_FUNCTIONS = 2_000  # an exporter may keep one for each module
 DEEPEST_CALLS = 64  # modules in modules
-MOST_TENSORS = 65_536  # some five for each quantized layer of the largest graph
+MOST_TENSORS = 65_536  # three for each node, scales and zero points included
 MOST_PARTS = 4_000_000  # messages of any kind: nodes have attributes, values, and texts
-LONGEST_NAME_BYTES = 4_096  # the longest that exporters make of paths of modules are some hundred
-MOST_TEXT_BYTES = 1 << 27  # torch notes for each node where in the code it comes from: 5 KB
+LONGEST_NAME_BYTES = 4_096  # exporters make them of paths of modules
+MOST_TEXT_BYTES = 1 << 27  # torch notes for each node where in the code it comes from
 MOST_DEQUANTIZED = 1 << 29  # float32 in 2 GiB: no float model that fits a file has more
 MOST_INPUT_VALUES = 1 << 24  # of one image: 3 channels of 2,300 by 2,300 pixels
 MOST_INNER_VALUES = 1 << 28  # of one tensor for one image: 1 GiB of float32
