@@ -8,10 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import onnx
-from onnx.external_data_helper import load_external_data_for_model
+from onnx.external_data_helper import load_external_data_for_tensor
 
-from qdeploy.errors import InputError, foreign_reader
-from qdeploy.graph.tensors import all_tensors
+from qdeploy.errors import foreign_reader
+from qdeploy.graph.tensors import all_tensors, is_external
 from qdeploy.model import Finding
 
 RULES = {
@@ -28,10 +28,6 @@ class _Range:
     location: str
     start: int
     end: int
-
-
-def is_external(tensor: onnx.TensorProto) -> bool:
-    return tensor.data_location == onnx.TensorProto.EXTERNAL
 
 
 def external_data(proto: onnx.ModelProto, path: Path) -> Iterator[Finding]:
@@ -68,10 +64,12 @@ def load_external(proto: onnx.ModelProto, path: Path) -> None:
     Raises:
         InputError: it cannot be read.
     """
+    folder = str(path.resolve().parent)
     with foreign_reader(f"model {path}: external data"):
-        load_external_data_for_model(proto, str(path.resolve().parent))
-    if any(map(is_external, all_tensors(proto))):
-        raise InputError(f"model {path}: a local function keeps tensors in other files")
+        for tensor in filter(is_external, all_tensors(proto)):
+            load_external_data_for_tensor(tensor, folder)
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
 
 
 def _range(tensor: onnx.TensorProto, folder: Path) -> _Range | Finding:

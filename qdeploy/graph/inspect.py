@@ -14,7 +14,8 @@ from typing import Any
 import onnx
 
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.graph import codes, external, nodes, tensors
+from qdeploy.graph import batch_axis, codes, external, limits, nodes, tensors
+from qdeploy.graph.messages import find
 from qdeploy.model import Finding
 
 LARGEST_TEXT_BYTES = 1 << 16
@@ -24,6 +25,8 @@ RULES = {
     **external.RULES,
     **nodes.RULES,
     **codes.RULES,
+    **limits.RULES,
+    **batch_axis.RULES,
     "sparse-initializer": "The model holds sparse tensors.",
     "duplicate-initializer": "Several constant tensors have one name, so readers may differ.",
     "training-info": "The model brings instructions for training.",
@@ -40,21 +43,36 @@ RULES = {
 def inspect(proto: onnx.ModelProto) -> Iterator[Finding]:
     """Everything that is odd about a model, errors first.
 
-    External data is looked at by `external.external_data`. Tensors whose data was not loaded are
+    A graph that is too large is looked at no further. External data is looked at by
+    `external.external_data`. Tensors whose data was not loaded are
     left out here.
     """
-    yield from errors(proto)
+    beyond = list(limits.limits(proto))
+    yield from beyond
+    if beyond:
+        return
+    yield from _errors(proto)
     yield from tensors.half_precision(proto)
     yield from tensors.odd_tensors(proto)
     yield from codes.integer_weights(proto)
     yield from nodes.choices(proto)
+    yield from (finding for finding in batch_axis.batch_axis(proto) if finding.level != "error")
     yield from _initializers(proto)
     yield from _texts(proto)
     yield from _ends(proto)
 
 
 def errors(proto: onnx.ModelProto) -> Iterator[Finding]:
-    """What no classifier has any business with. ONNX's own check comes only if all else is well."""
+    """What no classifier has any business with.
+
+    Whether there is too much of anything comes first: whoever goes on then spends the time.
+    """
+    yield from limits.limits(proto)
+    yield from _errors(proto)
+
+
+def _errors(proto: onnx.ModelProto) -> Iterator[Finding]:
+    """ONNX's own check comes only if all else is well."""
     found = False
     for finding in chain(
         tensors.false_claims(proto), _structure(proto), nodes.foreign_operators(proto),
@@ -63,8 +81,12 @@ def errors(proto: onnx.ModelProto) -> Iterator[Finding]:
     ):  # fmt: skip
         found = True
         yield finding
-    if not found and not any(map(external.is_external, tensors.all_tensors(proto))):
-        yield from _own_check(proto)
+    if not found and not any(map(tensors.is_external, tensors.all_tensors(proto))):
+        for finding in _own_check(proto):
+            found = True
+            yield finding
+    if not found:
+        yield from (f for f in batch_axis.batch_axis(proto) if f.level == "error")
 
 
 def _own_check(proto: onnx.ModelProto) -> Iterator[Finding]:
@@ -77,7 +99,7 @@ def _own_check(proto: onnx.ModelProto) -> Iterator[Finding]:
 
 def _structure(proto: onnx.ModelProto) -> Iterator[Finding]:
     graph = proto.graph
-    if graph.sparse_initializer or any(map(_holds_sparse, tensors.all_nodes(proto))):
+    if next(find(proto, onnx.SparseTensorProto), None) is not None:
         yield Finding("sparse-initializer", "error", "", "sparse tensors are not supported")
     for name, count in Counter(tensor.name for tensor in graph.initializer).items():
         if count > 1:
@@ -85,10 +107,6 @@ def _structure(proto: onnx.ModelProto) -> Iterator[Finding]:
             yield Finding("duplicate-initializer", "error", name, text)
     if proto.training_info:
         yield Finding("training-info", "error", "", "brings instructions for training")
-
-
-def _holds_sparse(node: onnx.NodeProto) -> bool:
-    return any(a.HasField("sparse_tensor") or a.sparse_tensors for a in node.attribute)
 
 
 def _initializers(proto: onnx.ModelProto) -> Iterator[Finding]:

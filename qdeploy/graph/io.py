@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -15,10 +14,11 @@ from google.protobuf.message import DecodeError, Message
 from onnx_ir.passes import common
 
 from qdeploy.errors import InputError
-from qdeploy.graph.external import external_data, is_external, load_external
+from qdeploy.graph.external import external_data, load_external
 from qdeploy.graph.inspect import errors
+from qdeploy.graph.messages import parts, texts
 from qdeploy.graph.nodes import STANDARD_DOMAINS
-from qdeploy.graph.tensors import all_tensors, half_precision
+from qdeploy.graph.tensors import all_tensors, half_precision, is_external
 
 LARGEST_MODEL_BYTES = (1 << 31) - 1  # a protobuf message cannot be larger
 QUANTIZATION_OPS = frozenset({
@@ -48,16 +48,7 @@ def parse_proto(data: bytes, where: str) -> onnx.ModelProto:
 
 def _holds_text(proto: Message) -> bool:
     """Whether every text in the message is text: protobuf gives bytes where it is not UTF-8."""
-    waiting: list[Message] = [proto]
-    while waiting:
-        for field, value in waiting.pop().ListFields():
-            single = isinstance(value, str | bytes | Message)
-            values: Any = [value] if single else value
-            if field.type == field.TYPE_MESSAGE:
-                waiting.extend(values)
-            elif field.type == field.TYPE_STRING and not all(isinstance(v, str) for v in values):
-                return False
-    return True
+    return all(isinstance(text, str) for part in parts(proto) for _, text in texts(part))
 
 
 def read_untrusted(path: Path) -> onnx.ModelProto:

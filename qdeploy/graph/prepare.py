@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import count
 
@@ -16,26 +17,29 @@ import onnx
 import onnx.version_converter
 import onnx_ir as ir
 from onnx_ir.passes import common
-from onnxscript import optimizer, rewriter
+from onnxscript import rewriter
 from onnxscript.rewriter.rules import common as rules
 
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.graph.io import PRODUCER, check_written, to_ir
+from qdeploy.graph.simplify import indexed, simplify
 from qdeploy.model import LARGEST_INPUT_VALUES
 
 WEIGHT_NAME = re.compile(r"(.+)\.weight(?:_\d+)?", re.DOTALL)  # numbered where names clashed
 CONSTANT_NAMES = {1: "weight", 2: "bias"}
-RULES = (
-    rules.dropout_zero_rule,
-    rules.dropout_inference_rule,
-    rules.normalize_pad_format_conv_rule,
-    rules.fuse_pad_into_conv_rule,
-    rules.transpose_b_matmul_add_to_gemm_rule,
-    rules.matmul_add_to_gemm_rule,
-    rules.fuse_batchnorm_into_conv_rule,
-    rules.fuse_batchnorm_into_conv_transpose_rule,
-    rules.fuse_batchnorm_into_gemm_rule,
-    rules.conv_affine_fusion_rule,
+RULES = indexed(
+    (
+        rules.dropout_zero_rule,
+        rules.dropout_inference_rule,
+        rules.normalize_pad_format_conv_rule,
+        rules.fuse_pad_into_conv_rule,
+        rules.transpose_b_matmul_add_to_gemm_rule,
+        rules.matmul_add_to_gemm_rule,
+        rules.fuse_batchnorm_into_conv_rule,
+        rules.fuse_batchnorm_into_conv_transpose_rule,
+        rules.fuse_batchnorm_into_gemm_rule,
+        rules.conv_affine_fusion_rule,
+    )
 )
 CLEANING = (
     common.IdentityEliminationPass(),
@@ -59,7 +63,7 @@ def prepare(proto: onnx.ModelProto, *, opset: int, ir_version: int, where: str) 
     _check_interface(model, where)
     _make_batch_dynamic(model.graph)
     with foreign_reader(f"model {where}: cannot be prepared"):
-        optimizer.optimize(model)
+        simplify(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         rewriter.rewrite(model, RULES)
     _refuse_dropout(model.graph, where)
@@ -230,6 +234,7 @@ def _plain_gemms(graph: ir.Graph) -> None:
 def _rename(graph: ir.Graph) -> None:
     """Name each node after its weight, or after its operator; tensors and constants after nodes."""
     taken: set[str] = set()
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: count(1))
     renamed: set[ir.Value] = set()
     stems = {value: value.name for value in graph.initializers.values()}
     for i, constant in enumerate(stems):  # so that no name that is to be given is there already
@@ -237,7 +242,8 @@ def _rename(graph: ir.Graph) -> None:
     for node in graph:
         weight = node.inputs[1] if len(node.inputs) > 1 else None
         stem = _stem(stems.get(weight)) if weight is not None else None
-        node.name = next(n for n in _candidates(stem, node) if n not in taken)
+        counter = numbers[stem or node.op_type]
+        node.name = next(n for n in _candidates(stem, node, counter) if n not in taken)
         taken.add(node.name)
         for i, output in enumerate(node.outputs):
             if not output.is_graph_output():
@@ -248,10 +254,11 @@ def _rename(graph: ir.Graph) -> None:
                 renamed.add(value)
 
 
-def _candidates(stem: str | None, node: ir.Node) -> Iterator[str]:
+def _candidates(stem: str | None, node: ir.Node, numbers: Iterator[int]) -> Iterator[str]:
+    """Names to try: numbers go on where they stopped, so that names are given in linear time."""
     if stem is not None:
         yield stem
-    yield from (f"{stem or node.op_type}_{i}" for i in count(1))
+    yield from (f"{stem or node.op_type}_{i}" for i in numbers)
 
 
 def _stem(name: str | None) -> str | None:

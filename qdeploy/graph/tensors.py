@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from qdeploy.errors import InputError, foreign_reader
+from qdeploy.graph.messages import find
 from qdeploy.model import Finding
 
 RULES = {
@@ -35,26 +35,28 @@ ODD = frozenset({
     onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E4M3FNUZ, onnx.TensorProto.FLOAT8E5M2,
     onnx.TensorProto.FLOAT8E5M2FNUZ,
 })  # fmt: skip
+MOST_VALUES = 1 << 62  # stands for all that is more
+MOST_DIMENSIONS = 16  # networks use up to 6 (windows of attention), numpy goes to 64
 DENORMAL_SHARE = 0.1  # of the values that are not 0; dead channels of honest networks stay below
 FEWEST_DENORMALS = 16
 
 
 def all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """The nodes of the graph and of its local functions."""
-    yield from proto.graph.node
-    for function in proto.functions:
-        yield from function.node
+    """Every node: of the graph, of local functions, of graphs in nodes and for training."""
+    return find(proto, onnx.NodeProto)
 
 
 def all_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every constant: initializers, and what nodes carry in their attributes."""
-    yield from proto.graph.initializer
-    for node in all_nodes(proto):
-        yield from attached(node)
+    """Every tensor, wherever in the message it lies.
+
+    Initializers, the values and indices of sparse ones, attributes of nodes, defaults of a local
+    function's attributes, graphs in nodes, and instructions for training.
+    """
+    return find(proto, onnx.TensorProto)
 
 
 def attached(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
-    """The tensors in a node's attributes."""
+    """The tensors in a node's own attributes."""
     for attribute in node.attribute:
         if attribute.HasField("t"):
             yield attribute.t
@@ -62,18 +64,40 @@ def attached(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
 
 
 def weights(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """The constants that may hold weights: scalars of nodes are left out.
+    """The constants that may hold weights: scalars of attributes are left out.
 
     Those are bounds and fill values, for which infinity is usual.
     """
-    yield from proto.graph.initializer
-    for node in all_nodes(proto):
-        yield from (tensor for tensor in attached(node) if math.prod(tensor.dims) > 1)
+    scalars = {
+        id(tensor): tensor  # kept, so that no other message gets its address
+        for attribute in find(proto, onnx.AttributeProto)
+        for tensor in ([attribute.t] if attribute.HasField("t") else attribute.tensors)
+        if size(tensor) <= 1
+    }
+    yield from (tensor for tensor in all_tensors(proto) if id(tensor) not in scalars)
+
+
+def size(tensor: onnx.TensorProto) -> int:
+    """How many values a tensor claims to hold; `MOST_VALUES` if more than any file can.
+
+    A shape may name millions of dimensions of any size: the product is not let grow.
+    """
+    found = 1
+    for dim in tensor.dims:
+        found *= dim
+        if not 0 < found < MOST_VALUES:
+            return 0 if 0 in tensor.dims else MOST_VALUES
+    return found
+
+
+def is_external(tensor: onnx.TensorProto) -> bool:
+    """Whether a tensor's values lie in another file."""
+    return tensor.data_location == onnx.TensorProto.EXTERNAL
 
 
 def values(tensor: onnx.TensorProto) -> np.ndarray | None:
     """The tensor's values; None if they lie elsewhere or cannot be read."""
-    if tensor.data_location == onnx.TensorProto.EXTERNAL or claim(tensor) is not None:
+    if is_external(tensor) or claim(tensor) is not None:
         return None
     try:
         with foreign_reader(""):
@@ -84,9 +108,11 @@ def values(tensor: onnx.TensorProto) -> np.ndarray | None:
 
 def claim(tensor: onnx.TensorProto) -> str | None:
     """What is false about a tensor's claims; None if nothing is."""
-    if any(size < 0 for size in tensor.dims):
+    if len(tensor.dims) > MOST_DIMENSIONS:
+        return f"tensor {tensor.name!r} has {len(tensor.dims)} dimensions"
+    if any(dim < 0 for dim in tensor.dims):
         return f"tensor {tensor.name!r} has shape {tuple(tensor.dims)}"
-    claimed, unit = math.prod(tensor.dims), "values"
+    claimed, unit = size(tensor), "values"
     if tensor.data_type in TYPED_FIELDS and not tensor.HasField("raw_data"):
         held = len(getattr(tensor, TYPED_FIELDS[tensor.data_type]))
     elif tensor.HasField("raw_data") and tensor.data_type in BIT_WIDTHS:
@@ -105,7 +131,7 @@ def claim(tensor: onnx.TensorProto) -> str | None:
 def false_claims(proto: onnx.ModelProto) -> Iterator[Finding]:
     """Tensors whose content is not what they say."""
     for tensor in all_tensors(proto):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        if is_external(tensor):
             continue
         complaint = claim(tensor)
         if complaint is None and values(tensor) is None:
