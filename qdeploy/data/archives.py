@@ -16,8 +16,9 @@ from qdeploy.data.decode import LARGEST_IMAGE_BYTES, decode, decoding
 from qdeploy.disk import open_regular
 from qdeploy.errors import InputError
 
-LARGEST_READ_BYTES = LARGEST_IMAGE_BYTES + (1 << 20)  # of packed bytes at once; also a directory's
-MOST_MEMBERS = 1_000_000
+LARGEST_PART_BYTES = LARGEST_IMAGE_BYTES + (1 << 20)
+LARGEST_DIRECTORY_BYTES = 32 << 20  # of names: Python takes twenty times as much to hold them
+MOST_MEMBERS = 500_000
 LARGEST_RATIO = 1100  # deflate reaches 1032
 METHODS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})  # others take memory as they say
 
@@ -48,18 +49,17 @@ class Zip:
 class _Sips:
     """A file that is not read in larger pieces than any honest archive needs."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    def __init__(self, file: IO[bytes], most: int) -> None:
+        self._file, self.most = file, most
         self.seek, self.tell = file.seek, file.tell
 
     def seekable(self) -> bool:
         return True
 
     def read(self, count: int = -1) -> bytes:
-        most = LARGEST_READ_BYTES + 1
-        data = self._file.read(count if 0 <= count < most else most)
-        if len(data) > LARGEST_READ_BYTES:
-            raise ValueError(f"holds a part of over {LARGEST_READ_BYTES} bytes")
+        data = self._file.read(count if 0 <= count <= self.most else self.most + 1)
+        if len(data) > self.most:
+            raise ValueError(f"holds a part of over {self.most:,} bytes")
         return data
 
 
@@ -71,8 +71,10 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
         InputError: it cannot be read, or is damaged.
     """
     with open_regular(path, what="data") as file:
+        sips = _Sips(file, LARGEST_DIRECTORY_BYTES)
         with decoding(str(path)):
-            archive = zipfile.ZipFile(cast("IO[bytes]", _Sips(file)))
+            archive = zipfile.ZipFile(cast("IO[bytes]", sips))
+        sips.most = LARGEST_PART_BYTES
         with archive:
             yield archive
 
@@ -84,7 +86,7 @@ def is_zip(path: Path) -> bool:
         InputError: it cannot be read, is a device, a pipe or a folder.
     """
     with open_regular(path, what="data") as file, decoding(str(path)):
-        return zipfile.is_zipfile(cast("IO[bytes]", _Sips(file)))
+        return zipfile.is_zipfile(cast("IO[bytes]", _Sips(file, LARGEST_DIRECTORY_BYTES)))
 
 
 def member_names(path: Path) -> tuple[str, ...]:

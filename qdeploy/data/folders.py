@@ -19,6 +19,7 @@ from qdeploy.disk import read_bounded
 from qdeploy.errors import InputError
 
 MOST_ENTRIES = 3_000_000
+MOST_LINKED = 30_000  # folders, so that circles of links end soon
 DEEPEST = 16
 
 
@@ -60,7 +61,7 @@ class _Walk:
 
     def __init__(self, top: Path, roots: tuple[Path, ...]) -> None:
         self._top, self._roots = top, roots
-        self._seen = 0
+        self._seen = self._linked = 0
 
     def files(self) -> Iterator[str]:
         return self._below(self._top, ())
@@ -72,6 +73,9 @@ class _Walk:
             place = (*parts, entry.name)
             mode = self._mode(entry)
             if stat.S_ISDIR(mode):
+                self._linked += entry.is_symlink()
+                if self._linked > MOST_LINKED:
+                    raise InputError(f"data {self._top}: over {MOST_LINKED:,} links to folders")
                 yield from self._below(Path(entry.path), place)
             elif stat.S_ISREG(mode):
                 yield "/".join(place)
