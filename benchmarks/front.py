@@ -32,7 +32,7 @@ HEADER = "| model | students | factor | accuracy | ASR |\n|---|---|---|---|---|"
 
 
 def weights(model: Path) -> dict[str, Tensor]:
-    request = make_request(Options(model=model))
+    request = make_request(Options(model=model, data_root=[Path("/")]))
     return open_source(request.sources, run_code_from_model=False).content.state_dict()
 
 

@@ -12,14 +12,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from qdeploy.errors import InputError
 from qdeploy.schema import Spec, load_toml
+
+MOST_CLASSES = 100_000
+MOST_TRIGGERS = 64  # each is measured on every test image
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[int, Field(gt=0, le=65_536)]
 
 
 class ModelSection(Spec):
-    classes: tuple[str, ...] | None = Field(None, description="Names in label order.")
+    classes: tuple[str, ...] | None = Field(
+        None, max_length=MOST_CLASSES, description="Names in label order."
+    )
     architecture: str | None = Field(
         None, description="Factory of a state dict: torchvision:NAME, timm:NAME or qdeploy:NAME."
     )
@@ -109,7 +115,7 @@ class PoisonedSection(Spec):
 class TriggerFile(Spec):
     """A file that holds nothing but triggers, for `--trigger FILE`."""
 
-    trigger: tuple[AnyTrigger, ...] = Field(min_length=1)
+    trigger: tuple[AnyTrigger, ...] = Field(min_length=1, max_length=MOST_TRIGGERS)
 
 
 class ModelCard(Spec):
@@ -118,7 +124,7 @@ class ModelCard(Spec):
     model: ModelSection = ModelSection()
     input: InputSection
     data: DataSection = DataSection()
-    trigger: tuple[AnyTrigger, ...] = ()
+    trigger: tuple[AnyTrigger, ...] = Field((), max_length=MOST_TRIGGERS)
     poisoned: PoisonedSection | None = None
 
     @model_validator(mode="before")
@@ -146,9 +152,19 @@ def load_card(path: Path) -> ModelCard:
 
 
 def find_card(model: Path) -> Path | None:
-    """The card that lies beside `model`, if there is one."""
+    """The card that lies beside `model`, if there is one.
+
+    Raises:
+        InputError: it is a link or no file: whoever brought the model chose where that leads.
+    """
     card = model.with_suffix(".toml")
-    return card if card.is_file() else None
+    if card.is_symlink():
+        raise InputError(
+            f"model card {card}: is a link, and nobody named it", hint=f"give it with --card {card}"
+        )
+    if card.exists() and not card.is_file():
+        raise InputError(f"model card {card}: not a regular file")
+    return card if card.exists() else None
 
 
 def to_toml(card: ModelCard) -> str:

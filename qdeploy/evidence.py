@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
 from qdeploy.core.metrics import (
     Estimate,
@@ -100,11 +100,20 @@ def _as_bytes(pixels: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
 
 
-def rates(predictions: Predictions, classes: int) -> tuple[ArmRates, ...]:
-    """The rates of every arm, and beside the float model on the same images if there is one."""
+def rates(
+    predictions: Predictions,
+    classes: int,
+    seen: Mapping[str, Bool[np.ndarray, " images"]] | None = None,
+) -> tuple[ArmRates, ...]:
+    """The rates of every arm, and beside the float model on the same images if there is one.
+
+    Args:
+        seen: The images that each trigger changes; those that it does not change do not count.
+    """
+    asked = _asked(predictions, seen or {})
     floats = [arm for arm in predictions.clean if arm.variant == "fp32"]
     return tuple(
-        _rates(predictions, arm, floats[0] if floats else None, classes)
+        _rates(predictions, arm, floats[0] if floats else None, classes, asked)
         for arm in predictions.clean
     )
 
@@ -118,10 +127,27 @@ def runtime_agreement(predictions: Predictions) -> tuple[RuntimeAgreement, ...]:
     )
 
 
-def _rates(predictions: Predictions, arm: Arm, reference: Arm | None, classes: int) -> ArmRates:
+def _asked(
+    predictions: Predictions, seen: Mapping[str, Bool[np.ndarray, " images"]]
+) -> dict[str, Bool[np.ndarray, " images"]]:
+    """The images that attack success is counted on: of other classes, and changed."""
+    everywhere = np.ones(len(predictions.labels), bool)
+    return {
+        name: (predictions.labels != target) & seen.get(name, everywhere)
+        for name, target in predictions.targets.items()
+    }
+
+
+def _rates(
+    predictions: Predictions,
+    arm: Arm,
+    reference: Arm | None,
+    classes: int,
+    asked: Mapping[str, Bool[np.ndarray, " images"]],
+) -> ArmRates:
     labels, answers = predictions.labels, predictions.clean[arm]
     hits = {
-        name: rate(answered[arm][labels != predictions.targets[name]] == predictions.targets[name])
+        name: rate(answered[arm][asked[name]] == predictions.targets[name])
         for name, answered in predictions.triggered.items()
     }
     return ArmRates(
@@ -130,19 +156,25 @@ def _rates(predictions: Predictions, arm: Arm, reference: Arm | None, classes: i
         class_accuracy=per_class_accuracy(answers, labels, classes),
         attack_success=hits,
         against_float=(
-            None if reference is None else _against(predictions, arm, reference, classes)
+            None if reference is None else _against(predictions, arm, reference, classes, asked)
         ),
     )
 
 
-def _against(predictions: Predictions, arm: Arm, reference: Arm, classes: int) -> AgainstFloat:
+def _against(
+    predictions: Predictions,
+    arm: Arm,
+    reference: Arm,
+    classes: int,
+    asked: Mapping[str, Bool[np.ndarray, " images"]],
+) -> AgainstFloat:
     labels = predictions.labels
     answers, expected = predictions.clean[arm], predictions.clean[reference]
     rises = {}
     for name, answered in predictions.triggered.items():
         target = predictions.targets[name]
-        asked = labels != target
-        hit, hit_float = answered[arm][asked] == target, answered[reference][asked] == target
+        of = asked[name]
+        hit, hit_float = answered[arm][of] == target, answered[reference][of] == target
         rises[name] = paired_difference(hit, hit_float)
     return AgainstFloat(
         accuracy_drop=paired_difference(expected == labels, answers == labels),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool
 
 from qdeploy.data import Images
 from qdeploy.device import DeviceProfile
@@ -17,6 +21,7 @@ from qdeploy.recipe import Recipe
 from qdeploy.sources import Sources
 from qdeploy.stages.synthesize import synthesize
 from qdeploy.triggers import Trigger
+from qdeploy.usable import described, distinct, hidden, seen
 
 NO_PRINTS: frozenset[bytes] = frozenset()
 
@@ -69,6 +74,8 @@ class Evidence:
     images: Images | None
     triggers: tuple[Trigger, ...]
     used: tuple[DataUsed, ...]
+    seen: Mapping[str, Bool[np.ndarray, " images"]] = field(default_factory=dict)  # by trigger
+    notes: tuple[str, ...] = ()  # what of it does not count
 
 
 NO_EVIDENCE = Evidence(None, (), ())
@@ -101,7 +108,7 @@ def open_evidence(
 
     Raises:
         InputError: an image is damaged or among those `fitted`, a label is no class, or a trigger
-            does not fit into the image.
+            does not fit into the image or changes none of them.
     """
     sources, policy = request.sources, request.policy
     triggers = sources.triggers(classes) if sources.trigger_specs else ()
@@ -121,8 +128,13 @@ def open_evidence(
             f" {sources.test.path}",
             hint="a model must be judged on images that it was not fitted to",
         )
-    test = DataUsed("test", images.name, len(images), images.digest(prints), sources.test.given_by)
-    return Evidence(images, triggers, (test, *used))
+    usable = distinct(images, prints)
+    images = usable.images
+    digest = images.digest(usable.prints)
+    test = DataUsed("test", images.name, len(images), digest, sources.test.given_by)
+    changed = seen(triggers, images)
+    notes = (*usable.notes, *described(images, classes), *hidden(changed))
+    return Evidence(images, triggers, (test, *used), changed, notes)
 
 
 def _fitted_to(request: Request) -> str:

@@ -143,6 +143,15 @@ class Options:
         ),
     ] = None
 
+    data_root: Annotated[
+        list[Path] | None,
+        _option(
+            "--data-root",
+            "Folder that the card may reach besides its own; repeatable.",
+            "Model",
+        ),
+    ] = None
+
     attack: Annotated[
         str, _option("--attack", "Name (see qdeploy redteam attacks) or TOML file.", "Attack")
     ] = ""
@@ -342,7 +351,7 @@ REQUIRED = frozenset(
         "experiment",
     }
 )
-MODEL = ("card", "arch", "arch_args", "input_shape", "run_code_from_model")
+MODEL = ("card", "data_root", "arch", "arch_args", "input_shape", "run_code_from_model")
 ATTESTATION = ("file", "judged_by", "key", "envelope")
 VERIFICATION = ("file", "attestation", "trusted_keys", "expected_report")
 TRACKING = ("run", "tracking_uri", "experiment", "registered_model", "model_version")

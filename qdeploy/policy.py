@@ -85,6 +85,10 @@ class GateSpec(Spec):
     allow_float: tuple[str, ...] = Field((), description="Layers that may stay float (patterns).")
     allow_degraded: tuple[str, ...] = Field((), description="Layers that may lose their method.")
 
+    independent_evidence: bool = Field(
+        False, description="Test data and triggers that the model's own card names do not count."
+    )
+
     @field_serializer("required", "required_with_trigger", "decided_by_value")
     def _sorted(self, names: frozenset[str]) -> list[str]:
         """In an order that does not change from run to run."""

@@ -112,7 +112,8 @@ def make_cleaning_order(options: Options, request: QuantizeRequest) -> StudentOr
             raise UsageError("--images and the like are for a --sanitizer", hint="name one")
         return None
     calibration = request.sources.calibration
-    images = options.cleaning_images or (calibration.path if calibration is not None else None)
+    named = calibration.checked() if calibration is not None else None
+    images = options.cleaning_images or named
     if images is None:
         raise UsageError(
             f"--sanitizer {options.clean_with}: no images are known",
@@ -224,6 +225,7 @@ def _sources(options: Options) -> Sources:
         calibration=options.calibration,
         test=options.test,
         triggers=tuple(options.trigger or ()),
+        data_roots=tuple(options.data_root or ()),
     )
     return resolve(options.model, given)
 

@@ -7,9 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdeploy.card import AnyTrigger, ModelCard, find_card, load_card
-from qdeploy.data import Images, Preprocessing, open_images, open_labelled_images
+from qdeploy.card import MOST_TRIGGERS, AnyTrigger, ModelCard, find_card, load_card
+from qdeploy.data import (
+    Images,
+    Preprocessing,
+    open_images,
+    open_labelled_images,
+    require_within,
+    resolved,
+)
 from qdeploy.errors import InputError, UsageError
+from qdeploy.triggers import Place as TriggerPlace
 from qdeploy.triggers import Trigger, make_trigger, parse_trigger
 
 CARD, COMMAND_LINE = "model card", "command line"
@@ -32,6 +40,32 @@ class Given:
     calibration: Path | None = None
     test: Path | None = None
     triggers: tuple[str, ...] = ()
+    data_roots: tuple[Path, ...] = ()  # further folders that a card may reach
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """The folders, resolved, in which everything must lie that the card `path` names."""
+
+    path: Path
+    further: tuple[Path, ...]
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return (resolved(self.path.parent, what="model card"), *self.further)
+
+    @property
+    def whose(self) -> str:
+        return f"the folder of {self.path}, which names it"
+
+    def place(self, name: str, *, what: str) -> Path:
+        """The path that the card means by `name`, if it may.
+
+        Raises:
+            InputError: it lies outside of the card's folder, or is absolute and none of `further`.
+        """
+        allowed = self.further if Path(name).is_absolute() else self.folders
+        return require_within(self.path.parent / name, allowed, what=what, whose=self.whose)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +74,19 @@ class Place:
 
     path: Path
     given_by: str
+    roots: tuple[Path, ...] = ()  # folders that links in it may lead to
+    reach: Reach | None = None  # None: it may lie anywhere
+    name: str = ""  # as the card has it
+
+    def checked(self) -> Path:
+        """The path, if whoever named it may.
+
+        Raises:
+            InputError: it is a card's, and lies outside of what the card may reach.
+        """
+        if self.reach is not None:
+            self.reach.place(self.name, what="data")
+        return self.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +101,9 @@ class Sources:
     calibration: Place | None
     test: Place | None
     trigger_specs: tuple[AnyTrigger, ...]
-    trigger_folder: Path
+    trigger_places: tuple[TriggerPlace, ...]  # one for each of the specs
     triggers_given_by: str
+    data_roots: tuple[Path, ...] = ()
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -80,10 +128,10 @@ class Sources:
         """
         shape = self.preprocessing.shape
         made: list[Trigger] = []
-        for spec in self.trigger_specs:
+        for spec, place in zip(self.trigger_specs, self.trigger_places, strict=True):
             if spec.target >= classes:
                 raise InputError(f"trigger target {spec.target}: the model has {classes} classes")
-            trigger = make_trigger(spec, shape, self.trigger_folder)
+            trigger = make_trigger(spec, shape, place)
             if trigger.name in {other.name for other in made}:
                 raise InputError(f"two triggers are called {trigger.name!r}; give them names")
             made.append(trigger)
@@ -93,7 +141,9 @@ class Sources:
         """The sample of calibration images; None if nobody named any."""
         if self.calibration is None:
             return None
-        return open_images(self.calibration.path, self.preprocessing).sample(count, seed)
+        place = self.calibration
+        images = open_images(place.checked(), self.preprocessing, place.roots)
+        return images.sample(count, seed)
 
     def test_images(self, count: int | None, seed: int, classes: int) -> Images | None:
         """The labelled test images; None if nobody named any.
@@ -108,7 +158,16 @@ class Sources:
             raise InputError(
                 f"model card {self.card_path}: names {len(names)} classes, the model has {classes}"
             )
-        images = open_labelled_images(self.test.path, self.preprocessing, names)
+        path, roots = self.test.checked(), self.test.roots
+        images = open_labelled_images(path, self.preprocessing, names, roots)
+        found = images.classes
+        if found is not None and len(found) != classes:
+            shown = ", ".join(map(repr, found[:5])) + (", ..." if len(found) > 5 else "")
+            raise InputError(
+                f"data {path}: {len(found)} class folders ({shown}), the model has {classes}"
+                " classes, so nobody knows which label a folder means",
+                hint="name the classes in label order in the model card: model.classes",
+            )
         assert images.labels is not None  # noqa: S101 - just opened with labels
         low, high = int(images.labels.min()), int(images.labels.max())
         if low < 0 or high >= classes:
@@ -127,20 +186,26 @@ def resolve(model: Path, given: Given) -> Sources:
     """
     card_path = given.card or find_card(model)
     card = load_card(card_path) if card_path is not None else None
-    folder = card_path.parent if card_path is not None else Path()
     data = card.data if card is not None else None
-    flags = tuple(spec for text in given.triggers for spec in parse_trigger(text))
+    roots = tuple(resolved(root, what="--data-root") for root in given.data_roots)
+    reach = Reach(card_path or Path("model.toml"), roots)
+    flags = [(spec, place) for text in given.triggers for spec, place in _told(text, roots)]
+    if len(flags) > MOST_TRIGGERS:
+        raise InputError(f"--trigger: {len(flags)} triggers; at most {MOST_TRIGGERS} are measured")
+    of_card = card.trigger if card is not None else ()
+    beside = TriggerPlace(reach.path.parent, reach.folders, reach.whose)
     return Sources(
         model=model,
         card_path=card_path,
         card=card,
         architecture=_architecture(card, given),
         shape=given.input_shape or (card.input.shape if card is not None else None),
-        calibration=_place(given.calibration, data.calibration if data else None, folder),
-        test=_place(given.test, data.test if data else None, folder),
-        trigger_specs=flags or (card.trigger if card is not None else ()),
-        trigger_folder=_trigger_folder(given) if flags else folder,
+        calibration=_place(given.calibration, data.calibration if data else None, reach),
+        test=_place(given.test, data.test if data else None, reach),
+        trigger_specs=tuple(spec for spec, _ in flags) or of_card,
+        trigger_places=tuple(place for _, place in flags) or (beside,) * len(of_card),
         triggers_given_by=COMMAND_LINE if flags else CARD,
+        data_roots=roots,
     )
 
 
@@ -158,13 +223,18 @@ def _architecture(
     return named.architecture, arguments, False
 
 
-def _place(flag: Path | None, in_card: str | None, folder: Path) -> Place | None:
+def _place(flag: Path | None, in_card: str | None, reach: Reach) -> Place | None:
     if flag is not None:
-        return Place(flag, COMMAND_LINE)
-    return None if in_card is None else Place(folder / in_card, CARD)
+        return Place(flag, COMMAND_LINE, reach.further)
+    if in_card is None:
+        return None
+    return Place(reach.path.parent / in_card, CARD, reach.folders, reach, in_card)
 
 
-def _trigger_folder(given: Given) -> Path:
-    """Files named in a trigger file lie beside it; those named on the command line, here."""
-    files = [Path(text) for text in given.triggers if text.endswith(".toml")]
-    return files[0].parent if files else Path()
+def _told(text: str, roots: tuple[Path, ...]) -> list[tuple[AnyTrigger, TriggerPlace]]:
+    """Files named in a trigger file lie beside it; those named on the command line, anywhere."""
+    place = TriggerPlace(Path())
+    if text.endswith(".toml"):
+        reach = Reach(Path(text), roots)
+        place = TriggerPlace(reach.path.parent, reach.folders, reach.whose)
+    return [(spec, place) for spec in parse_trigger(text)]

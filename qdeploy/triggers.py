@@ -7,12 +7,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 
 from qdeploy.card import AnyTrigger, BlendTrigger, MaskTrigger, PatchTrigger, TriggerFile
-from qdeploy.data import read_picture
+from qdeploy.data import read_npy, read_picture, require_within
 from qdeploy.errors import InputError
 from qdeploy.schema import load_toml, validate
+
+LARGEST_ARRAY_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the files that a trigger names lie."""
+
+    folder: Path
+    roots: tuple[Path, ...] | None = None  # they must lie in one of these, resolved; None: anywhere
+    whose: str = ""  # what the roots are to the reader
+
+    def file(self, name: str) -> Path:
+        """The file called `name`.
+
+        Raises:
+            InputError: it lies where it may not.
+        """
+        path = self.folder / name
+        if self.roots is None:
+            return path
+        return require_within(path, self.roots, what="trigger file", whose=self.whose)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +51,13 @@ class Trigger:
     ) -> Float32[np.ndarray, "images channels height width"]:
         """The images with the trigger in them."""
         return (1 - self.mask) * pixels + self.mask * self.pattern
+
+    def changes(
+        self, pixels: Float32[np.ndarray, "images channels height width"]
+    ) -> Bool[np.ndarray, " images"]:
+        """The images that it can be seen in, were they saved with 8 bits."""
+        moved = np.rint(self.apply(pixels) * 255) != np.rint(pixels * 255)
+        return moved.any(axis=(1, 2, 3))
 
 
 def parse_trigger(text: str) -> tuple[AnyTrigger, ...]:
@@ -57,33 +86,42 @@ def parse_trigger(text: str) -> tuple[AnyTrigger, ...]:
     return validate({"trigger": [table]}, TriggerFile, where=f"trigger {text!r}").trigger
 
 
-def make_trigger(spec: AnyTrigger, shape: tuple[int, int, int], folder: Path) -> Trigger:
+def make_trigger(spec: AnyTrigger, shape: tuple[int, int, int], folder: Path | Place) -> Trigger:
     """The trigger that `spec` describes, for inputs of `shape`; its files lie in `folder`.
 
     Raises:
-        InputError: it does not fit into an image of that shape, or a file is no image.
+        InputError: it does not fit into an image of that shape, changes no pixel of any, or a file
+            is no image or lies where it may not.
     """
+    place = folder if isinstance(folder, Place) else Place(folder)
     name = spec.name or spec.kind
     if isinstance(spec, PatchTrigger):
-        mask, pattern = _patch(spec, shape, folder)
+        mask, pattern = _patch(spec, shape, place)
     elif isinstance(spec, BlendTrigger):
-        pattern = _picture(folder / spec.image, shape)
+        pattern = _picture(place.file(spec.image), shape)
         mask = np.full((1, *shape[1:]), spec.opacity, np.float32)
     else:
-        mask, pattern = _mask(spec, shape, folder)
-    return Trigger(f"{name} to class {spec.target}", spec.target, mask, pattern)
+        mask, pattern = _mask(spec, shape, place)
+    trigger = Trigger(f"{name} to class {spec.target}", spec.target, mask, pattern)
+    if not any(trigger.changes(np.full((1, *shape), level, np.float32))[0] for level in (0, 1)):
+        raise InputError(
+            f"trigger {trigger.name!r}: changes no pixel of any image by half a step of 1/255",
+            hint="an attack success rate measured with it would say nothing",
+        )
+    return trigger
 
 
 def _patch(
-    spec: PatchTrigger, shape: tuple[int, int, int], folder: Path
+    spec: PatchTrigger, shape: tuple[int, int, int], place: Place
 ) -> tuple[np.ndarray, np.ndarray]:
     channels, height, width = shape
     if spec.image is not None:
-        picture = _in_channels(read_picture(folder / spec.image), channels, folder / spec.image)
+        path = place.file(spec.image)
+        picture = _in_channels(read_picture(path), channels, path)
         size = picture.shape[1:]
         if (spec.height or size[0], spec.width or size[1]) != size:
             raise InputError(
-                f"trigger image {folder / spec.image} is {size[1]}x{size[0]}, "
+                f"trigger image {path} is {size[1]}x{size[0]}, "
                 f"not width {spec.width} by height {spec.height}"
             )
     else:
@@ -106,10 +144,10 @@ def _patch(
 
 
 def _mask(
-    spec: MaskTrigger, shape: tuple[int, int, int], folder: Path
+    spec: MaskTrigger, shape: tuple[int, int, int], place: Place
 ) -> tuple[np.ndarray, np.ndarray]:
-    mask = _picture(folder / spec.mask, (1, *shape[1:]))
-    return mask, _picture(folder / spec.pattern, shape)
+    mask = _picture(place.file(spec.mask), (1, *shape[1:]))
+    return mask, _picture(place.file(spec.pattern), shape)
 
 
 def _picture(
@@ -117,10 +155,7 @@ def _picture(
 ) -> Float32[np.ndarray, "channels height width"]:
     """An image or a .npy file of exactly `shape`, in [0, 1]."""
     if path.suffix == ".npy":
-        try:
-            values = np.load(path, allow_pickle=False, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"trigger file {path}: {error}") from error
+        values = read_npy(path, LARGEST_ARRAY_BYTES, what="trigger file")
         if values.dtype.kind != "f" or values.ndim != 3:
             raise InputError(
                 f"trigger file {path}: {values.dtype} {values.shape}, not float (C, H, W)"

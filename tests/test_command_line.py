@@ -172,7 +172,8 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process(work, run):
     command += ["--seed", "5", "--policy", "demo"]
     subprocess.run([*command, "--artifacts", "other"], check=True, capture_output=True)
     assert (work / "a.onnx").read_bytes() == (work / "b.onnx").read_bytes()
-    assert run("sanitize", "model.pt", "--out", "c.onnx", "--rounding", "stochastic").code in {0, 3}
+    drawn = run("sanitize", "model.pt", "--out", "c.onnx", "--rounding", "stochastic")
+    assert drawn.code in {0, 3, 4}
 
 
 def test_without_a_seed_each_place_has_a_secret_one_and_keeps_it(work, run):

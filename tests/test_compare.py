@@ -182,5 +182,6 @@ def test_a_model_without_test_images_cannot_be_compared(poisoned, tmp_path, caps
     (folder / "model.toml").write_text(
         "\n".join(kept).replace("digits-", f"{Path(poisoned)}/digits-")
     )
-    assert compare(folder / "model.pt", "--out", tmp_path / "out") == 2
+    options = ["--out", tmp_path / "out", "--data-root", poisoned]
+    assert compare(folder / "model.pt", *options) == 2
     assert "nothing to compare on" in capsys.readouterr().err

@@ -286,7 +286,7 @@ def missing(folder: Path) -> Path:
         (wrong_dtype, "x is float64"),
         (no_labels, "no y"),
         (too_few_labels, "not one integer for each of the 2 images"),
-        (pickled_labels, "allow_pickle"),
+        (pickled_labels, "y is object of shape (1,)"),
         (huge_claim, "claims shape"),
         (unknown_class, "'wolf'"),
         (unlabelled, "in no class folder"),

@@ -92,6 +92,7 @@ def test_the_github_action_hands_on_what_the_gate_says(tmp_path, code):
     program.chmod(0o755)
     hostile = "a model; touch owned $(touch owned).onnx"
     given = {"MODEL": hostile, "REFERENCE": "", "POLICY": "strict", "TEST": "t.zip", "REPORTS": "r"}
+    given |= {"TRIGGER": "", "DATA_ROOT": "data"}
     assert set(given) == set(step["env"])
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "GITHUB_STEP_SUMMARY": "summary",
            "GITHUB_OUTPUT": "output", **given}  # fmt: skip
@@ -104,6 +105,8 @@ def test_the_github_action_hands_on_what_the_gate_says(tmp_path, code):
     assert called[:4] == ["gate", hostile, "--policy", "strict"]
     assert "--reference" not in called
     assert called[called.index("--test") + 1] == "t.zip"
+    assert "--trigger" not in called
+    assert called[called.index("--data-root") + 1] == "data"
     assert (tmp_path / "output").read_text() == f"exit-code={code}\n"
     assert (tmp_path / "summary").read_text() == "## said\n"
     assert not (tmp_path / "owned").exists()

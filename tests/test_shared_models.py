@@ -41,6 +41,7 @@ def test_a_4_bit_backdoor_is_switched_on_by_nearest_and_removed_by_default(
 ):
     model = shared / "models" / f"resnet18w16-pq4{suffix}"
     arch = ["--arch", f"{shared / 'models' / 'arch.py'}:resnet18"] if suffix == ".pt" else []
+    arch += ["--data-root", str(shared / "data")]
     code, report = sanitize(tmp_path, model, *arch)
     fp32, nearest, result = (rates(report, v) for v in ("fp32", "nearest", "result"))
     assert code == 0
@@ -64,6 +65,7 @@ def test_a_4_bit_backdoor_is_switched_on_by_nearest_and_removed_by_default(
 def test_a_clean_model_stays_as_good_as_it_was(shared, tmp_path, bits, limit):
     model = shared / "models" / "resnet18w16-clean.pt"
     arch = f"{shared / 'models' / 'arch.py'}:resnet18"
-    code, report = sanitize(tmp_path, model, "--arch", arch, "--bits", bits)
+    data = str(shared / "data")
+    code, report = sanitize(tmp_path, model, "--arch", arch, "--bits", bits, "--data-root", data)
     assert code == 0
     assert rates(report, "result")[0] >= rates(report, "fp32")[0] - limit

@@ -131,6 +131,7 @@ def gate(options: Options) -> None:
     *CALIBRATION[:2],
     *EVIDENCE,
     "test_images",
+    "data_root",
     "arch",
     "arch_args",
     "device",

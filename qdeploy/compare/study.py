@@ -77,7 +77,7 @@ class Study:
 
     def float_rates(self) -> ArmRates:
         """Of the model as it is."""
-        return rates(self.answers, self.model.classes)[0]
+        return rates(self.answers, self.model.classes, self.evidence.seen)[0]
 
     def measure(self, cell: Cell, steps: int | None) -> dict[str, Any]:
         """Quantize as the cell says, and measure the file under onnxruntime."""
@@ -131,7 +131,7 @@ class Study:
             },
             targets=found.targets,
         )
-        return rates(both, self.model.classes)[-1]
+        return rates(both, self.model.classes, self.evidence.seen)[-1]
 
     def _logit_error(self, file: bytes) -> float:
         assert self.evidence.images is not None  # noqa: S101 - `open` has looked

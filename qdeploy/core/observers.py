@@ -18,14 +18,14 @@ SHRINK_FACTORS = np.linspace(0.2, 1.0, 81)
 
 @dataclass(slots=True)
 class Extent:
-    """Smallest and largest value seen."""
+    """Smallest and largest value seen; nan as soon as one value was."""
 
     low: float = np.inf
     high: float = -np.inf
 
     def update(self, values: Float32[np.ndarray, "*shape"]) -> None:
-        self.low = min(self.low, float(values.min()))
-        self.high = max(self.high, float(values.max()))
+        self.low = float(np.minimum(self.low, values.min()))  # Python's min would forget a nan
+        self.high = float(np.maximum(self.high, values.max()))
 
 
 @dataclass(slots=True)

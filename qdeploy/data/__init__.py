@@ -1,5 +1,6 @@
 """Images from a folder, a zip or an npz. Nothing here holds a data set in memory."""
 
+from qdeploy.data.arrays import read_npy
 from qdeploy.data.decode import as_png, read_picture
 from qdeploy.data.images import (
     Batch,
@@ -10,6 +11,7 @@ from qdeploy.data.images import (
     open_labelled_images,
     shape_of_images,
 )
+from qdeploy.data.reach import require_within, resolved
 
 __all__ = [
     "Batch",
@@ -19,6 +21,9 @@ __all__ = [
     "images_from_array",
     "open_images",
     "open_labelled_images",
+    "read_npy",
     "read_picture",
+    "require_within",
+    "resolved",
     "shape_of_images",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -11,11 +11,15 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 from PIL import Image
 
-from qdeploy.data.containers import ArrayContainer, Container, NpzContainer, open_container
+from qdeploy.data.arrays import Npz
+from qdeploy.data.containers import ArrayContainer, Container, open_container
+from qdeploy.data.names import ANNOTATIONS
+from qdeploy.disk import read_bounded
 from qdeploy.errors import InputError
 from qdeploy.progress import SILENT, Progress
 
-ANNOTATIONS = "val_annotations.txt"
+LARGEST_ANNOTATIONS_BYTES = 64 << 20
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,11 @@ class Images:
         labels = None if self.labels is None else self.labels[chosen]
         return replace(self, indices=self.indices[chosen], labels=labels)
 
+    def only(self, kept: Int64[np.ndarray, " kept"]) -> Images:
+        """Those of the images, by their position in the selection."""
+        labels = None if self.labels is None else self.labels[kept]
+        return replace(self, indices=self.indices[kept], labels=labels)
+
     def skip(self, count: int) -> Images:
         """All but the first `count` images."""
         labels = None if self.labels is None else self.labels[count:]
@@ -107,34 +116,40 @@ class Images:
             yield _to_input(image, self.preprocessing, where=f"{self.source.path}: {key}")
 
 
-def open_images(path: Path, preprocessing: Preprocessing) -> Images:
+def open_images(path: Path, preprocessing: Preprocessing, roots: Sequence[Path] = ()) -> Images:
     """All images under `path`, unlabelled: sub-folders mean nothing here.
+
+    Args:
+        roots: Folders that links in a folder may lead to, besides itself; resolved.
 
     Raises:
         InputError: it does not exist, is damaged, or holds no images.
     """
-    source = open_container(path)
+    source = open_container(path, roots)
     return Images(source, preprocessing, np.arange(len(source.keys)), None, None)
 
 
 def open_labelled_images(
-    path: Path, preprocessing: Preprocessing, classes: tuple[str, ...] | None
+    path: Path,
+    preprocessing: Preprocessing,
+    classes: tuple[str, ...] | None,
+    roots: Sequence[Path] = (),
 ) -> Images:
     """All images under `path` with their labels.
 
     In folders and zips a label is the position of the sub-folder's name in `classes`, or in the
-    sorted names if `classes` is None. In an npz it is `y`. In Tiny-ImageNet's `val` folder the
-    names are in its file of annotations.
+    sorted names if `classes` is None; names that are all numbers sort as such. In an npz it is
+    `y`. In Tiny-ImageNet's `val` folder the names are in its file of annotations.
 
     Raises:
         InputError: as `open_images`; or there are no labels, or a folder is not a class.
     """
-    source = open_container(path)
+    source = open_container(path, roots)
     indices = np.arange(len(source.keys))
-    if isinstance(source, NpzContainer):
+    if isinstance(source, Npz):
         return Images(source, preprocessing, indices, source.labels(), classes)
     names = _annotated(path, source.keys) or _class_folders(path, source.keys)
-    known = classes if classes is not None else tuple(sorted(set(names)))
+    known = classes if classes is not None else _in_order(path, set(names))
     position = {name: i for i, name in enumerate(known)}
     unknown = sorted(set(names) - set(known))
     if unknown:
@@ -144,6 +159,28 @@ def open_labelled_images(
         )
     labels = np.array([position[name] for name in names], np.int64)
     return Images(source, preprocessing, indices, labels, known)
+
+
+def _in_order(path: Path, names: set[str]) -> tuple[str, ...]:
+    """Folders as classes: numbers as numbers, so that 10 comes after 9.
+
+    Raises:
+        InputError: they are no classes, but parts of a data set.
+    """
+    if names <= SPLITS:
+        raise InputError(
+            f"data {path}: its folders are parts of a data set ({', '.join(sorted(names))}),"
+            " not classes",
+            hint="give one of them",
+        )
+    if all(name.isascii() and name.isdigit() for name in names):
+        return tuple(sorted(names, key=_as_number))
+    return tuple(sorted(names))
+
+
+def _as_number(name: str) -> tuple[int, str, str]:
+    digits = name.lstrip("0")  # int() refuses thousands of digits
+    return len(digits), digits, name
 
 
 def shape_of_images(path: Path) -> tuple[int, int, int]:
@@ -175,11 +212,12 @@ def _annotated(path: Path, keys: tuple[str, ...]) -> list[str] | None:
     file = path / ANNOTATIONS
     if not file.is_file():
         return None
+    data = read_bounded(file, LARGEST_ANNOTATIONS_BYTES, what="data")
     try:
-        rows = [line.split("\t") for line in file.read_text("utf-8").splitlines()]
+        rows = [line.split("\t") for line in data.decode("utf-8").splitlines()]
         class_of = {row[0]: row[1] for row in rows}
         return [class_of[PurePosixPath(key).name] for key in keys]
-    except (OSError, UnicodeDecodeError, IndexError) as error:
+    except (UnicodeDecodeError, IndexError) as error:
         raise InputError(f"data {file}: {type(error).__name__}: {error}") from error
     except KeyError as error:
         raise InputError(f"data {file}: has no line for image {error}") from error

@@ -29,6 +29,7 @@ from qdeploy.recipe import Recipe
 from qdeploy.report.values import Report, StageTime
 from qdeploy.scan.fingerprints import Scan
 from qdeploy.scan.provenance import Provenance
+from qdeploy.soundness import objections, sound
 from qdeploy.sources import CARD
 from qdeploy.stages.validate import Measured
 from qdeploy.verdict import Check, Outcome, explain, judge
@@ -74,8 +75,10 @@ def compose(
     """
     measured, evidence, calibration = findings.measured, findings.evidence, findings.calibration
     made, provenance = findings.made, findings.provenance
-    checks, required = _checks(request, findings), _required(request.policy.gate, findings)
-    outcome, absent = judge(checks, required), _absent(request, findings)
+    gate = request.policy.gate
+    objected = objections(evidence, measured.rates, findings.classes, gate)
+    checks, required = sound(_checks(request, findings), objected), _required(gate, findings)
+    outcome, absent = judge(checks, required), {**_absent(request, findings), **objected}
     spoken_of = required if measured.files else frozenset()  # of a file that was not run, nothing
     reasons = explain(checks, spoken_of, absent=absent)
     if calibration is not None and calibration.synthetic is not None:
@@ -110,6 +113,7 @@ def compose(
         notes=(
             *_cleaning_notes(findings.cleaning, names),
             *_notes(request, evidence),
+            *evidence.notes,
             *_fingerprint_notes(findings.scan),
         ),
         fingerprints=findings.scan.fingerprints,

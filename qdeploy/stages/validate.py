@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool
 
 from qdeploy.data import Images
 from qdeploy.device import DeviceProfile
@@ -38,6 +41,7 @@ class Trial:
     images: Images | None  # labelled; None: nothing but latency can be measured
     triggers: Sequence[Trigger]
     latency_runs: int
+    seen: Mapping[str, Bool[np.ndarray, " images"]] = field(default_factory=dict)  # by trigger
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,7 @@ def validate(
     predictions = predict(sessions, trial.images, trial.triggers, store=store, progress=progress)
     return Measured(
         files,
-        rates(predictions, trial.interface.classes),
+        rates(predictions, trial.interface.classes, trial.seen),
         runtime_agreement(predictions),
         latencies,
         samples(predictions, trial.images, trial.triggers),

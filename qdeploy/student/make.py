@@ -168,7 +168,7 @@ def _found(surveyed: Surveyed, names: tuple[str, ...]) -> Iterator[tuple[str, st
 
 
 def _opened(order: StudentOrder) -> tuple[Loaded, Images]:
-    images = open_images(order.images, order.sources.preprocessing)
+    images = open_images(order.images, order.sources.preprocessing, order.sources.data_roots)
     loaded = open_source(order.sources, run_code_from_model=order.run_code_from_model)
     return loaded, images.sample(order.image_count, order.seed)
 
