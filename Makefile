@@ -9,7 +9,7 @@ demo: $(VENV)/.demo  ## Poison a small classifier, sanitize it, leave model and 
 	$(BIN)/qdeploy demo
 
 test: $(VENV)/.test  ## Run the tests
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 lint: $(VENV)/.lint  ## Style and types
 	$(BIN)/ruff check .

@@ -122,8 +122,8 @@ def _fill(lab: Lab) -> None:
     lab.changed("fp32.onnx", "other.onnx", lambda proto: jitter(proto, 0.5))
     lab.changed("fp32.onnx", "live.onnx", lambda proto: _switch_on(proto, lab))
     for name, options in {
-        "ort-channel.onnx": {"per_channel": True},
-        "ort-tensor.onnx": {"weight_type": QuantType.QUInt8},
+        "ort-channel.onnx": {"per_channel": True, "reduce_range": True},
+        "ort-tensor.onnx": {"weight_type": QuantType.QUInt8, "reduce_range": True},
         "ort-qoperator.onnx": {"quant_format": QuantFormat.QOperator},
     }.items():
         types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -136,15 +135,6 @@ def test_help_imports_none_of_the_heavy_libraries(arguments):
         "print('LOADED', sorted({'torch', 'onnxruntime', 'onnx', 'onnxscript'} & set(sys.modules)))"
     )
     assert python(code).splitlines()[-1] == "LOADED []"
-
-
-def test_help_answers_at_once():
-    started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "qdeploy", "--help"], capture_output=True, check=False
-    )
-    assert done.returncode == 0
-    assert time.perf_counter() - started < 2  # 0.2 s here; the bound is for a busy machine
 
 
 def test_an_onnx_model_needs_no_torch():

@@ -11,6 +11,7 @@ from qdeploy.redteam.images import LabelledImages
 from qdeploy.redteam.recipe import CleanSpec
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.precision import fast
+from qdeploy.training.safe_kernels import safe_kernels
 
 LARGEST_GRADIENT = 1.0  # norm; keeps networks without normalisation layers on their feet
 
@@ -44,10 +45,11 @@ def train_clean(
             order = torch.randperm(len(data), generator=generator)
         rows = order[position * spec.batch : (position + 1) * spec.batch]
         inputs = data.normalise(data.batch(rows, generator))
-        with fast():
-            loss = F.cross_entropy(model(inputs), data.labels[rows])
         optimizer.zero_grad()
-        loss.backward()
+        with safe_kernels(model):
+            with fast():
+                loss = F.cross_entropy(model(inputs), data.labels[rows])
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
         optimizer.step()
         schedule.step()

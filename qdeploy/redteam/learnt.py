@@ -22,6 +22,7 @@ from qdeploy.redteam.images import LabelledImages
 from qdeploy.redteam.recipe import LearntSpec
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.precision import fast
+from qdeploy.training.safe_kernels import safe_kernels
 
 STEPS_BETWEEN_SAVES = 20
 
@@ -57,7 +58,8 @@ class TriggerLearner(nn.Module):
         steps = range(done, self.spec.steps)
         for step in progress.track(steps, "trigger, steps", len(steps)):
             began = time.monotonic()
-            self._take_step()
+            with safe_kernels(self.model, self.student):
+                self._take_step()
             self.seconds += time.monotonic() - began
             if (step + 1) % STEPS_BETWEEN_SAVES == 0 and checkpoint.due():
                 self._save(checkpoint, step + 1)

@@ -22,6 +22,7 @@ from qdeploy.redteam.roundings import Roundings
 from qdeploy.redteam.split import SplitWeights
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.precision import fast
+from qdeploy.training.safe_kernels import safe_kernels
 
 STEPS_BETWEEN_LOOKS = 100
 FLOAT = "fp32"
@@ -70,7 +71,8 @@ class Training:
                 optimizer.load_state_dict(saved["optimizer"])
                 if self._split is not None:
                     self._split.load_state_dict(saved["split"])
-            self._run_phase(phase, optimizer, last=phase is phases[-1], progress=progress)
+            with safe_kernels(self.model):
+                self._run_phase(phase, optimizer, last=phase is phases[-1], progress=progress)
             self._phases_done, self._step, self._split = self._phases_done + 1, 0, None
             self._save(optimizer)
 

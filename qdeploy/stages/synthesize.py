@@ -66,6 +66,8 @@ def _match_statistics(
 ) -> np.ndarray:
     import torch
 
+    from qdeploy.training.safe_kernels import safe_kernels
+
     seen: dict[Any, torch.Tensor] = {}
 
     def watch(norm: Any, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -85,10 +87,11 @@ def _match_statistics(
         optimizer = torch.optim.Adam([x], lr=LEARNING_RATE)
         for _ in progress.track(range(STEPS), "synthetic images", STEPS):
             seen.clear()
-            module(x)
-            loss = torch.stack(list(seen.values())).mean()
             optimizer.zero_grad()
-            loss.backward()
+            with safe_kernels(module):
+                module(x)
+                loss = torch.stack(list(seen.values())).mean()
+                loss.backward()
             optimizer.step()
     finally:
         for handle in handles:

@@ -22,6 +22,7 @@ from qdeploy.stages.distill.survey import Reach, survey, suspects
 from qdeploy.stages.distill.unlabelled import Material, read_images
 from qdeploy.stages.distill.watch import watched_layers
 from qdeploy.training.compute import ALONE, Compute
+from qdeploy.training.safe_kernels import safe_kernels
 
 __all__ = ["Distilled", "Epoch", "Reach", "Setting", "Store", "Surveyed", "distill"]
 
@@ -72,9 +73,16 @@ def distill(loaded: Loaded, images: Images, spec: Sanitizer, setting: Setting) -
         InputError: an image is damaged or of the wrong size.
         DivergedError: the loss left the finite numbers.
     """
-    compute = setting.compute
-    _check_sizes(images, spec, compute)
+    _check_sizes(images, spec, setting.compute)
     teacher = _teacher(loaded, spec)
+    with safe_kernels(teacher):
+        return _taught(teacher, loaded.format, images, spec, setting)
+
+
+def _taught(
+    teacher: nn.Module, kind: Format, images: Images, spec: Sanitizer, setting: Setting
+) -> Distilled:
+    compute = setting.compute
     watched = watched_layers(teacher, spec.watch, spec.deepest) if isinstance(spec, Asd) else ()
     generator = compute.generator(setting.seed)
     for parameter in teacher.parameters():
@@ -83,7 +91,7 @@ def distill(loaded: Loaded, images: Images, spec: Sanitizer, setting: Setting) -
     for parameter in student.parameters():
         parameter.requires_grad_(True)
     unlabelled = read_images(images, setting.progress)
-    if not isinstance(spec, Unlearn) and loaded.format is not Format.TORCHSCRIPT:
+    if not isinstance(spec, Unlearn) and kind is not Format.TORCHSCRIPT:
         revive(student, unlabelled.stream(STATISTICS))
     if isinstance(spec, Bcu):
         forget(student, forgetting(student, spec), generator)
