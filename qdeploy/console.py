@@ -335,6 +335,8 @@ def show_verification(verification: Verification) -> None:
         verdict = statement.verdict
         rows = [("attested file", f"{statement.name}, sha256 {statement.sha256}")]
         if verdict is not None:
+            if verdict.expires is not None:
+                rows.append(("until", str(verdict.expires)))
             settings = {"recipe": verdict.recipe, "policy": verdict.policy}
             rows += [("outcome", verdict.outcome), ("run", f"{verdict.run_id}, {verdict.started}")]
             rows += [(kind, s.name or s.sha256) for kind, s in settings.items() if s is not None]

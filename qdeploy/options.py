@@ -286,6 +286,10 @@ class Options:
             "Attestation",
         ),
     ] = Path()
+    days: Annotated[
+        int,
+        _option("--days", "How long it is to be relied on, from today.", "Attestation", at_least=1),
+    ] = 90
     trusted_keys: Annotated[
         list[Path] | None,
         _option("--key", "Public key (PEM) that is trusted; repeatable.", "Attestation"),
@@ -352,7 +356,7 @@ REQUIRED = frozenset(
     }
 )
 MODEL = ("card", "data_root", "arch", "arch_args", "input_shape", "run_code_from_model")
-ATTESTATION = ("file", "judged_by", "key", "envelope")
+ATTESTATION = ("file", "judged_by", "key", "envelope", "days")
 VERIFICATION = ("file", "attestation", "trusted_keys", "expected_report")
 TRACKING = ("run", "tracking_uri", "experiment", "registered_model", "model_version")
 CALIBRATION = ("calibration", "calibration_images", "synthetic_calibration")

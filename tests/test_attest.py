@@ -73,12 +73,15 @@ def report_about(model: bytes, outcome: str = "ACCEPT") -> dict:
     sha256 = hashlib.sha256(model).hexdigest()
     check = {"name": "agreement", "value": 99.5, "relation": ">=", "limit": 90.0, "unit": "%",
              "runtime": "cpu", "subject": None, "state": "within", "within": True}  # fmt: skip
+    if outcome == "REJECT":
+        check |= {"value": 80.0, "state": "off", "within": False}
+    required = ["accuracy_drop", "agreement"] if outcome == "NO VERDICT" else ["agreement"]
     return {
         "schema_version": 1, "outcome": outcome,
         "reasons": [] if outcome == "ACCEPT" else ["agreement: 80 %, below the limit of 90"],
         "run_id": "abc123", "started": "2026-01-01T00:00:00+00:00", "versions": {"qdeploy": "0.1"},
         "origin": {"path": "m.pt", "sha256": "1" * 64, "format": "ONNX", "architecture": None},
-        "checks": [check], "required": ["agreement"], "measurements": [], "runtime_agreement": [],
+        "checks": [check], "required": required, "measurements": [], "runtime_agreement": [],
         "latency": [], "layers": [{"name": "conv", "codes_sha256": "2" * 64}],
         "files": [
             {"variant": "fp32", "sha256": "0" * 64, "size_bytes": 9},
@@ -262,6 +265,85 @@ def test_what_was_not_accepted_can_be_attested_and_is_not_verified(work, outcome
     assert done.code == 3
     assert f"the attested outcome is {outcome}" in done.out
     assert "below the limit of 90" in done.out
+
+
+def off(table: dict) -> None:
+    table["checks"][0] |= {"value": 80.0, "state": "off", "within": False}
+
+
+def off_but_said_to_hold(table: dict) -> None:
+    table["checks"][0]["value"] = 80.0
+
+
+def on_too_few_images(table: dict) -> None:
+    table["checks"][0] |= {"samples": 10, "needed_samples": 200}
+
+
+def undecided(table: dict) -> None:
+    table["checks"][0] |= {"samples": 300, "low": 89.0, "high": 99.9}
+
+
+def no_checks(table: dict) -> None:
+    table |= {"checks": [], "required": []}
+
+
+def never_made(table: dict) -> None:
+    table["checks"] = []
+
+
+def of_another_kind(table: dict) -> None:
+    table["checks"][0]["name"] = "trust_me"
+
+
+LIES = (off, off_but_said_to_hold, on_too_few_images, undecided, no_checks, never_made,
+        of_another_kind)  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_an_accept_that_its_checks_contradict_is_not_signed(work, lie):
+    table = report_about(MODEL)
+    lie(table)
+    (work / "report.json").write_text(json.dumps(table))
+    done = run(*ATTEST, "key.pem")
+    assert (done.code, "contradicts itself" in done.error) == (2, True)
+    assert not (work / "model.onnx.intoto.json").exists()
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_nor_is_it_believed_when_a_trusted_key_has_signed_it(work, lie):
+    assert run(*ATTEST, "key.pem").code == 0
+    payload = json.loads(base64.b64decode(envelope_of(work / "model.onnx.intoto.json")["payload"]))
+    lie(payload["predicate"])
+    sign(work, json.dumps(payload).encode())
+    assert run(*VERIFY, "key.pub.pem").code == 3
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_report_on_two_files_attests_neither(work, first):
+    table = report_about(MODEL)
+    other = {"variant": "result", "sha256": "7" * 64, "size_bytes": 1}
+    table["files"].insert(0 if first else len(table["files"]), other)
+    (work / "report.json").write_text(json.dumps(table))
+    assert run(*ATTEST, "key.pem").code == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"expires": "2026-01-01"}, "it ended on 2026-01-01"),
+        ({"rules_version": 0}, "version 0 of the rules"),
+        ({"expires": None}, "attest anew"),
+        ({"rules_version": None}, "attest anew"),
+    ],
+)
+def test_a_verdict_holds_for_a_time_and_by_its_rules(work, change, reason):
+    assert run(*ATTEST, "key.pem", "--days", 1).code == 0
+    assert run(*VERIFY, "key.pub.pem").code == 0
+    payload = json.loads(base64.b64decode(envelope_of(work / "model.onnx.intoto.json")["payload"]))
+    payload["predicate"] |= change
+    sign(work, json.dumps(payload).encode())
+    done = run(*VERIFY, "key.pub.pem")
+    assert (done.code, reason in done.out) == (3, True), done.out
 
 
 def test_the_report_of_another_file_attests_nothing(work):

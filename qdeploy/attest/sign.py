@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
+from qdeploy.attest.consistency import contradictions
 from qdeploy.attest.envelope import seal
 from qdeploy.attest.keys import load_signer
 from qdeploy.attest.statement import Verdict, make_statement, make_verdict
@@ -31,7 +33,7 @@ def beside(model: Path) -> Path:
 
 
 def attest(
-    model: Path, report: Path, key: Path, out: Path | None, *, password: str | None
+    model: Path, report: Path, key: Path, out: Path | None, *, password: str | None, expires: date
 ) -> Attestation:
     """Sign what the report says of the file at `model`, which is read and hashed now.
 
@@ -40,9 +42,11 @@ def attest(
     Args:
         key: Private key in PEM.
         out: Where the envelope goes; else beside the model.
+        expires: The last day on which the attestation is to be relied on.
 
     Raises:
-        InputError: the report is about another file, or something cannot be read.
+        InputError: the report is about another file, or about several, or its outcome does not
+            follow from its checks, or something cannot be read.
         OutputError: the envelope cannot be written.
         UsageError: the envelope would replace one of the files it is made from.
     """
@@ -59,7 +63,11 @@ def attest(
             f" judged was {judged or 'none'}",
             hint="attest the file together with the report of the run that made or judged it",
         )
-    verdict = make_verdict(kept)
+    verdict = make_verdict(kept, expires)
+    for contradiction in contradictions(
+        verdict.outcome, kept.content.checks, frozenset(verdict.required)
+    ):
+        raise InputError(f"report {report} contradicts itself: {contradiction}")
     signer = load_signer(key, password)
     write_atomically(place, seal(make_statement(model.name, sha256, verdict), signer))
     return Attestation(place, sha256, signer.public_key.keyid, verdict)

@@ -6,8 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, Literal
 
+from qdeploy.attest.consistency import RULES_VERSION
 from qdeploy.errors import InputError
 from qdeploy.report.kept import KeptReport, Written, parse_object
 from qdeploy.schema import validate
@@ -31,7 +33,17 @@ class AttestedCheck(Written):
     unit: str
     runtime: str | None
     subject: str | None
+    samples: int | None = None
+    needed_samples: int = 0
+    low: float | None = None
+    high: float | None = None
+    decided_by: Literal["interval", "value"] = "interval"
     within: bool
+
+    @property
+    def holds(self) -> bool:
+        """The value was found to be within its limit."""
+        return self.within
 
 
 class AttestedData(Written):
@@ -54,6 +66,8 @@ class Verdict(Written):
     run_id: str
     started: str  # of the run, UTC, ISO 8601
     qdeploy_version: str | None
+    rules_version: int | None = None  # None: of a time when there was none
+    expires: date | None = None  # the last day on which it is to be relied on
     report_sha256: str
     source_sha256: str | None  # of the float model as it came
     recipe: Settings | None
@@ -83,7 +97,7 @@ def canonical_sha256(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def make_verdict(kept: KeptReport) -> Verdict:
+def make_verdict(kept: KeptReport, expires: date) -> Verdict:
     """What the report says, without the measurements that its digest stands for."""
     report = kept.content
     return Verdict(
@@ -92,6 +106,8 @@ def make_verdict(kept: KeptReport) -> Verdict:
         run_id=report.run_id,
         started=report.started,
         qdeploy_version=report.versions.get("qdeploy"),
+        rules_version=RULES_VERSION,
+        expires=expires,
         report_sha256=kept.sha256,
         source_sha256=report.origin.sha256 if report.origin else None,
         recipe=_settings(report.recipe),

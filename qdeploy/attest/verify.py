@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
+from qdeploy.attest.consistency import RULES_VERSION, contradictions
 from qdeploy.attest.envelope import PAYLOAD_TYPE, explain_distrust, read_envelope, signing_key
 from qdeploy.attest.keys import load_public_key
 from qdeploy.attest.sign import beside
@@ -29,7 +31,12 @@ class Verification:
 
 
 def verify(
-    model: Path, attestation: Path | None, keys: Sequence[Path], report: Path | None
+    model: Path,
+    attestation: Path | None,
+    keys: Sequence[Path],
+    report: Path | None,
+    *,
+    today: date,
 ) -> Verification:
     """Hold the file at `model` against its attestation.
 
@@ -53,7 +60,7 @@ def verify(
         wrong = f"the payload is of type {envelope.payload_type[:100]}, not {PAYLOAD_TYPE}"
         return Verification(model, keyid, None, (wrong,))
     statement = read_statement(envelope.payload)
-    refusals = (*_refuse_file(sha256, statement), *_refuse_verdict(statement, report))
+    refusals = (*_refuse_file(sha256, statement), *_refuse_verdict(statement, report, today))
     return Verification(model, keyid, statement, refusals)
 
 
@@ -62,7 +69,7 @@ def _refuse_file(sha256: str, statement: Statement) -> Iterator[str]:
         yield f"the file's sha256 is {sha256}, attested was {statement.sha256[:64]}"
 
 
-def _refuse_verdict(statement: Statement, report: Path | None) -> Iterator[str]:
+def _refuse_verdict(statement: Statement, report: Path | None, today: date) -> Iterator[str]:
     verdict = statement.verdict
     if verdict is None:
         yield f"the predicate is of type {statement.predicate_type[:100]}, not {PREDICATE_TYPE}"
@@ -70,8 +77,22 @@ def _refuse_verdict(statement: Statement, report: Path | None) -> Iterator[str]:
     if verdict.outcome != "ACCEPT":
         yield f"the attested outcome is {verdict.outcome}"
         yield from verdict.reasons
+    yield from contradictions(verdict.outcome, verdict.checks, frozenset(verdict.required))
+    yield from _refuse_age(verdict, today)
     if report is not None:
         yield from _refuse_report(verdict, report)
+
+
+def _refuse_age(verdict: Verdict, today: date) -> Iterator[str]:
+    """A verdict is passed by rules, and for a time."""
+    if verdict.rules_version is None or verdict.expires is None:
+        yield "it does not say by which rules it was made, or until when it holds: attest anew"
+        return
+    if verdict.rules_version != RULES_VERSION:
+        made, now = verdict.rules_version, RULES_VERSION
+        yield f"it was made by version {made} of the rules, and these are version {now}: judge anew"
+    if today > verdict.expires:
+        yield f"it ended on {verdict.expires}: judge the file anew"
 
 
 def _refuse_report(verdict: Verdict, report: Path) -> Iterator[str]:

@@ -214,6 +214,8 @@ def distill(options: Options) -> None:
 @takes(*ATTESTATION)
 def attest(options: Options) -> None:
     """Sign what the report says of a file: an in-toto statement in a DSSE envelope."""
+    from datetime import UTC, datetime, timedelta
+
     from qdeploy import console
     from qdeploy.attest.keys import PASSWORD_VARIABLE
     from qdeploy.attest.sign import attest as attest_file
@@ -224,6 +226,7 @@ def attest(options: Options) -> None:
         options.key,
         options.envelope,
         password=os.environ.get(PASSWORD_VARIABLE),
+        expires=datetime.now(UTC).date() + timedelta(days=options.days),
     )
     console.show_attestation(made)
 
@@ -232,6 +235,8 @@ def attest(options: Options) -> None:
 @takes(*VERIFICATION)
 def verify(options: Options) -> None:
     """Accept a file by its attestation; exit 3 unless a trusted key signed that it is accepted."""
+    from datetime import UTC, datetime
+
     from qdeploy import console
     from qdeploy.attest.verify import verify as verify_file
     from qdeploy.verdict import Outcome
@@ -241,6 +246,7 @@ def verify(options: Options) -> None:
         options.attestation,
         options.trusted_keys or (),
         options.expected_report,
+        today=datetime.now(UTC).date(),
     )
     console.show_verification(verification)
     _exit(Outcome.ACCEPT if verification.verified else Outcome.REJECT)

@@ -35,6 +35,11 @@ class WrittenCheck(Written):
     unit: str
     runtime: str | None = None
     subject: str | None = None
+    samples: int | None = None
+    needed_samples: int = 0
+    low: float | None = None
+    high: float | None = None
+    decided_by: Literal["interval", "value"] = "interval"
     state: str | None = None
     within: bool | None = None
 
@@ -126,8 +131,9 @@ class WrittenReport(Written):
 
     @property
     def judged_sha256(self) -> str | None:
-        """The digest of the file that the outcome is about."""
-        return next((f.sha256 for f in self.files if f.variant == "result"), None)
+        """The digest of the file that the outcome is about; None if there is not just one."""
+        judged = [f.sha256 for f in self.files if f.variant == "result"]
+        return judged[0] if len(judged) == 1 else None
 
 
 @dataclass(frozen=True, slots=True)
