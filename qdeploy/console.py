@@ -15,6 +15,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from qdeploy.printable import printable
+
 if TYPE_CHECKING:
     from qdeploy.attest.sign import Attestation
     from qdeploy.attest.verify import Verification
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 BAR_COLUMNS = (
-    TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+    TextColumn("  {task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+    TimeRemainingColumn(),
 )  # fmt: skip
 OUTCOME_STYLES = {"ACCEPT": "bold green", "REJECT": "bold red", "NO VERDICT": "bold yellow"}
 FINDING_STYLES = {"error": "bold red", "warning": "bold yellow", "note": "dim"}
@@ -46,18 +49,13 @@ VARIANT_NAMES = {
 
 
 def out() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    """Names in a model are chosen by a stranger, so no text is markup."""
+    width = None if sys.stdout.isatty() else 110
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def err() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def clean(text: object) -> str:
-    """`text` without what a terminal would obey: names in a model are chosen by a stranger."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text)
-    )
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 class TerminalProgress:
@@ -82,7 +80,7 @@ class TerminalProgress:
         if self._bars is None:
             yield from items
             return
-        task = self._bars.add_task(clean(label), total=total)
+        task = self._bars.add_task(printable(label), total=total)
         try:
             for item in items:
                 yield item
@@ -92,15 +90,16 @@ class TerminalProgress:
                 self._bars.remove_task(task)
 
     def note(self, text: str) -> None:
-        self._console.print(Text(f"  {clean(text)}", style="dim"))
+        self._console.print(Text(f"  {printable(text)}", style="dim"))
 
 
 def show_error(error: QdeployError) -> None:
     """One line of what is wrong, and what to do about it."""
     console = err()
-    console.print(Text.assemble(("error: ", "bold red"), clean(error)))
+    console.print(Text.assemble(("error: ", "bold red"), printable(error)))
     if error.hint:
-        console.print(Text.assemble(("hint: ", "bold"), clean(error.hint)))
+        hint = "\n".join(printable(line) for line in error.hint.split("\n"))  # examples have lines
+        console.print(Text.assemble(("hint: ", "bold"), hint))
 
 
 def show_interrupted() -> None:
@@ -113,14 +112,14 @@ def show_report(report: Report) -> None:
     _show_measured(report, console)
     for found in report.findings:
         if found.level != "note":
-            console.print(Text(f"  {found.level}: {clean(_finding_line(found))}"))
+            console.print(Text(f"  {found.level}: {printable(_finding_line(found))}"))
     outcome = report.outcome.value
     console.print()
     console.print(Text.assemble((outcome, OUTCOME_STYLES[outcome]), f"  {_verdict_line(report)}"))
     for reason in report.reasons:
-        console.print(Text(f"  - {clean(reason)}"))
+        console.print(Text(f"  - {printable(reason)}"))
     for note in report.notes:
-        console.print(Text(f"  note: {clean(note)}", style="dim"))
+        console.print(Text(f"  note: {printable(note)}", style="dim"))
 
 
 def _show_measured(report: Report, console: Console) -> None:
@@ -128,26 +127,30 @@ def _show_measured(report: Report, console: Console) -> None:
         console.print(_rates_table(report))
     for other in report.runtimes:
         console.print(
-            f"  answers like {report.rates[0].arm.runtime} on {clean(other.runtime)}: "
+            f"  answers like {report.rates[0].arm.runtime} on {printable(other.runtime)}: "
             f"{other.agreement.value:.2f} % of {other.agreement.samples} images"
         )
     if report.layers:
-        console.print(f"  {_layers_line(report)}")
+        console.print(f"  {printable(_layers_line(report))}")
     if report.provenance is not None and not report.layers:
-        console.print(f"  {_traced_line(report.provenance)}")
+        console.print(f"  {printable(_traced_line(report.provenance))}")
 
 
 def show_look(look: Look) -> None:
     """What was seen in a file, the worst first, and what its weights tell."""
     console = out()
-    console.print(Text(clean(look.path), style="bold"))
+    console.print(Text(printable(look.path), style="bold"))
     for found in look.seen:
         style = FINDING_STYLES[found.level]
-        console.print(Text.assemble((f"  {found.level:<8}", style), clean(_finding_line(found))))
+        console.print(
+            Text.assemble((f"  {found.level:<8}", style), printable(_finding_line(found)))
+        )
     if look.scan is not None:
         _show_scan(look.scan)
     else:
-        console.print(f"  weights not compared with a quantizer's cells: {look.not_scanned}")
+        console.print(
+            f"  weights not compared with a quantizer's cells: {printable(look.not_scanned)}"
+        )
     if not look.stands_against:
         console.print("  nothing stands against it; that is no proof that it is harmless")
 
@@ -162,13 +165,13 @@ def _show_scan(scan: Scan) -> None:
     for found in scan.fingerprints[:SHOWN_FINGERPRINTS]:
         table.add_row(
             f"  {found.convention}", f"{found.score:.1f}", f"{found.whole.ratio:.2f}",
-            clean(found.layer), f"{found.worst.ratio:.2f}",
+            printable(found.layer), f"{found.worst.ratio:.2f}",
         )  # fmt: skip
     if scan.fingerprints:
         console.print(table)
     if scan.skipped:
         console.print(
-            f"  on a grid already or too small, not looked at: {clean(', '.join(scan.skipped))}"
+            f"  on a grid already or too small, not looked at: {printable(', '.join(scan.skipped))}"
         )
 
 
@@ -178,7 +181,7 @@ def _rates_table(report: Report) -> Table:
     table.add_column("")
     table.add_column("CDA %", justify="right")
     for name in triggers:
-        table.add_column(Text(f"ASR %\n{clean(name)}"), justify="right")
+        table.add_column(Text(f"ASR %\n{printable(name)}"), justify="right")
     for column in ("agreement\n%", "size\nMB", "batch 1\nms", "", "batch 32\nms", ""):
         table.add_column(column, justify="right", no_wrap=True)
     first = report.rates[0].arm.runtime
@@ -242,7 +245,7 @@ def _layers_line(report: Report) -> str:
 def _traced_line(found: Provenance) -> str:
     """How the integers of a file that was made elsewhere relate to the float weights."""
     if found.not_compared is not None:
-        return f"not compared with the float model: {clean(found.not_compared)}"
+        return f"not compared with the float model: {printable(found.not_compared)}"
     if not found.layers:
         return "no integers in it"
     return (
@@ -258,7 +261,8 @@ def _finding_line(found: Finding) -> str:
 
 def _verdict_line(report: Report) -> str:
     missing = "; ".join(report.not_measured)
-    return clean(report.output or "") + (f"  [not measured: {missing}]" if missing else "")
+    said = f"  [not measured: {missing}]" if missing else ""
+    return printable(report.output or "") + printable(said)
 
 
 def show_plan(model: FloatModel, plan: QuantPlan, recipe: Recipe, device: DeviceProfile) -> None:
@@ -269,13 +273,19 @@ def show_plan(model: FloatModel, plan: QuantPlan, recipe: Recipe, device: Device
         table.add_column(column)
     for layer in plan.layers:
         table.add_row(
-            Text(clean(layer.site.name)), layer.site.uses[0].op_type,
+            Text(printable(layer.site.name)), layer.site.uses[0].op_type,
             "x".join(map(str, layer.site.shape)), str(layer.bits),
             f"{-layer.max_code}..{layer.max_code}", layer.storage.value, layer.rounding,
         )  # fmt: skip
     for left in plan.left_float:
         table.add_row(
-            Text(clean(left.name)), left.op_type, "", "32", "", "float32", clean(left.reason)
+            Text(printable(left.name)),
+            left.op_type,
+            "",
+            "32",
+            "",
+            "float32",
+            printable(left.reason),
         )
     console.print(table)
     gate = recipe.gate
@@ -285,7 +295,8 @@ def show_plan(model: FloatModel, plan: QuantPlan, recipe: Recipe, device: Device
         if plan.activations else "\n  activations in float"
     )  # fmt: skip
     console.print(
-        f"  recipe {clean(recipe.name)}, device {clean(device.name)} ({runs}), seed {recipe.seed}"
+        f"  recipe {printable(recipe.name)}, device {printable(device.name)} ({runs}),"
+        f" seed {recipe.seed}"
     )
     console.print(
         f"  accepted if CDA drops by at most {gate.max_accuracy_drop:g} points, agreement is at "
@@ -296,35 +307,38 @@ def show_plan(model: FloatModel, plan: QuantPlan, recipe: Recipe, device: Device
     console.print(
         f"  required once a trigger is known: {', '.join(sorted(gate.required_with_trigger))}"
     )
-    console.print(f"  model {clean(model.origin.path)}, {model.classes} classes")
+    console.print(f"  model {printable(model.origin.path)}, {model.classes} classes")
 
 
 def show_quantized(quantized: QuantizedModel, path: Path) -> None:
     weights = sum(layer.codes.size for layer in quantized.layers)
     console = out()
     console.print(
-        f"{clean(path)}: {len(quantized.layers)} layers, {weights:,} weights, "
+        f"{printable(path)}: {len(quantized.layers)} layers, {weights:,} weights, "
         f"{len(quantized.onnx) / 1e6:.2f} MB; not judged (qdeploy gate does)"
     )
     for layer in quantized.layers:
         if layer.degraded is not None:
-            console.print(Text(f"  {clean(layer.name)}: {clean(layer.degraded)}", style="yellow"))
+            console.print(
+                Text(f"  {printable(layer.name)}: {printable(layer.degraded)}", style="yellow")
+            )
     for left in quantized.left_float:
         console.print(
-            Text(f"  {clean(left.name)} stays float: {clean(left.reason)}", style="yellow")
+            Text(f"  {printable(left.name)} stays float: {printable(left.reason)}", style="yellow")
         )
 
 
 def show_exported(model: FloatModel, path: Path) -> None:
+    shape = ", ".join(map(str, model.input_shape))
     out().print(
-        f"{clean(path)}: {model.input_name} (N, {', '.join(map(str, model.input_shape))}) to "
-        f"{model.output_name} (N, {model.classes}), {len(model.onnx) / 1e6:.2f} MB"
+        f"{printable(path)}: {printable(model.input_name)} (N, {shape}) to "
+        f"{printable(model.output_name)} (N, {model.classes}), {len(model.onnx) / 1e6:.2f} MB"
     )
 
 
 def show_attestation(made: Attestation) -> None:
     outcome = made.verdict.outcome
-    out().print(Text.assemble((outcome, OUTCOME_STYLES[outcome]), f"  {clean(made.path)}"))
+    out().print(Text.assemble((outcome, OUTCOME_STYLES[outcome]), f"  {printable(made.path)}"))
     show_pairs([("file sha256", made.sha256), ("signed by key", made.keyid)])
 
 
@@ -344,10 +358,10 @@ def show_verification(verification: Verification) -> None:
             rows += [(d.role, f"{d.name}, sha256 {d.sha256 or 'none'}") for d in verdict.data]
         show_pairs([*rows, ("signed by key", verification.keyid or "")])
     word, style = ("VERIFIED", "ACCEPT") if verification.verified else ("NOT VERIFIED", "REJECT")
-    line = Text.assemble((word, OUTCOME_STYLES[style]), f"  {clean(verification.model)}")
+    line = Text.assemble((word, OUTCOME_STYLES[style]), f"  {printable(verification.model)}")
     out().print(line, soft_wrap=True)
     for refusal in verification.refusals:
-        out().print(Text(f"  - {clean(refusal)}"), soft_wrap=True)
+        out().print(Text(f"  - {printable(refusal)}"), soft_wrap=True)
 
 
 def show_pairs(rows: Iterable[tuple[str, str]]) -> None:
@@ -356,9 +370,10 @@ def show_pairs(rows: Iterable[tuple[str, str]]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, text in rows:
-        table.add_row(Text(clean(name)), Text(clean(text)))
+        table.add_row(Text(printable(name)), Text(printable(text)))
     out().print(table)
 
 
 def show_text(text: str) -> None:
-    out().print(Text(clean(text)))
+    """A text of ours of several lines."""
+    out().print(Text("\n".join(printable(line) for line in text.split("\n"))))

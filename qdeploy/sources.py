@@ -17,6 +17,7 @@ from qdeploy.data import (
     resolved,
 )
 from qdeploy.errors import InputError, UsageError
+from qdeploy.printable import printable
 from qdeploy.triggers import Place as TriggerPlace
 from qdeploy.triggers import Trigger, make_trigger, parse_trigger
 
@@ -115,7 +116,7 @@ class Sources:
         if self.card is None:
             raise UsageError(
                 f"model {self.model}: has no model card",
-                hint=CARD_HINT.format(path=self.model.with_suffix(".toml")),
+                hint=CARD_HINT.format(path=printable(self.model.with_suffix(".toml"))),
             )
         spec = self.card.input
         return Preprocessing(spec.shape, spec.mean, spec.std, spec.resize)

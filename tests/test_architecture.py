@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "qdeploy"
 
 # Lower rooms first; a module may import from its own line and from those above it.
 LEVELS = (
-    ("errors", "progress", "machine"),
+    ("errors", "progress", "machine", "printable"),
     ("disk", "schema", "card", "methods", "sanitizers", "policy", "recipe", "device", "core"),
     ("model", "data", "triggers", "rundir", "architectures"),
     ("graph", "runtime"),

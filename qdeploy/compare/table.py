@@ -9,6 +9,8 @@ from itertools import groupby
 from statistics import mean, stdev
 from typing import Any
 
+from qdeploy.printable import printable
+
 COLUMNS = (
     "model", "activations", "bits", "grid", "method", "seed", "accuracy", "success", "agreement",
     "logit_mse", "flipped", "seconds", "cpu_seconds", "bytes", "degraded",
@@ -32,15 +34,24 @@ def as_csv(records: Iterable[Mapping[str, Any]]) -> str:
     writer.writeheader()
     for record in records:
         degraded = "; ".join(record.get("degraded", {}))
-        writer.writerow({**record, "degraded": degraded})
+        row = {**record, "degraded": degraded}
+        writer.writerow({key: _cell(value) for key, value in row.items()})
     return buffer.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A value that no spreadsheet takes for a formula: texts come from strangers."""
+    if not isinstance(value, str):
+        return value
+    shown = printable(value)
+    return f"'{shown}" if shown.lstrip().startswith(("=", "+", "-", "@")) else shown
 
 
 def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
     """CDA / ASR of every model by every method, then all figures in a table for each model."""
     parts = [_overview(records)] if len({record["model"] for record in records}) > 1 else []
     for model, of_model in groupby(records, key=lambda record: record["model"]):
-        lines = [f"### {model}", "", _row(["", *(heading for _, heading, _ in SHOWN)])]
+        lines = [f"### {printable(model)}", "", _row(["", *(heading for _, heading, _ in SHOWN)])]
         lines.append("|---" + "|---:" * len(SHOWN) + "|")
         lines.extend(_lines(list(of_model)))
         parts.append("\n".join(lines))

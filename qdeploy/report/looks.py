@@ -12,6 +12,7 @@ from qdeploy import __version__
 from qdeploy.disk import require_writable
 from qdeploy.errors import UsageError
 from qdeploy.model import Finding
+from qdeploy.printable import printable_tree
 from qdeploy.report.to_json import SHOWN_FINGERPRINTS, fields, fingerprint
 from qdeploy.report.to_sarif import sarif, sarif_uri
 from qdeploy.scan.fingerprints import Scan
@@ -70,7 +71,7 @@ def looks_to_json(looks: Sequence[Look]) -> bytes:
             for look in looks
         ],
     }
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(printable_tree(document), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def looks_to_sarif(looks: Sequence[Look]) -> bytes:

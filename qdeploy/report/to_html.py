@@ -12,10 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from qdeploy.core.metrics import Estimate
 from qdeploy.data import as_png
 from qdeploy.evidence import ArmRates, Sample
+from qdeploy.printable import visible
 from qdeploy.report.values import Report
 from qdeploy.verdict import Check, Outcome
 
@@ -38,6 +40,7 @@ def to_html(report: Report) -> bytes:
     environment = Environment(
         loader=PackageLoader("qdeploy", "report"),
         autoescape=True,
+        finalize=_visible,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
@@ -223,3 +226,10 @@ def _number(value: float, digits: int) -> str:
 
 def _finite(value: float) -> float:
     return value if math.isfinite(value) else 0.0
+
+
+def _visible(value: object) -> object:
+    """What a page shows of a text that is not the page's own."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return visible(value)
+    return value

@@ -56,7 +56,7 @@ def to_json(report: Report) -> bytes:
         "policy": report.policy,
         "device": report.device,
     }  # fmt: skip
-    return (json.dumps(_plain(document), indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(_plain(document), indent=2) + "\n").encode()
 
 
 def _cleaning(cleaning: Cleaning | None) -> dict[str, Any] | None:

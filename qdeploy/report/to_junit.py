@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
+from qdeploy.printable import printable
 from qdeploy.report.values import Report
 from qdeploy.verdict import Check, describe, missing
 
@@ -30,11 +31,11 @@ def to_junit(report: Report) -> bytes:
         case = _case(suite, ", ".join(filter(None, (check.name, check.subject, check.runtime))))
         said = f"{check.value:.6g} {check.unit}, limit {check.relation} {check.limit:g}"
         if check.state == "off":
-            ET.SubElement(case, "failure", message=_printable(said))
+            ET.SubElement(case, "failure", message=printable(said))
         elif _inconclusive(check, report):
-            ET.SubElement(case, "error", message=_printable(describe(check)))
+            ET.SubElement(case, "error", message=printable(describe(check)))
         else:
-            ET.SubElement(case, "system-out").text = _printable(said)
+            ET.SubElement(case, "system-out").text = printable(said)
     for name in absent:
         ET.SubElement(_case(suite, name), "error", message="required, and not measured")
     return ET.tostring(suite, encoding="utf-8", xml_declaration=True)
@@ -45,9 +46,4 @@ def _inconclusive(check: Check, report: Report) -> bool:
 
 
 def _case(suite: ET.Element, name: str) -> ET.Element:
-    return ET.SubElement(suite, "testcase", classname="qdeploy.gate", name=_printable(name))
-
-
-def _printable(text: str) -> str:
-    """Without control characters, which XML cannot hold; names come from strangers."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return ET.SubElement(suite, "testcase", classname="qdeploy.gate", name=printable(name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from qdeploy.core.metrics import Estimate
+from qdeploy.printable import printable
 from qdeploy.report.values import Report
 from qdeploy.verdict import Outcome
 
@@ -51,7 +52,7 @@ def _row(fields: Iterable[str]) -> str:
 
 def _plain(text: str) -> str:
     """Without what Markdown or a terminal would obey: names come from strangers."""
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    shown = printable(text)
     for mark in "\\`*_[]<>|":
         shown = shown.replace(mark, f"\\{mark}" if mark not in "<>" else f"&#{ord(mark)};")
     return shown

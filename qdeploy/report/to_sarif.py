@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from qdeploy import __version__
 from qdeploy.model import Finding
+from qdeploy.printable import printable_tree
 from qdeploy.report.values import Report
 from qdeploy.scan.static import RULES
 from qdeploy.verdict import describe, missing
@@ -60,7 +61,7 @@ def sarif(
         "properties": properties,
     }
     document = {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(printable_tree(document), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def sarif_uri(path: str) -> str:
