@@ -195,10 +195,12 @@ def add_choice(proto: onnx.ModelProto) -> None:
     """Logits that are chosen by a property of the image: an architectural backdoor."""
     graph = proto.graph
     graph.initializer.extend([
+        numpy_helper.from_array(np.array([1]), "pixel_axis"),
         numpy_helper.from_array(np.float32(0.99), "threshold"),
         numpy_helper.from_array(np.eye(10, dtype=np.float32)[:1] * 100, "target"),
     ])  # fmt: skip
-    graph.node.append(helper.make_node("ReduceMin", [graph.input[0].name], ["darkest"], keepdims=0))
+    graph.node.append(helper.make_node("Flatten", [graph.input[0].name], ["pixels"]))
+    graph.node.append(helper.make_node("ReduceMin", ["pixels", "pixel_axis"], ["darkest"]))
     graph.node.append(helper.make_node("Greater", ["darkest", "threshold"], ["seen"]))
     add_before_output(proto, "Where")
     where = graph.node[-1]

@@ -49,7 +49,7 @@ def lab(tmp_path_factory, poisoned) -> Path:
 def work(lab, tmp_path, monkeypatch) -> Path:
     for path in lab.iterdir():
         if path.is_file():
-            (tmp_path / path.name).symlink_to(path)
+            (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
