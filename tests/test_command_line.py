@@ -19,7 +19,6 @@ import torch
 from onnx import numpy_helper
 from PIL import Image
 
-from qdeploy import console
 from qdeploy.architectures import DigitsNet
 from qdeploy.cli import main
 from tests.test_report import SCHEMA
@@ -571,7 +570,7 @@ def test_names_of_strangers_cannot_command_the_terminal(work, run):
     done = run("sanitize", "model.pt", "--out", "model.onnx")
     assert done.code == 0
     assert "\x1b[2J" not in done.out
-    assert console.clean("a\x1b[31mb") == "a\N{REPLACEMENT CHARACTER}[31mb"
+    assert "[bold]" in done.out  # shown, not obeyed
 
 
 @pytest.mark.parametrize(
