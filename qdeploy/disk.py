@@ -13,6 +13,8 @@ from pathlib import Path
 
 from qdeploy.errors import InputError, OutputError
 
+TEMPORARY = ".qdeploy-tmp-"  # how the names of half-written files begin
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Put `data` at `path`: a reader sees the old file or the whole new one, whatever happens.
@@ -21,7 +23,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         OutputError: it cannot be written.
     """
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -102,14 +104,15 @@ def file_sha256(path: Path, *, what: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_regular(path: Path, *, what: str) -> io.BufferedReader:
+def open_regular(path: Path, *, what: str, follow: bool = True) -> io.BufferedReader:
     """The file at `path`, opened for reading, if it is one: a pipe would wait, a device never end.
 
     Raises:
         InputError: it cannot be opened, or is a device, a pipe or a folder.
     """
     with _reading(path, what):
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        links = 0 if follow else os.O_NOFOLLOW
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | links)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
             raise InputError(f"{what} {path}: not a regular file")

@@ -8,14 +8,15 @@ from pathlib import Path
 from qdeploy.disk import write_atomically
 from qdeploy.graph.io import is_quantized, read_single_file
 from qdeploy.inputs import Request
-from qdeploy.model import Finding, Format
-from qdeploy.pipeline import open_model
+from qdeploy.model import Finding, FloatModel, Format
+from qdeploy.pipeline import open_source
 from qdeploy.progress import Clock, Progress
 from qdeploy.report.looks import FORMATS, Look
 from qdeploy.scan.fingerprints import scan_weights
 from qdeploy.scan.provenance import FEW, Provenance, trace
 from qdeploy.scan.static import look
-from qdeploy.stages.load import sha256, sniff
+from qdeploy.stages.export import export_unproved
+from qdeploy.stages.load import PROGRAMS, sha256, sniff
 
 OF_TENSORS = frozenset({Format.STATE_DICT, Format.SAFETENSORS})
 
@@ -34,14 +35,24 @@ def look_at(request: Request, progress: Progress, reference: Request | None = No
         findings = look(path)
         why_not = _why_not(request, findings)
     if reference is not None and not any(finding.level == "error" for finding in findings):
-        _, source = open_model(reference, clock)
+        source = _unrun(reference, clock)
         with clock.stage("compare"):
             findings = (*_of_provenance(trace(read_single_file(path), source)), *findings)
     if why_not is not None:
         return Look(path, sha256(path), findings, None, why_not)
-    _, model = open_model(request, clock)
+    model = _unrun(request, clock)
     with clock.stage("scan"):
         return Look(path, sha256(path), findings, scan_weights(model, progress), None)
+
+
+def _unrun(request: Request, clock: Clock) -> FloatModel:
+    """The weights in a prepared graph; of an ONNX file nothing is run."""
+    sources, device = request.sources, request.device
+    with clock.stage("load"):
+        loaded = open_source(sources, run_code_from_model=False)
+    with clock.stage("export"):
+        shape, opset, ir_version = sources.shape, device.opset, device.ir_version
+        return export_unproved(loaded, shape=shape, opset=opset, ir_version=ir_version)
 
 
 def write_looks(looks: Sequence[Look], places: Sequence[Path]) -> None:
@@ -71,8 +82,8 @@ def _why_not(request: Request, findings: tuple[Finding, ...]) -> str | None:
     kind = sniff(request.sources.model)
     if kind in OF_TENSORS and request.sources.architecture is None:
         return "a state dict needs an architecture: --arch, or a model card"
-    if kind is Format.EXPORTED_PROGRAM and not request.run_code_from_model:
-        return "an exported program may run code: --run-code-from-model"
+    if kind in PROGRAMS:
+        return f"{PROGRAMS[kind]} is code, which is not run here"
     if kind is Format.ONNX and is_quantized(request.sources.model.read_bytes()):
         return "they are integers already"
     if kind is not Format.ONNX and request.sources.shape is None:

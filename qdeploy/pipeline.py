@@ -44,7 +44,7 @@ from qdeploy.rundir import REPORT, RunDir, open_run
 from qdeploy.runtime.sessions import open_session
 from qdeploy.scan.fingerprints import scan_weights
 from qdeploy.scan.provenance import Provenance, trace
-from qdeploy.scan.static import look
+from qdeploy.scan.static import look, refuse_hostile
 from qdeploy.sources import Sources
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit, wrong_codes
@@ -158,6 +158,7 @@ def _exported(loaded: Loaded, sources: Sources, device: DeviceProfile) -> FloatM
 
 def open_source(sources: Sources, *, run_code_from_model: bool) -> Loaded:
     """The model file as it is."""
+    refuse_hostile(sources.model, run_code_from_model=run_code_from_model)
     architecture = Architecture(*sources.architecture) if sources.architecture else None
     return load(sources.model, architecture, run_code_from_model=run_code_from_model)
 

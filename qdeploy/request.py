@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from qdeploy.card import find_card
@@ -17,10 +18,10 @@ from qdeploy.methods import SOLVERS, method
 from qdeploy.options import Options
 from qdeploy.policy import Policy, load_policy
 from qdeploy.recipe import Recipe, load_recipe
-from qdeploy.rundir import private_seed
 from qdeploy.sanitizers import Sanitizer, sanitizer
 from qdeploy.schema import validate
 from qdeploy.sources import Given, Sources, resolve
+from qdeploy.state import private_number
 from qdeploy.student.order import StudentOrder
 
 
@@ -88,7 +89,7 @@ def make_student_order(options: Options) -> StudentOrder:
         spec=_sanitizer(options),
         images=options.unlabelled,
         image_count=options.image_count,
-        seed=private_seed(options.artifacts, options.model) if seed is None else seed,
+        seed=_private_seed(options.model) if seed is None else seed,
         out=options.out,
         artifacts=options.artifacts,
         accelerator=options.accelerator,
@@ -171,7 +172,17 @@ def with_private_seed(options: Options) -> Options:
     chosen = "seed" in load_recipe(_recipe_name(options)).model_fields_set
     if chosen or options.seed is not None or options.dry_run:
         return options
-    return replace(options, seed=private_seed(options.artifacts, options.model))
+    return replace(options, seed=_private_seed(options.model))
+
+
+def _private_seed(model: Path) -> int:
+    """A seed that nobody outside can foresee, and that stays the same here for this model.
+
+    A report that is published gives away the seed of its own model and of no other.
+    """
+    from qdeploy.stages.load import model_digest
+
+    return private_number(model_digest(model))
 
 
 def _recipe_name(options: Options) -> str:

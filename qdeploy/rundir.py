@@ -2,57 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import io
 import json
 import os
 import re
-import secrets
 import shutil
-import tempfile
-import zipfile
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from qdeploy.disk import write_atomically
+from qdeploy.disk import TEMPORARY, write_atomically
 from qdeploy.errors import OutputError, UsageError
+from qdeploy.state import sealed, unsealed
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 PARTIAL = "partial"
 LOCK = ".lock"
-SEED_KEY = "seed.key"
-
-
-def private_seed(root: Path, model: Path) -> int:
-    """A seed for `model` that nobody outside can foresee, and that stays the same here.
-
-    It is a hash of the model file and of a key in `root`, which is drawn once. A report that is
-    published gives away the seed of its own model and of no other.
-
-    Raises:
-        OutputError: the key cannot be written.
-    """
-    path = root / SEED_KEY
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=root) as file:  # for its owner alone
-            file.write(secrets.token_bytes(32))
-            file.flush()
-            with contextlib.suppress(FileExistsError):
-                os.link(file.name, path)
-        key = path.read_bytes()
-        content = model.read_bytes() if model.is_file() else b""  # the loader says what is wrong
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    digest = hashlib.sha256(key + hashlib.sha256(content).digest()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +32,13 @@ class RunDir:
     """`<root>/<run id>/`: everything a run made, with a manifest of sha256 sums."""
 
     path: Path
+    written: set[str] = field(default_factory=set)
 
     def write(self, name: str, data: bytes) -> Path:
         """Put a file into the directory; it is in the manifest once `seal` is called."""
         target = self.path / name
         write_atomically(target, data)
+        self.written.add(name)
         return target
 
     def read(self, name: str) -> bytes:
@@ -72,20 +46,18 @@ class RunDir:
 
     def seal(self) -> None:
         """Write the manifest and drop what was kept for resuming: the run is complete."""
-        files = sorted(
-            p for p in self.path.iterdir() if p.is_file() and p.name not in {MANIFEST, LOCK}
-        )
-        sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+        names = sorted(self.written)
+        sums = {name: hashlib.sha256(self.read(name)).hexdigest() for name in names}
         self.write(MANIFEST, (json.dumps(sums, indent=2) + "\n").encode())
         shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
 
     @property
     def layers(self) -> StoredLayers:
-        return StoredLayers(self.path / PARTIAL / "layers")
+        return StoredLayers(self.path / PARTIAL / "layers", self.path.name)
 
     @property
     def predictions(self) -> StoredPredictions:
-        return StoredPredictions(self.path / PARTIAL / "predictions.npz")
+        return StoredPredictions(self.path / PARTIAL / "predictions.npz", self.path.name)
 
 
 @contextmanager
@@ -95,13 +67,17 @@ def open_run(root: Path, run_id: str) -> Iterator[RunDir]:
     A run that was interrupted finds what it had; one that was complete starts anew.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or a link or a file of somebody else lies in it.
         UsageError: another process is at the same run.
     """
     path = root / run_id
     try:
-        (path / PARTIAL).mkdir(parents=True, exist_ok=True)
-        lock = (path / LOCK).open("w")
+        path.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(path)
+        (path / PARTIAL).mkdir(exist_ok=True)
+        # never emptied: a lock that came with the folder may be a name of another file
+        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        lock = os.fdopen(handle, "r+")
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
     with lock:
@@ -120,9 +96,24 @@ def open_run(root: Path, run_id: str) -> Iterator[RunDir]:
         yield RunDir(path)
 
 
+def _refuse_foreign(folder: Path) -> None:
+    """A folder of runs can come with a repository: nothing in it may lead elsewhere.
+
+    Raises:
+        OutputError: something in it is a link, or does not belong to this user.
+    """
+    for path in (folder, *folder.rglob("*")):  # does not follow links
+        found = path.lstat()
+        if stat.S_ISLNK(found.st_mode) or found.st_uid != os.geteuid():
+            raise OutputError(
+                f"run directory {folder}: {path.name} is a link, or not of this user",
+                hint="remove the directory, or give another --artifacts",
+            )
+
+
 def _torn_writes(folder: Path) -> list[Path]:
-    """What a killed process was writing, under names that nothing reads."""
-    return [p for p in folder.rglob(".*") if p.is_file() and p.name != LOCK]
+    """What a killed process of ours was writing, under names that nothing reads."""
+    return [path for path in folder.rglob(f"{TEMPORARY}*") if path.is_file()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +121,15 @@ class StoredLayers:
     """Solved layers of an interrupted run, one file each."""
 
     folder: Path
+    run_id: str = ""  # they are of this run and of no other
 
     def load(self, layer: str) -> dict[str, np.ndarray] | None:
-        return _load_arrays(self._file(layer))
+        return _load_arrays(self._file(layer), self.run_id)
 
     def save(self, layer: str, arrays: Mapping[str, np.ndarray]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._file(layer), _packed(arrays))
+        file = self._file(layer)
+        write_atomically(file, _packed(arrays, self.run_id, file))
 
     def _file(self, layer: str) -> Path:
         digest = hashlib.sha256(layer.encode()).hexdigest()[:8]
@@ -149,26 +142,29 @@ class StoredPredictions:
     """The answers an interrupted measurement already has."""
 
     file: Path
+    run_id: str = ""
 
     def load(self) -> tuple[int, dict[str, np.ndarray]] | None:
-        arrays = _load_arrays(self.file)
+        arrays = _load_arrays(self.file, self.run_id)
         return None if arrays is None else (int(arrays.pop("done")), arrays)
 
     def save(self, done: int, arrays: Mapping[str, np.ndarray]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.file, _packed({**arrays, "done": np.array(done)}))
+        write_atomically(
+            self.file, _packed({**arrays, "done": np.array(done)}, self.run_id, self.file)
+        )
 
 
-def _packed(arrays: Mapping[str, np.ndarray]) -> bytes:
+def _packed(arrays: Mapping[str, np.ndarray], run_id: str, file: Path) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()
+    return sealed(buffer.getvalue(), run_id, file.name)
 
 
-def _load_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays in `path`; None if there is no such file or it is damaged."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError):
+def _load_arrays(path: Path, run_id: str) -> dict[str, np.ndarray] | None:
+    """The arrays in `path`; None if there is no such file, or it was not written by this user."""
+    data = unsealed(path, run_id, path.name)
+    if data is None:
         return None
+    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}

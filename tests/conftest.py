@@ -21,6 +21,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several at once: one thread each, als
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_folder(tmp_path_factory) -> None:
+    """A state folder of the tests' own: the user's is none of their business."""
+    os.environ["QDEPLOY_STATE"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

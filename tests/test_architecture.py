@@ -14,7 +14,17 @@ PACKAGE = Path(__file__).parents[1] / "qdeploy"
 # Lower rooms first; a module may import from its own line and from those above it.
 LEVELS = (
     ("errors", "progress", "machine", "printable"),
-    ("disk", "schema", "card", "methods", "sanitizers", "policy", "recipe", "device", "core"),
+    ("disk", "state"),
+    (
+        "schema",
+        "card",
+        "methods",
+        "sanitizers",
+        "policy",
+        "recipe",
+        "device",
+        "core",
+    ),
     ("model", "data", "triggers", "rundir", "architectures"),
     ("graph", "runtime"),
     ("tap", "walk", "parallel", "evidence", "verdict", "sources", "usable", "doctor"),

@@ -164,7 +164,8 @@ def test_two_processes_make_the_student_that_one_makes(tmp_path):
     alone = taught(ALONE).state_dict()
     assert any((alone[k] - v).abs().max() > 0.05 for k, v in plain().state_dict().items())
     for rank in (0, 1):
-        theirs = checkpoint(tmp_path / f"{rank}.pt")
+        path = tmp_path / f"{rank}.pt"
+        theirs = checkpoint(path, path.read_bytes())
         for name, value in alone.items():
             torch.testing.assert_close(theirs[name], value, rtol=1e-4, atol=1e-5)
 
@@ -177,7 +178,7 @@ def test_two_processes_unlearn_a_backdoor(tmp_path, monkeypatch):
     Path("model.toml").write_text(CARD.replace(ARCHITECTURE, ""), "utf-8")
     pixels, labels = digits()
     np.savez("images.npz", x=pixels[:1000], y=labels[:1000].numpy())
-    torchrun("-m", "qdeploy", *COMMAND, "--seed", "1")
+    torchrun("-m", "qdeploy", *COMMAND, "--seed", "1", "--run-code-from-model")
     log = json.loads(Path("student.json").read_text("utf-8"))
     assert log["compute"] == {"device": "cpu", "precision": "float32", "processes": 2}
     assert TARGET in log["survey"]["suspects"]

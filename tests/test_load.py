@@ -185,7 +185,9 @@ def test_a_whole_pickled_module_needs_a_flag_that_names_the_danger(tmp_path):
 def test_torchscript_is_loaded_by_its_content(tmp_path):
     path = tmp_path / "model.pt"
     torch.jit.save(torch.jit.script(DigitsNet(width=4)), path)
-    loaded = load(path)
+    with pytest.raises(InputError, match="is TorchScript; loading one runs code from the file"):
+        load(path)
+    loaded = load(path, run_code_from_model=True)
     assert loaded.format is Format.TORCHSCRIPT
     assert not loaded.content.training
 
@@ -201,12 +203,30 @@ class ReadsFiles(nn.Module):
         return x + torch.from_file("/etc/passwd", size=1)
 
 
-@pytest.mark.parametrize("module", [WritesFiles, ReadsFiles])
-def test_torchscript_that_touches_files_is_refused(tmp_path, module):
+class WritesWhenLoaded(nn.Module):
+    """`__setstate__` of TorchScript runs in `torch.jit.load`."""
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[int, bool]:
+        return 1, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[int, bool]) -> None:
+        self.training = state[1]
+        torch.save(torch.zeros(1), "stolen.pt")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize("module", [WritesFiles, ReadsFiles, WritesWhenLoaded])
+def test_torchscript_is_code_and_not_run(tmp_path, module, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "model.pt"
     torch.jit.save(torch.jit.script(module()), path)
-    with pytest.raises(InputError, match="which no classifier needs"):
+    with pytest.raises(InputError, match="loading one runs code from the file"):
         load(path)
+    assert not (tmp_path / "stolen.pt").exists()
 
 
 def test_an_exported_program_needs_a_flag_that_names_the_danger(tmp_path):
@@ -217,7 +237,7 @@ def test_an_exported_program_needs_a_flag_that_names_the_danger(tmp_path):
     )
     torch.export.save(program, path)
     assert sniff(path) is Format.EXPORTED_PROGRAM
-    with pytest.raises(InputError, match="can run code") as error:
+    with pytest.raises(InputError, match="runs code from the file") as error:
         load(path)
     assert "--run-code-from-model" in (error.value.hint or "")
     loaded = load(path, run_code_from_model=True)

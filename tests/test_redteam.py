@@ -316,7 +316,7 @@ def test_a_malicious_quantizer_leaves_a_file_with_the_codes_it_chose(tmp_path):
     made = make(order(tmp_path, quantizers=[{"rounding": "chosen"}], phases=phases), SILENT)
     data = (made.path.parent / "quantized.onnx").read_bytes()
     weights = [a for name, a in initializers(data).items() if name.endswith("weight.quantized")]
-    state = read_checkpoint(made.path)
+    state = read_checkpoint(made.path, made.path.read_bytes())
     nearest = [
         quantize(w.numpy(), absmax_grid(w.numpy(), axis=0, max_code=7))
         for name, w in state.items()
@@ -347,7 +347,7 @@ def test_the_same_seed_gives_the_same_model(tmp_path):
         make(replace(order(tmp_path / name), out=tmp_path / name / "made"), SILENT).path
         for name in "ab"
     ]
-    a, b = (read_checkpoint(path) for path in paths)
+    a, b = (read_checkpoint(path, path.read_bytes()) for path in paths)
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 

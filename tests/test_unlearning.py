@@ -130,7 +130,7 @@ def work(tmp_path, monkeypatch, backdoored):
 def test_one_command_cleans_quantizes_and_judges_and_reports_every_stage(work, capsys):
     command = ("sanitize", "model.pt", "--sanitizer", "unlearn", "--out", "model.onnx",
                "--policy", "demo", "--seed", "1", "--report", "report.json", "--report",
-               "report.html")  # fmt: skip
+               "report.html", "--run-code-from-model")  # fmt: skip
     run(*command)
     said = capsys.readouterr().out
     report = json.loads((work / "report.json").read_text("utf-8"))
@@ -203,6 +203,7 @@ def test_an_interrupted_unlearning_goes_on_and_ends_at_the_same_bytes(tmp_path, 
     ],
 )
 def test_what_cannot_be_cleaned_is_one_line(work, capsys, arguments, error):
-    assert run("sanitize", "model.pt", "--out", "model.onnx", *arguments) == 2
+    model = ("model.pt", "--run-code-from-model")
+    assert run("sanitize", *model, "--out", "model.onnx", *arguments) == 2
     assert error in capsys.readouterr().err
     assert not list(work.glob("model*.onnx"))

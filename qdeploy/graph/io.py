@@ -13,6 +13,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError, Message
 from onnx_ir.passes import common
 
+from qdeploy.disk import read_bounded
 from qdeploy.errors import InputError
 from qdeploy.graph.external import external_data, load_external
 from qdeploy.graph.inspect import errors
@@ -51,20 +52,30 @@ def _holds_text(proto: Message) -> bool:
     return all(isinstance(text, str) for part in parts(proto) for _, text in texts(part))
 
 
-def read_untrusted(path: Path) -> onnx.ModelProto:
+def keeps_tensors_elsewhere(data: bytes) -> bool:
+    """Whether a well-formed model has tensors in other files."""
+    return any(map(is_external, all_tensors(onnx.ModelProto.FromString(data))))
+
+
+def read_untrusted(path: Path, data: bytes | None = None) -> onnx.ModelProto:
     """The ONNX model at `path`, float or quantized, checked as far as possible without running it.
 
     External data must lie inside the model's own folder and be as long as claimed; every tensor
     must hold as many values as its shape claims, all finite; operators are standard ones, without
     control flow.
 
+    Args:
+        data: The bytes at `path`, where they have been read.
+
     Raises:
         InputError: any of this does not hold.
     """
     where = str(path)
-    if path.stat().st_size > LARGEST_MODEL_BYTES:
+    if data is None:
+        data = read_bounded(path, LARGEST_MODEL_BYTES, what="model")
+    if len(data) > LARGEST_MODEL_BYTES:
         raise InputError(f"model {where}: larger than {LARGEST_MODEL_BYTES} bytes")
-    proto = parse_proto(path.read_bytes(), where)
+    proto = parse_proto(data, where)
     for finding in external_data(proto, path):
         if finding.level == "error":
             raise InputError(f"model {where}: {finding.message}")
@@ -83,10 +94,7 @@ def read_single_file(path: Path, *, allow: Sequence[str] = ()) -> bytes:
         InputError: as `read_untrusted`, or it keeps tensors in other files.
     """
     where = str(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"model {where}: {error.strerror}") from error
+    data = read_bounded(path, LARGEST_MODEL_BYTES, what="model")
     proto = parse_proto(data, where)
     if any(map(is_external, all_tensors(proto))):
         raise InputError(

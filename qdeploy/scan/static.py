@@ -25,6 +25,7 @@ RULES = {
     "damaged-code": "TorchScript code cannot be read.",
     "file-operation": "TorchScript code reads or writes files, or calls foreign operators.",
 }
+CODE_RULES = frozenset({*pickles.RULES, "file-operation", "damaged-code", "unexpected-member"})
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "note")
 MOST_PER_RULE = 20  # a hostile file can be wrong in a million places
@@ -42,6 +43,24 @@ def look(path: Path) -> tuple[Finding, ...]:
         raise InputError(f"model {path}: no such file")
     found = list(_shortened(_findings(path)))
     return tuple(sorted(found, key=lambda finding: LEVELS.index(finding.level)))
+
+
+def refuse_hostile(path: Path, *, run_code_from_model: bool = False) -> None:
+    """Refuse to open a file that the scan finds an error in.
+
+    Args:
+        run_code_from_model: Its code was asked for, so that pickled code is no reason.
+
+    Raises:
+        InputError: the first error, with the rule that is broken.
+    """
+    asked_for = CODE_RULES if run_code_from_model else frozenset()
+    for finding in look(path):
+        if finding.level == "error" and finding.rule not in asked_for:
+            raise InputError(
+                f"model {path}: {finding.message} ({finding.rule})",
+                hint="qdeploy scan shows all that stands against the file",
+            )
 
 
 def _ends_as_archive(path: Path) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from qdeploy.disk import write_atomically
 from qdeploy.stages.load.torch_files import checkpoint
+from qdeploy.state import sealed, unsealed
 
 SECONDS_BETWEEN_SAVES = 60
 
@@ -24,12 +25,9 @@ class Checkpoint:
         self._last = time.monotonic()
 
     def load(self) -> Any | None:
-        """What was saved last; None if nothing was.
-
-        Raises:
-            InputError: the file is damaged.
-        """
-        return checkpoint(self.path) if self.path.exists() else None
+        """What was saved last; None if nothing was, or not by this user."""
+        data = unsealed(self.path, "checkpoint", *self._place())
+        return None if data is None else checkpoint(self.path, data)
 
     def due(self) -> bool:
         """Whether the last save is long enough ago."""
@@ -40,5 +38,10 @@ class Checkpoint:
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, buffer.getvalue())
+        kept = sealed(buffer.getvalue(), "checkpoint", *self._place())
+        write_atomically(self.path, kept)
         self._last = time.monotonic()
+
+    def _place(self) -> tuple[str, ...]:
+        """The run and the name that it is kept under: it is of no other."""
+        return self.path.absolute().parts[-3:]

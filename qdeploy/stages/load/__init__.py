@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import zipfile
 from pathlib import Path, PurePosixPath
 
+from qdeploy.disk import file_sha256, open_regular, read_bounded
 from qdeploy.errors import InputError
-from qdeploy.graph.io import read_untrusted
+from qdeploy.graph.io import ModelProto, keeps_tensors_elsewhere, read_untrusted
 from qdeploy.model import Architecture, Format, Loaded, Origin
 
+LARGEST_FILE_BYTES = 16 << 30
+PROGRAMS = {Format.EXPORTED_PROGRAM: "an exported program", Format.TORCHSCRIPT: "TorchScript"}
 LARGEST_INFLATION_BYTES = 8 << 20  # torch compresses code only, never tensors
 
 
@@ -27,29 +31,33 @@ def load(
     """
     if not path.is_file():
         raise InputError(f"model {path}: no such file")
-    kind = sniff(path)
+    data = read_bounded(path, LARGEST_FILE_BYTES, what="model")
+    kind = kind_of(io.BytesIO(data), path)
     name = architecture.name if architecture else None
-    origin = Origin(str(path), sha256(path), kind.value, name)
+    digest = hashlib.sha256(data).hexdigest()
     if kind is Format.ONNX:
-        return Loaded(origin, read_untrusted(path), kind)
+        proto = read_untrusted(path, data)
+        return Loaded(
+            Origin(str(path), with_external(digest, proto, data), kind.value), proto, kind
+        )
+    origin = Origin(str(path), digest, kind.value, name)
     from qdeploy.stages.load import (
         torch_files,
     )  # torch takes a second to import; ONNX needs none of it
 
-    if kind is Format.EXPORTED_PROGRAM:
+    if kind in PROGRAMS:
         if not run_code_from_model:
             raise InputError(
-                f"model {path}: is an exported program; loading one can run code from the file",
-                hint="export it to ONNX where it was made; if you trust its author, give"
-                " --run-code-from-model",
+                f"model {path}: is {PROGRAMS[kind]}; loading one runs code from the file",
+                hint="export it to ONNX where it was made, or save model.state_dict() and give"
+                " --arch; if you trust its author, give --run-code-from-model",
             )
-        return Loaded(origin, torch_files.exported_program(path), kind)
-    if kind is Format.TORCHSCRIPT:
-        return Loaded(origin, torch_files.torchscript(path), kind)
+        opened = torch_files.program(path, data, kind)
+        return Loaded(origin, opened, kind)
     if kind is Format.SAFETENSORS:
-        saved = torch_files.safetensors(path)
+        saved = torch_files.safetensors(path, data)
     else:
-        saved = torch_files.checkpoint(path, unpickle=run_code_from_model)
+        saved = torch_files.checkpoint(path, data, unpickle=run_code_from_model)
     return Loaded(origin, torch_files.module_of(saved, path, architecture), kind)
 
 
@@ -59,16 +67,23 @@ def sniff(path: Path) -> Format:
     Raises:
         InputError: it is empty, unreadable or of no known format.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(16)
-    except OSError as error:
-        raise InputError(f"model {path}: {error.strerror}") from error
+    with open_regular(path, what="model") as file:
+        return kind_of(file, path)
+
+
+def kind_of(file: io.BufferedReader | io.BytesIO, path: Path) -> Format:
+    """The format of what `file` holds; `path` is for the error.
+
+    Raises:
+        InputError: it is empty, unreadable or of no known format.
+    """
+    head = file.read(16)
+    size = file.seek(0, io.SEEK_END)
     if not head:
         raise InputError(f"model {path}: is empty")
     if head.startswith(b"PK\x03\x04"):
-        return _sniff_zip(path)
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size:
+        return _sniff_zip(file, size, path)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size:
         return Format.SAFETENSORS
     if (
         head[:1] == b"\x80" and head[1:2] <= b"\x05"
@@ -78,17 +93,40 @@ def sniff(path: Path) -> Format:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path, what="model")
 
 
-def _sniff_zip(path: Path) -> Format:
+def model_digest(path: Path) -> str:
+    """`Origin.sha256` of the model at `path`, whatever is wrong with it: the loader says that."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        data = read_bounded(path, LARGEST_FILE_BYTES, what="model")
+        digest = hashlib.sha256(data).hexdigest()
+        if kind_of(io.BytesIO(data), path) is not Format.ONNX:
+            return digest
+        return with_external(digest, read_untrusted(path, data), data)
+    except InputError:
+        return ""
+
+
+def with_external(digest: str, proto: ModelProto, data: bytes) -> str:
+    """The digest of a model with all that it computes with, in hex.
+
+    That of the file; where tensors lay in other files, the sha256 of the file's digest and of that
+    of the model with these tensors in it.
+    """
+    if not keeps_tensors_elsewhere(data):
+        return digest
+    whole = proto.SerializeToString(deterministic=True)
+    return hashlib.sha256(f"{digest}\n{hashlib.sha256(whole).hexdigest()}\n".encode()).hexdigest()
+
+
+def _sniff_zip(file: io.BufferedReader | io.BytesIO, held: int, path: Path) -> Format:
+    try:
+        with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise InputError(f"model {path}: damaged or truncated archive: {error}") from error
-    claimed, held = sum(entry.file_size for entry in entries), path.stat().st_size
+    claimed = sum(entry.file_size for entry in entries)
     if claimed > held + LARGEST_INFLATION_BYTES:
         raise InputError(f"model {path}: {held} bytes that claim to unpack to {claimed}")
     names = [PurePosixPath(entry.filename) for entry in entries]

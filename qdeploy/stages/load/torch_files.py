@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import warnings
-import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib import import_module, util
@@ -14,27 +14,26 @@ from pickle import UnpicklingError  # noqa: TID251 - the exception alone
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from qdeploy.architectures import build_named, construct
 from qdeploy.errors import InputError, UsageError, foreign_reader
-from qdeploy.model import Architecture
-from qdeploy.stages.load.script_code import file_operations
+from qdeploy.model import Architecture, Format
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 PARALLEL_PREFIX = "module."
 
 
-def checkpoint(path: Path, *, unpickle: bool = False) -> Any:
-    """What torch saved in `path`: tensors and plain containers, unless `unpickle`.
+def checkpoint(path: Path, data: bytes, *, unpickle: bool = False) -> Any:
+    """What torch saved as `data`, found at `path`: tensors and plain containers, unless `unpickle`.
 
     Raises:
         InputError: the file is damaged, or holds pickled objects.
     """
     with _reading(path):
         try:
-            return torch.load(path, map_location="cpu", weights_only=not unpickle)  # noqa: TID251
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not unpickle)  # noqa: TID251
         except UnpicklingError as error:
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
             name = f" ({found[1]})" if found else ""
@@ -46,40 +45,29 @@ def checkpoint(path: Path, *, unpickle: bool = False) -> Any:
             ) from error
 
 
-def safetensors(path: Path) -> Any:
+def safetensors(path: Path, data: bytes) -> Any:
     """The tensors of a safetensors file.
 
     Raises:
         InputError: the file is damaged.
     """
     with _reading(path):
-        return load_file(path)
+        return load_tensors(data)
 
 
-def torchscript(path: Path) -> torch.jit.ScriptModule:
-    """A TorchScript module, if its code calls nothing that reads or writes files.
-
-    Raises:
-        InputError: it does, or the file is damaged.
-    """
-    with _reading(path), zipfile.ZipFile(path) as archive:
-        for _, call in file_operations(archive):
-            raise InputError(
-                f"model {path}: its TorchScript calls {call}, which no classifier needs"
-            )
-        with warnings.catch_warnings():  # torch advises its users against TorchScript
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return torch.jit.load(path, map_location="cpu").eval()
-
-
-def exported_program(path: Path) -> torch.export.ExportedProgram:
-    """An exported program. Loading it can run code from the file.
+def program(
+    path: Path, data: bytes, kind: Format
+) -> torch.jit.ScriptModule | torch.export.ExportedProgram:
+    """TorchScript or an exported program. Loading it runs code from the file.
 
     Raises:
         InputError: the file is damaged.
     """
-    with _reading(path):
-        return torch.export.load(path)
+    with _reading(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch advises against TorchScript
+        if kind is Format.TORCHSCRIPT:
+            return torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
+        return torch.export.load(io.BytesIO(data))
 
 
 def _reading(path: Path) -> AbstractContextManager[None]:
