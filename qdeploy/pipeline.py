@@ -67,6 +67,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
     clock = Clock(progress)
     check_providers(request)
     check_places(request, out)
+    aside = set_aside(out)  # whatever comes now, it is not of this run
     loaded, model = open_model(request, clock)
     before = _before_cleaning(request, clock)
     plan = plan_layers(model, request.recipe, request.device)
@@ -100,13 +101,14 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             cleaning=request.cleaned.cleaning if request.cleaned is not None else None,
         )
         report = compose(request, findings, clock, run.path.name, request.recipe)
-        return _deliver(report, request, run, files["result"], out)
+        return _deliver(report, request, run, files["result"], out, aside)
 
 
 def quantize(request: QuantizeRequest, out: Path, progress: Progress) -> QuantizedModel:
     """Quantize by any method, without judging: the stages up to the file."""
     clock = Clock(progress)
     check_places(request, out)
+    set_aside(out)
     loaded, model = open_model(request, clock)
     plan = plan_layers(model, request.recipe, request.device)
     with clock.stage("data"):
@@ -189,7 +191,9 @@ def _quantize(
         return result, keep(run, made)
 
 
-def _deliver(report: Report, request: Request, run: RunDir, data: bytes, out: Path) -> Report:
+def _deliver(
+    report: Report, request: Request, run: RunDir, data: bytes, out: Path, aside: Path | None
+) -> Report:
     """Put the file where an accepted one is expected, or beside it under a name that warns.
 
     The report is written first: there is no file without its evidence.
@@ -198,7 +202,6 @@ def _deliver(report: Report, request: Request, run: RunDir, data: bytes, out: Pa
         place = out
     else:
         place = out.with_name(f"{out.stem}.{WORDS[report.outcome]}{out.suffix}")
-        aside = set_aside(out)
         if aside is not None:
             moved = f"{out} of an earlier run is now {aside}"
             report = replace(report, notes=(*report.notes, moved))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from qdeploy.errors import UsageError
 from qdeploy.inputs import QuantizeRequest, Request
 from qdeploy.methods import SOLVERS, method
 from qdeploy.options import Options
+from qdeploy.places import Named, refuse_overlaps
 from qdeploy.policy import Policy, load_policy
 from qdeploy.recipe import Recipe, load_recipe
 from qdeploy.sanitizers import Sanitizer, sanitizer
@@ -238,7 +239,37 @@ def _sources(options: Options) -> Sources:
         triggers=tuple(options.trigger or ()),
         data_roots=tuple(options.data_root or ()),
     )
-    return resolve(options.model, given)
+    sources = resolve(options.model, given)
+    refuse_overlaps(tuple(_written(options)), _read(options, sources))
+    return sources
+
+
+def _written(options: Options) -> Iterator[Named]:
+    """Every place that a command may write to, but its run directories."""
+    if options.out != Path() and not options.out.is_dir():
+        out = options.out
+        yield "--out", out
+        for word in ("rejected", "unverified", "previous", "student"):
+            yield f"--out ({word})", out.with_name(f"{out.stem}.{word}{out.suffix}")
+    yield from (("--report", path) for path in options.report or ())
+
+
+def _read(options: Options, sources: Sources) -> Iterator[Named]:
+    """Every file that the command line or the model card names to be read."""
+    yield "the model", options.model
+    if options.file != Path():
+        yield "the file", options.file
+    if sources.card_path is not None:
+        yield "the model card", sources.card_path
+    for name, place in (("calibration data", sources.calibration), ("test data", sources.test)):
+        if place is not None:
+            yield f"the {name}", place.path
+    settings = (options.recipe, options.policy, options.device, *(options.trigger or ()))
+    files = [Path(text) for text in settings if text is not None and text.endswith(".toml")]
+    images = (options.cleaning_images, options.unlabelled)
+    for path in (options.reference, options.made_by, *images, *files):
+        if path is not None and path != Path():
+            yield "what is read from", path
 
 
 def parse_arguments(texts: list[str] | None) -> Mapping[str, Any] | None:
