@@ -89,14 +89,20 @@ def _decision(name: CheckName, gate: GateSpec) -> Decision:
 
 def check_static(findings: Sequence[Finding], gate: GateSpec) -> Check:
     """No rule of the static scan is broken in a way that nobody has allowed."""
-    broken = [f for f in findings if f.level == "error" and not allowed(f, gate)]
+    broken = [f for f in findings if stands_against(f, gate)]
     rules = _some([f.rule for f in broken])
     return Check("static_findings", float(len(broken)), "<=", 0.0, "findings", subject=rules)
 
 
-def allowed(finding: Finding, gate: GateSpec) -> bool:
-    """The policy lets this pass."""
-    return any(fnmatchcase(finding.rule, pattern) for pattern in gate.allow_findings)
+def stands_against(finding: Finding, gate: GateSpec) -> bool:
+    """An error that nobody has waived, or a warning that this policy takes for one."""
+    if finding.level == "warning":
+        return _matches(finding.rule, gate.refuse_findings)
+    return finding.level == "error" and not _matches(finding.rule, gate.waived("finding"))
+
+
+def _matches(name: str, names: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in names)
 
 
 def check_provenance(
@@ -150,7 +156,10 @@ def check_layers(made: LayersAsMade, gate: GateSpec) -> Iterator[Check]:
     """Nothing was left float, nothing lost its method, and the file holds what was chosen."""
     lost = [layer.name for layer in made.layers if layer.degraded is not None]
     left = [layer.name for layer in made.left_float]
-    unplanned = _not_allowed(left, gate.allow_float) + _not_allowed(lost, gate.allow_degraded)
+    unplanned = [
+        *(name for name in left if not _matches(name, gate.waived("float"))),
+        *(name for name in lost if not _matches(name, gate.waived("degraded"))),
+    ]
     yield Check(
         "layers_as_planned", float(len(unplanned)), "<=", 0.0, "layers off plan",
         subject=_some(unplanned),
@@ -195,7 +204,3 @@ def check_budget(
             "latency_ms", value, "<=", budget.latency_ms, "ms",
             samples=runs, low=low, high=high, decided_by=by,
         )  # fmt: skip
-
-
-def _not_allowed(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    return [name for name in names if not any(fnmatchcase(name, p) for p in patterns)]

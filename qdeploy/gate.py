@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qdeploy.checks import LayerDigest, allowed
+from qdeploy.checks import LayerDigest, stands_against
 from qdeploy.errors import UsageError
 from qdeploy.graph.io import is_quantized, read_single_file
 from qdeploy.inputs import NO_EVIDENCE, NO_PRINTS, Evidence, Request, open_evidence
@@ -62,9 +62,9 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
     with clock.stage("look"):
         static = look(subject.path)
     origin = Origin(str(subject.path), sha256(subject.path), Format.ONNX.value)
-    if any(f.level == "error" and not allowed(f, request.policy.gate) for f in static):
+    if any(stands_against(f, request.policy.gate) for f in static):
         return _refuse(request, subject, origin, static, clock)
-    allow = request.policy.gate.allow_findings
+    allow = request.policy.gate.waived("finding")
     data = read_single_file(subject.path, allow=allow)
     model = _float_model(request, subject, data, clock)
     interface = _interface(data, subject, request) if model is None else model.interface

@@ -22,6 +22,7 @@ from qdeploy.sources import Sources
 from qdeploy.stages.synthesize import synthesize
 from qdeploy.triggers import Trigger
 from qdeploy.usable import described, distinct, hidden, seen
+from qdeploy.waivers import Waiver
 
 NO_PRINTS: frozenset[bytes] = frozenset()
 
@@ -37,6 +38,7 @@ class Request:
     command: str = ""
     reports: tuple[Path, ...] = ()  # where copies of the report go, each in its own format
     run_code_from_model: bool = False
+    ended: tuple[Waiver, ...] = ()  # of the policy, which waive nothing any more
 
 
 @dataclass(frozen=True, slots=True)

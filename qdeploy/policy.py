@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from datetime import date
+from typing import Any, Literal
 
-from pydantic import Field, field_serializer
+from pydantic import Field, field_serializer, model_validator
 
 from qdeploy.device import BudgetSpec
 from qdeploy.schema import Spec, find_bundled, load_toml
+from qdeploy.waivers import Waiver, WaiverKind, patterns, split
 
 KIND = "recipes/policies"
+OLD_KEYS = frozenset({"allow_findings", "allow_float", "allow_degraded"})
 
 CheckName = Literal[
     "accuracy",
@@ -79,15 +82,30 @@ class GateSpec(Spec):
     )
     min_images: int = Field(200, gt=0, description="A rate over fewer images is no evidence.")
     min_class_images: int = Field(50, gt=0, description="The same for the rate of one class.")
-    allow_findings: tuple[str, ...] = Field(
-        (), description="Rules of the static scan that may be broken (patterns)."
+    refuse_findings: tuple[str, ...] = Field(
+        (), description="Rules of the static scan whose warnings count as errors (patterns)."
     )
-    allow_float: tuple[str, ...] = Field((), description="Layers that may stay float (patterns).")
-    allow_degraded: tuple[str, ...] = Field((), description="Layers that may lose their method.")
+    waivers: tuple[Waiver, ...] = Field((), description="What somebody has answered for.")
 
     independent_evidence: bool = Field(
         False, description="Test data and triggers that the model's own card names do not count."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_nameless_permission(cls, table: Any) -> Any:
+        """Name what to write in place of a key that waived for ever and for nobody."""
+        old = OLD_KEYS.intersection(table) if isinstance(table, dict) else None
+        if old:
+            raise ValueError(
+                f"{min(old)} has nobody who answers for it; write [[gate.waivers]] with kind,"
+                " pattern, owner, reason and until"
+            )
+        return table
+
+    def waived(self, kind: WaiverKind) -> tuple[str, ...]:
+        """Patterns of what is waived of a kind."""
+        return patterns(self.waivers, kind)
 
     @field_serializer("required", "required_with_trigger", "decided_by_value")
     def _sorted(self, names: frozenset[str]) -> list[str]:
@@ -116,3 +134,10 @@ def load_policy(name_or_path: str) -> Policy:
         InputError: the file does not fit the format.
     """
     return load_toml(find_bundled(KIND, name_or_path), Policy, what="policy")
+
+
+def in_force(policy: Policy, today: date) -> tuple[Policy, tuple[Waiver, ...]]:
+    """The policy with the waivers that hold today, and those that have ended."""
+    held, ended = split(policy.gate.waivers, today)
+    gate = policy.gate.model_copy(update={"waivers": held})
+    return policy.model_copy(update={"gate": gate}), ended

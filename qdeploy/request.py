@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qdeploy.inputs import QuantizeRequest, Request
 from qdeploy.methods import SOLVERS, method
 from qdeploy.options import Options
 from qdeploy.places import Named, refuse_overlaps
-from qdeploy.policy import Policy, load_policy
+from qdeploy.policy import Policy, in_force, load_policy
 from qdeploy.recipe import Recipe, load_recipe
 from qdeploy.sanitizers import Sanitizer, sanitizer
 from qdeploy.schema import validate
@@ -34,10 +35,9 @@ def make_request(options: Options) -> QuantizeRequest:
         InputError: a file that they name is not valid.
     """
     recipe = _recipe(options)
-    policy = recipe.policy()
-    if options.policy is not None:
-        policy = _policy(options)
-        recipe = recipe.model_copy(update={"gate": policy.gate, "validation": policy.validation})
+    policy = recipe.policy() if options.policy is None else _policy(options)
+    policy, ended = in_force(policy, datetime.now(UTC).date())
+    recipe = recipe.model_copy(update={"gate": policy.gate, "validation": policy.validation})
     device = load_device(options.device or recipe.device)
     return QuantizeRequest(
         sources=_sources(options),
@@ -49,6 +49,7 @@ def make_request(options: Options) -> QuantizeRequest:
         reports=tuple(options.report or ()),
         synthetic_calibration=options.synthetic_calibration,
         run_code_from_model=options.run_code_from_model,
+        ended=ended,
     )
 
 
@@ -61,7 +62,7 @@ def make_gate_request(options: Options) -> Request:
         UsageError: options contradict each other or cannot be read.
         InputError: a file that they name is not valid.
     """
-    policy = _policy(options)
+    policy, ended = in_force(_policy(options), datetime.now(UTC).date())
     subject = options.reference or options.file
     if options.reference is not None and options.card is None:
         card = find_card(options.reference) or find_card(options.file)
@@ -74,6 +75,7 @@ def make_gate_request(options: Options) -> Request:
         command=shlex.join(["qdeploy", *sys.argv[1:]]),
         reports=tuple(options.report or ()),
         run_code_from_model=options.run_code_from_model,
+        ended=ended,
     )
 
 

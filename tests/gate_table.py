@@ -100,6 +100,14 @@ DEMO = (*REFERENCE, "--policy", "demo")
 ALONE = ("--card", "model.toml", "--policy", "standalone")
 BARE = (*REFERENCE, "--card", "bare.toml")
 INTEGERS = "max_weight_steps = 1.01\nmax_unexplained_rounding = 1.0\n"
+WAIVER = """
+[[gate.waivers]]
+kind = "finding"
+pattern = "custom-operator"
+owner = "the edge team"
+reason = "our runtime has it"
+until = {until}
+"""
 OWN = (*REFERENCE, "--policy", "policy.toml")
 
 

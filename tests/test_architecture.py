@@ -20,6 +20,7 @@ LEVELS = (
         "card",
         "methods",
         "sanitizers",
+        "waivers",
         "policy",
         "recipe",
         "device",
@@ -45,6 +46,7 @@ LIBRARIES = {
     "typer": {"cli", "options"},
     "rich": {"console"},
     "pydantic": {
+        "waivers",
         "schema",
         "card",
         "methods",

@@ -600,3 +600,12 @@ def test_verifying_needs_none_of_the_heavy_libraries(attested):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-2:] == ["0", "[]"]
+
+
+def test_no_attestation_outlives_a_waiver_that_its_verdict_rests_on(work):
+    waiver = {"kind": "finding", "pattern": "a*", "owner": "o", "reason": "r"}
+    known = report_about(MODEL)
+    known["policy"] = {"name": "own", "gate": {"waivers": [{**waiver, "until": "2026-02-01"}]}}
+    (work / "report.json").write_text(json.dumps(known))
+    assert run(*ATTEST, "key.pem").code == 0
+    assert "it ended on 2026-02-01" in run(*VERIFY, "key.pub.pem").out

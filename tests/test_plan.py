@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from datetime import date
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,12 @@ from qdeploy.graph.sites import find_activations, find_sites
 from qdeploy.model import FloatModel, QuantPlan
 from qdeploy.recipe import ActivationSpec, GateSpec, Override, Recipe, load_recipe
 from qdeploy.stages.plan import plan_layers
+from qdeploy.waivers import Waiver
 from tests.nets import Net, float_model
+
+
+def waiver(kind: str, pattern: str) -> Waiver:
+    return Waiver(kind=kind, pattern=pattern, owner="o", reason="r", until=date(2999, 12, 31))
 
 
 def plan(model: FloatModel, device: str = "x86-vnni", **changes: object) -> QuantPlan:
@@ -56,8 +63,8 @@ def test_overrides_change_the_bits_of_the_layers_they_match(net):
     "changes",
     [
         {"overrides": (Override(layers="layer7.*", bits=8),)},
-        {"gate": GateSpec(allow_float=("layer7.*",))},
-        {"gate": GateSpec(allow_degraded=("layer7.*",))},
+        {"gate": GateSpec(waivers=(waiver("float", "layer7.*"),))},
+        {"gate": GateSpec(waivers=(waiver("degraded", "layer7.*"),))},
     ],
 )
 def test_a_pattern_that_matches_nothing_is_an_error(net, changes):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from datetime import date
 
 import numpy as np
 import pytest
@@ -22,6 +23,12 @@ from qdeploy.policy import GateSpec, load_policy
 from qdeploy.recipe import load_recipe
 from qdeploy.schema import bundled
 from qdeploy.verdict import EXIT_CODE, Check, Outcome, explain, judge, missing
+from qdeploy.waivers import Waiver
+
+
+def waiver(kind: str, pattern: str) -> Waiver:
+    return Waiver(kind=kind, pattern=pattern, owner="o", reason="r", until=date(2999, 12, 31))
+
 
 GOOD = Check("accuracy_drop", 0.4, "<=", 1.0, "points", "cpu", None, 1000, 200)
 LOW_ASR = Check("attack_success", 2.0, "<=", 10.0, "%", "cpu", "patch", 900, 200)
@@ -155,7 +162,9 @@ def test_findings_of_the_static_scan_reject_unless_they_are_allowed():
     warning = Finding("unused-initializer", "warning", "w", "is not used")
     assert check_static([error, warning], GateSpec()).state == "off"
     assert check_static([error], GateSpec()).subject == "custom-operator"
-    assert check_static([error], GateSpec(allow_findings=("custom-*",))).state == "within"
+    assert (
+        check_static([error], GateSpec(waivers=(waiver("finding", "custom-*"),))).state == "within"
+    )
     assert check_static([warning], GateSpec()).state == "within"
 
 
@@ -188,11 +197,12 @@ def layer(name: str, degraded: str | None = None) -> RoundedLayer:
     [
         (LayersAsMade([layer("a")], [], 0), GateSpec(), set()),
         (LayersAsMade([layer("a", "diverged")], [], 0), GateSpec(), {"layers_as_planned"}),
-        (LayersAsMade([layer("a", "diverged")], [], 0), GateSpec(allow_degraded=("a",)), set()),
+        (LayersAsMade([layer("a", "diverged")], [], 0),
+         GateSpec(waivers=(waiver("degraded", "a"),)), set()),
         (LayersAsMade([], [FloatLayer("up", "ConvTranspose", "r")], 0), GateSpec(),
          {"layers_as_planned"}),
         (LayersAsMade([], [FloatLayer("up", "ConvTranspose", "r")], 0),
-         GateSpec(allow_float=("u*",)), set()),
+         GateSpec(waivers=(waiver("float", "u*"),)), set()),
         (LayersAsMade([layer("a")], [], 1), GateSpec(), {"codes_as_chosen"}),
     ],
 )  # fmt: skip

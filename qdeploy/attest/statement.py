@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from qdeploy.attest.consistency import RULES_VERSION
 from qdeploy.errors import InputError
 from qdeploy.report.kept import KeptReport, Written, parse_object
 from qdeploy.schema import validate
+from qdeploy.waivers import Waiver
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:qdeploy:verdict:v1"  # a name; nothing is to be found there
@@ -107,7 +108,7 @@ def make_verdict(kept: KeptReport, expires: date) -> Verdict:
         started=report.started,
         qdeploy_version=report.versions.get("qdeploy"),
         rules_version=RULES_VERSION,
-        expires=expires,
+        expires=min([expires, *_waived_until(report.policy)]),
         report_sha256=kept.sha256,
         source_sha256=report.origin.sha256 if report.origin else None,
         recipe=_settings(report.recipe),
@@ -125,6 +126,14 @@ def make_verdict(kept: KeptReport, expires: date) -> Verdict:
             if layer.codes_sha256 is not None
         ),
     )
+
+
+def _waived_until(policy: Mapping[str, Any] | None) -> Iterator[date]:
+    """The days on which the waivers of the policy end: no verdict outlives what it rests on."""
+    gate = policy.get("gate") if policy is not None else None
+    waivers = gate.get("waivers", ()) if isinstance(gate, dict) else ()
+    for waiver in waivers:
+        yield validate(waiver, Waiver, where="report: policy.gate.waivers").until
 
 
 def make_statement(name: str, sha256: str, verdict: Verdict) -> bytes:

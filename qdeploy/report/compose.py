@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -113,6 +113,7 @@ def compose(
         notes=(
             *_cleaning_notes(findings.cleaning, names),
             *_notes(request, evidence),
+            *_waiver_notes(request, findings),
             *evidence.notes,
             *_fingerprint_notes(findings.scan),
         ),
@@ -222,6 +223,20 @@ def _fingerprint_notes(scan: Scan) -> tuple[str, ...]:
         f" times as many as there should be in {found.layer}; the model was made for that"
         " quantizer",
     )
+
+
+def _waiver_notes(request: Request, findings: Findings) -> Iterator[str]:
+    """Who answers for what does not stand against the file, and what has ended."""
+    made = findings.made
+    names = {
+        "finding": [f.rule for f in findings.static if f.level == "error"],
+        "float": [layer.name for layer in made.left_float] if made is not None else [],
+        "degraded": [layer.name for layer in made.layers if layer.degraded] if made else [],
+    }
+    for waiver in request.policy.gate.waivers:
+        used = any(map(waiver.covers, names[waiver.kind]))
+        yield f"{waiver}: {waiver.reason}" if used else f"{waiver}: not needed for this file"
+    yield from (f"{waiver}: it has ended, and waives nothing" for waiver in request.ended)
 
 
 def _notes(request: Request, evidence: Evidence) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ def plan_layers(model: FloatModel, recipe: Recipe, device: DeviceProfile) -> Qua
     names = [site.name for site in sites]
     for override in recipe.overrides:
         _must_match(override.layers, names, "overrides")
-    for pattern in (*recipe.gate.allow_float, *recipe.gate.allow_degraded):
+    for pattern in (*recipe.gate.waived("float"), *recipe.gate.waived("degraded")):
         _must_match(pattern, [*names, *(layer.name for layer in left_float)], "gate")
     layers = tuple(_layer(site, recipe, device) for site in sites)
     activations = find_activations(graph, sites) if recipe.activations.bits == 8 else {}
