@@ -496,7 +496,7 @@ def test_an_interrupted_run_goes_on_and_ends_at_the_same_bytes(work):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (("--out", "model.pt"), "is the model itself"),
+        (("--out", "model.pt"), "is the model model.pt too"),
         (("--out", "student.json"), "a name that ends in .pt"),
         (("--out", "model.pth"), "would take the place of the model's"),
         (

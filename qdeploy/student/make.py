@@ -198,8 +198,6 @@ def _check_places(order: StudentOrder) -> None:
     model, out = order.sources.model, order.out
     if out.suffix in {LOG, CURVES, CARD, ""}:
         raise UsageError(f"--out {out}: give the student a name that ends in .pt")
-    if out.exists() and model.exists() and out.samefile(model):
-        raise UsageError(f"--out {out}: is the model itself", hint="give the student another name")
     if order.sources.card_path is not None and model.with_suffix("") == out.with_suffix(""):
         raise UsageError(
             f"--out {out}: its card would take the place of the model's",
