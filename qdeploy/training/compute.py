@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -117,6 +118,9 @@ def computing(accelerator: str) -> Iterator[Compute]:
     if world == 1:
         yield Compute(device)
         return
+    # Imported later, as by an optimizer's first step, it would hold the group in its default
+    # arguments: destroyed by nobody, the group's threads abort the process at its exit.
+    import_module("torch.distributed.nn.functional")
     dist.init_process_group(BACKENDS[accelerator], rank=rank, world_size=world)
     try:
         yield Compute(device, rank, world)
