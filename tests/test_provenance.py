@@ -6,10 +6,9 @@ import hashlib
 import json
 
 import numpy as np
+import onnx.version_converter
 import pytest
-from onnxruntime.quantization import (
-    QuantType,
-)
+from onnxruntime.quantization import QuantFormat, QuantType, matmul_nbits_quantizer
 
 from qdeploy.cli import main
 from qdeploy.core.grids import Grid, quantize
@@ -223,3 +222,21 @@ def test_true_four_bit_weights_of_another_maker(tmp_path):
         assert {layer.storage for layer in found.layers} == {"int4"}
     else:
         assert "com.microsoft" in found.not_compared
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_blocks_of_four_bits_whose_scales_take_a_sign(symmetric):
+    """The value of largest magnitude gets the lowest code, so half of the scales are negative."""
+    proto = onnx.version_converter.convert_version(parse_proto(source("matmul").onnx, ""), 21)
+    proto.ir_version = 10
+    config = matmul_nbits_quantizer.DefaultWeightOnlyQuantConfig(
+        block_size=16, is_symmetric=symmetric, quant_format=QuantFormat.QDQ
+    )
+    quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(proto, algo_config=config)
+    quantizer.process()
+    data = quantizer.model.model.SerializeToString()
+    scales = [v for k, v in initializers(data).items() if k.endswith("scales")]
+    assert any((scale < 0).any() for scale in scales) is symmetric
+    found = trace(data, source("matmul"))
+    assert found.not_compared is None
+    assert (found.differences, found.steps <= 1, found.flipped) == ((), True, 0)

@@ -176,7 +176,7 @@ HOSTILE = [
         "d = Dropout (x, p, t) y = MatMul (d, w)",
         constants=", float p = {0.5}, bool t = {1}")),
     ("bad-scale", "error", quantized_weight(honest_codes(), ONES * 0)),
-    ("bad-scale", "error", quantized_weight(honest_codes(), -ONES)),
+    ("bad-scale", "error", quantized_weight(honest_codes(), np.where(ONES, np.nan, 0))),
     ("data-dependent-choice", "warning", text_model(THRESHOLD, constants=SCALAR)),
     ("data-dependent-choice", "warning", text_model(
         "m = MatMul (x, w) c = Cast <to=9> (m) f = Cast <to=1> (c) y = Mul (m, f)")),

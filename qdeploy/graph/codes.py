@@ -19,7 +19,7 @@ from qdeploy.graph.tensors import values
 from qdeploy.model import Finding
 
 RULES = {
-    "bad-scale": "A scale is not a positive finite number.",
+    "bad-scale": "A scale is 0 or no finite number.",
     "code-off-grid": "Single integers lie behind the end of the grid that all others keep to.",
     "mixed-zero-points": "A few channels of a weight have another zero point than the rest.",
     "scale-outlier": "A channel's scale is far larger than its integers need.",
@@ -63,7 +63,10 @@ def integer_weights(proto: onnx.ModelProto) -> Iterator[Finding]:
 
 
 def bad_scales(proto: onnx.ModelProto) -> Iterator[Finding]:
-    """Scales that no quantizer could have meant."""
+    """Scales that no quantizer could have meant.
+
+    A negative one is meant: block quantizers give the value of largest magnitude the lowest code.
+    """
     constants = constant_tensors(proto)
     names = {
         node.input[1]
@@ -74,9 +77,9 @@ def bad_scales(proto: onnx.ModelProto) -> Iterator[Finding]:
         scale = values(constants[name])
         if scale is None or scale.dtype.kind != "f":
             continue  # not one of numpy's own types: narrower floats cannot be compared here
-        bad = int(np.count_nonzero(~((scale > 0) & np.isfinite(scale))))
+        bad = int(np.count_nonzero((scale == 0) | ~np.isfinite(scale)))
         if bad:
-            text = f"{bad} of {scale.size} scales in {name!r} are not positive finite numbers"
+            text = f"{bad} of {scale.size} scales in {name!r} are 0 or no finite numbers"
             yield Finding("bad-scale", "error", name, text)
 
 
@@ -231,7 +234,7 @@ def _mixed_zero_points(weight: Weight) -> Iterator[Finding]:
 
 def _scale_outliers(weight: Weight) -> Iterator[Finding]:
     """A row of zeros may have any scale; the smallest normal number is one of necessity."""
-    reach, scale = weight.reach, weight.scale
+    reach, scale = weight.reach, np.abs(weight.scale)
     free = (reach > 0) & ~weight.widened & (scale > np.finfo(np.float32).tiny)
     if len(reach) < 2 or not free.any():
         return

@@ -27,7 +27,7 @@ class StoredGrid:
     `axis`, or by blocks of `block` along it.
     """
 
-    scale: Float32[np.ndarray, "*scales"]  # > 0, units of the tensor per code
+    scale: Float32[np.ndarray, "*scales"]  # not 0, units of the tensor per code
     zero_point: Int32[np.ndarray, "*scales"]
     axis: int
     block: int  # 0: no blocks
@@ -106,7 +106,7 @@ def read_grid(node: ir.Node, where: str) -> StoredGrid:
     """The grid of a QuantizeLinear or DequantizeLinear.
 
     Raises:
-        InputError: it is computed, not of integers, not positive, or does not fit together.
+        InputError: it is computed, not of integers, 0, or does not fit together.
     """
     place = f"model {where}: {node.op_type} {node.name!r}"
     scale = constant(node.inputs[1])
@@ -114,8 +114,8 @@ def read_grid(node: ir.Node, where: str) -> StoredGrid:
     zero_point = constant(zero)
     if scale is None or (zero is not None and zero_point is None):
         raise InputError(f"{place}: its scale or zero point is computed, not constant")
-    if scale.dtype != np.float32 or not np.all((scale > 0) & np.isfinite(scale)):
-        raise InputError(f"{place}: its scales are not all positive float32 numbers")
+    if scale.dtype != np.float32 or not np.all((scale != 0) & np.isfinite(scale)):
+        raise InputError(f"{place}: its scales are not all float32 numbers other than 0")
     if zero_point is None:
         zero_point = np.zeros(scale.shape, np.int32)
     if zero_point.size != scale.size:

@@ -141,6 +141,8 @@ def _bypass(graph: ir.Graph, quantize: ir.Node, varying: frozenset[ir.Value], wh
     """Take a QuantizeLinear and its DequantizeLinears away, or leave a mark of what they cut."""
     value, grid = quantize.inputs[0], read_grid(quantize, where)
     assert value is not None  # noqa: S101
+    if np.any(grid.scale < 0):
+        raise InputError(f"model {where}: QuantizeLinear {quantize.name!r}: a scale is negative")
     from_zero = bool(np.all(grid.zero_point == grid.least))
     if from_zero and value in varying:
         steps = grid.most - grid.least

@@ -88,7 +88,7 @@ class TensorIndex:
     def step_of(self, values: np.ndarray) -> float:
         """Largest step of the grid that exactly these values were rounded on; 0 if on none."""
         found = self._by_digest.get(_key(values)) if values.dtype == np.float32 else None
-        return 0.0 if found is None else float(found[0].grid.scale.max(initial=0))
+        return 0.0 if found is None else float(np.abs(found[0].grid.scale).max(initial=0))
 
 
 def _key(values: np.ndarray) -> tuple[int, bytes]:
