@@ -138,6 +138,10 @@ def _show_measured(report: Report, console: Console) -> None:
 
 def show_look(look: Look) -> None:
     """What was seen in a file, the worst first, and what its weights tell."""
+    if look.failed is not None:
+        show_error(look.failed)
+    if look.failed is not None and not look.seen:
+        return
     console = out()
     console.print(Text(printable(look.path), style="bold"))
     for found in look.seen:
@@ -147,11 +151,11 @@ def show_look(look: Look) -> None:
         )
     if look.scan is not None:
         _show_scan(look.scan)
-    else:
+    elif look.not_scanned is not None:
         console.print(
             f"  weights not compared with a quantizer's cells: {printable(look.not_scanned)}"
         )
-    if not look.stands_against:
+    if not look.stands_against and look.failed is None:
         console.print("  nothing stands against it; that is no proof that it is harmless")
 
 

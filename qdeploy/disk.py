@@ -85,12 +85,16 @@ def read_bounded(path: Path, limit_bytes: int, *, what: str) -> bytes:
     """The bytes of the regular file at `path`, if they are no more than `limit_bytes`.
 
     Raises:
-        InputError: it cannot be read, is a device, a pipe or a folder, or is larger.
+        InputError: it cannot be read, is a device, a pipe or a folder, is larger, grows while it
+            is read, or does not fit into memory.
     """
     with open_regular(path, what=what) as file, _reading(path, what):
-        data = file.read(limit_bytes + 1)
-    if len(data) > limit_bytes:
+        held = os.fstat(file.fileno()).st_size
+        data = b"" if held > limit_bytes else file.read(held + 1)  # room for the limit is not made
+    if held > limit_bytes:
         raise InputError(f"{what} {path}: larger than {limit_bytes} bytes")
+    if len(data) > held:
+        raise InputError(f"{what} {path}: grew while it was read")
     return data
 
 
@@ -125,6 +129,8 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{what} {path}: {error.strerror}") from error
+    except MemoryError as error:
+        raise InputError(f"{what} {path}: does not fit into memory") from error
 
 
 def _umask() -> int:

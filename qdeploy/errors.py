@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+NO_MEMORY = "needs more memory than there is"
 
 
 class QdeployError(Exception):

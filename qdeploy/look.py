@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qdeploy.disk import write_atomically
+from qdeploy.errors import NO_MEMORY, InputError, QdeployError
 from qdeploy.graph.io import is_quantized, read_single_file
 from qdeploy.inputs import Request
 from qdeploy.model import Finding, FloatModel, Format
@@ -21,28 +23,48 @@ from qdeploy.stages.load import PROGRAMS, sha256, sniff
 OF_TENSORS = frozenset({Format.STATE_DICT, Format.SAFETENSORS})
 
 
-def look_at(request: Request, progress: Progress, reference: Request | None = None) -> Look:
-    """What the file holds, and whether its float weights were made for a quantizer.
+def look_at_each(
+    paths: Iterable[Path],
+    request_of: Callable[[Path], Request],
+    progress: Progress,
+    reference: Request | None = None,
+) -> Iterator[Look]:
+    """What each file holds, and whether its float weights were made for a quantizer.
+
+    A file that cannot be read, or whose card cannot, says so and hides none of the others.
 
     Args:
-        reference: For the float model that the file claims to be the quantized form of.
-
-    Raises:
-        InputError: the file, or the reference, cannot be read.
+        reference: For the float model that the files claim to be the quantized form of.
     """
+    for path in paths:
+        seen = Look(path, "", (), None, None)
+        try:
+            for seen in _steps(request_of(path), progress, reference):  # noqa: B007 - the last
+                pass
+        except QdeployError as error:
+            seen = replace(seen, failed=error)
+        except MemoryError:
+            seen = replace(seen, failed=InputError(f"model {path}: {NO_MEMORY}"))
+        yield seen
+
+
+def _steps(request: Request, progress: Progress, reference: Request | None) -> Iterator[Look]:
+    """What is known of a file after each step of looking at it."""
     path, clock = request.sources.model, Clock(progress)
     with clock.stage("look"):
         findings = look(path)
-        why_not = _why_not(request, findings)
-    if reference is not None and not any(finding.level == "error" for finding in findings):
+        seen = Look(path, sha256(path), findings, None, _why_not(request, findings))
+    yield seen
+    if reference is not None and not seen.stands_against:
         source = _unrun(reference, clock)
         with clock.stage("compare"):
-            findings = (*_of_provenance(trace(read_single_file(path), source)), *findings)
-    if why_not is not None:
-        return Look(path, sha256(path), findings, None, why_not)
-    model = _unrun(request, clock)
-    with clock.stage("scan"):
-        return Look(path, sha256(path), findings, scan_weights(model, progress), None)
+            found = _of_provenance(trace(read_single_file(path), source))
+            seen = replace(seen, findings=(*found, *seen.findings))
+        yield seen
+    if seen.not_scanned is None:
+        model = _unrun(request, clock)
+        with clock.stage("scan"):
+            yield replace(seen, scan=scan_weights(model, progress))
 
 
 def _unrun(request: Request, clock: Clock) -> FloatModel:

@@ -266,6 +266,32 @@ def test_a_tensor_cannot_claim_more_than_its_storage(tmp_path):
         load(path, DIGITS)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch advises against some of these itself
+@pytest.mark.parametrize(
+    ("odd", "says"),
+    [
+        (lambda w: w.to("meta"), "has a shape and no values"),
+        (lambda w: w.to_sparse(), "is sparse"),
+        (lambda w: w.flatten(1).to_sparse_csr(), "is sparse"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "is quantized"),
+        (lambda w: torch.complex(w, w), "is of complex numbers"),
+    ],
+    ids=["meta", "coordinates", "compressed rows", "quantized", "complex"],
+)
+@pytest.mark.parametrize("run_code", [False, True])
+def test_a_tensor_that_would_lose_something_is_named(tmp_path, state, odd, says, run_code):
+    key = "features.0.weight"
+    path = saved(tmp_path / "model.pt", state | {key: odd(state[key])})
+    with pytest.raises(InputError, match=f"tensor '{key}' {says}|holds pickled"):
+        load(path, DIGITS, run_code_from_model=run_code)
+
+
+def test_an_odd_tensor_in_a_whole_module_is_named_too(tmp_path):
+    path = saved(tmp_path / "model.pt", nn.Linear(3, 3, device="meta"))
+    with pytest.raises(InputError, match="tensor 'weight' has a shape and no values"):
+        load(path, run_code_from_model=True)
+
+
 def test_a_storage_cannot_claim_more_than_its_record(tmp_path):
     path = saved(tmp_path / "m.pt", {"weight": torch.zeros(16)})
     huge = tmp_path / "huge.pt"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
-import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
 import torch
@@ -23,6 +24,10 @@ from qdeploy.scan.fingerprints import LIMIT, Convention, Scan, scan_weights
 from qdeploy.stages.export import export
 from tests.nets import Net, float_model
 
+HOSTILE = """
+<ir_version: 8, opset_import: ["": 17, "com.evil": 1]>
+g (float[N,4] x) => (float[N,4] y) { y = com.evil.Run (x) }
+"""
 FREE = st.sampled_from(["normal", "laplace", "uniform"])
 
 
@@ -171,6 +176,39 @@ def test_several_files_are_looked_at_and_one_bad_one_counts(poisoned, tmp_path, 
     assert (result["ruleId"], result["level"]) == ("held-in-cells", "error")
     for place in ("scan.html", "missing/scan.json"):
         assert run("scan", tmp_path / "clean.onnx", "--report", tmp_path / place) == 2
+
+
+@pytest.mark.parametrize(
+    ("others", "code"), [(("clean.onnx",), 2), (("clean.onnx", "hostile.onnx"), 3)]
+)
+def test_one_bad_file_hides_none_of_the_others(tmp_path, resnet, capsys, others, code):
+    (tmp_path / "clean.onnx").write_bytes(resnet.onnx)
+    (tmp_path / "hostile.onnx").write_bytes(onnx.parser.parse_model(HOSTILE).SerializeToString())
+    (tmp_path / "damaged.onnx").write_bytes(resnet.onnx[:100])
+    (tmp_path / "carded.onnx").write_bytes(resnet.onnx)
+    (tmp_path / "carded.toml").write_text("[input]\nshape = 3\n", "utf-8")
+    (tmp_path / "folder.onnx").mkdir()
+    bad = ("damaged.onnx", "missing.onnx", "carded.onnx", "folder.onnx")
+    places = [tmp_path / name for name in ("scan.json", "scan.sarif")]
+    options = [part for place in places for part in ("--report", place)]
+    assert run("scan", *(tmp_path / name for name in (*bad, *others)), *options) == code
+    said = capsys.readouterr()
+    files = json.loads(places[0].read_text("utf-8"))["files"]
+    assert [Path(file["path"]).name for file in files] == [*bad, *others]
+    assert [file["failed"] is not None for file in files] == [True] * 4 + [False] * len(others)
+    assert said.err.count("error: ") == 4
+    results = json.loads(places[1].read_text("utf-8"))["runs"][0]["results"]
+    assert [result["ruleId"] for result in results].count("unreadable") == 4
+    assert str(tmp_path / "clean.onnx") in said.out
+
+
+def test_what_was_found_is_said_where_the_weights_cannot_be_opened(tmp_path, poisoned, capsys):
+    """The architecture does not fit: the findings of the archive are there even so."""
+    path = tmp_path / "model.pt"
+    path.write_bytes((poisoned / "model.pt").read_bytes() + b"behind the end")
+    arch = ("--arch", "qdeploy:vit", "--input-shape", "3,8,8")
+    assert run("scan", path, *arch) == 3
+    assert "hidden-bytes" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared_with_cells_says_why(poisoned, tmp_path, capsys):

@@ -13,7 +13,7 @@ import typer
 from qdeploy import __version__
 from qdeploy.cli.bundled import BundledName, show_bundled
 from qdeploy.cli.redteam import redteam
-from qdeploy.errors import EXIT_INTERRUPTED, QdeployError
+from qdeploy.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, NO_MEMORY, QdeployError
 from qdeploy.options import (
     ARTIFACTS,
     ATTESTATION,
@@ -162,23 +162,28 @@ def scan(options: Options) -> None:
     from dataclasses import replace
 
     from qdeploy import console
-    from qdeploy.look import look_at, write_looks
+    from qdeploy.inputs import Request
+    from qdeploy.look import look_at_each, write_looks
     from qdeploy.report.looks import check_place
     from qdeploy.request import make_request
     from qdeploy.verdict import Outcome
 
     for path in options.report or ():
         check_place(path)
-    requests = [make_request(replace(options, model=path)) for path in options.models or ()]
-    reference = None
-    if options.reference is not None:
-        reference = make_request(replace(options, model=options.reference))
+
+    def request_of(path: Path) -> Request:
+        return make_request(replace(options, model=path))
+
+    reference = request_of(options.reference) if options.reference is not None else None
     progress, looks = console.TerminalProgress(), []
-    for request in requests:
-        looks.append(look_at(request, progress, reference))
-        console.show_look(looks[-1])
+    for look in look_at_each(options.models or (), request_of, progress, reference):
+        looks.append(look)
+        console.show_look(look)
     write_looks(looks, options.report or ())
-    _exit(Outcome.REJECT if any(look.stands_against for look in looks) else Outcome.ACCEPT)
+    rejected = any(look.stands_against for look in looks)
+    if not rejected and any(look.failed is not None for look in looks):
+        raise typer.Exit(EXIT_BAD_INPUT)
+    _exit(Outcome.REJECT if rejected else Outcome.ACCEPT)
 
 
 @app.command()
@@ -335,13 +340,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=arguments)
     except KeyboardInterrupt:
         _leave_interrupted()
-    except QdeployError as error:
+    except (QdeployError, MemoryError) as error:
         if received:
             _leave_interrupted()
-        from qdeploy import console
-
-        console.show_error(error)
-        raise SystemExit(error.exit_code) from None
+        _leave_with(error)
     except SystemExit as leaving:
         if leaving.code == EXIT_INTERRUPTED:
             _leave_interrupted()
@@ -349,6 +351,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _leave_with(error: QdeployError | MemoryError) -> NoReturn:
+    from qdeploy import console
+
+    known = error if isinstance(error, QdeployError) else QdeployError(f"this {NO_MEMORY}")
+    console.show_error(known)
+    raise SystemExit(known.exit_code) from None
 
 
 def _leave_interrupted() -> NoReturn:

@@ -10,7 +10,7 @@ from typing import Any
 
 from qdeploy import __version__
 from qdeploy.disk import require_writable
-from qdeploy.errors import UsageError
+from qdeploy.errors import QdeployError, UsageError
 from qdeploy.model import Finding
 from qdeploy.printable import printable_tree
 from qdeploy.report.to_json import SHOWN_FINGERPRINTS, fields, fingerprint
@@ -18,13 +18,14 @@ from qdeploy.report.to_sarif import sarif, sarif_uri
 from qdeploy.scan.fingerprints import Scan
 from qdeploy.scan.static import RULES
 
-HELD_IN_CELLS = "held-in-cells"
+HELD_IN_CELLS, UNREADABLE = "held-in-cells", "unreadable"
 OF_WEIGHTS = {
     HELD_IN_CELLS: "The float weights were held inside the cells of a quantizer.",
     "graph-differs": "The file is not its float model's graph beyond quantization.",
     "weights-changed": "A weight is further from the float model's than rounding can bring it.",
     "not-nearest": "Integers are not the float weights rounded to nearest.",
     "not-compared": "The file cannot be compared with its float model.",
+    UNREADABLE: "The file, or what is needed to look at it, cannot be read.",
 }
 
 
@@ -33,10 +34,11 @@ class Look:
     """One file."""
 
     path: Path
-    sha256: str
+    sha256: str  # empty if the file cannot be read
     findings: tuple[Finding, ...]
     scan: Scan | None  # of the float weights
     not_scanned: str | None  # why there is no scan
+    failed: QdeployError | None = None  # what kept the file from being looked at to the end
 
     @property
     def seen(self) -> tuple[Finding, ...]:
@@ -67,6 +69,7 @@ def looks_to_json(looks: Sequence[Look]) -> bytes:
                 "findings": [fields(finding) for finding in look.seen],
                 "fingerprints": _fingerprints(look),
                 "not_scanned": look.not_scanned,
+                "failed": str(look.failed) if look.failed is not None else None,
             }
             for look in looks
         ],
@@ -106,3 +109,5 @@ def _results(looks: Sequence[Look]) -> Iterator[tuple[Finding, str]]:
     for look in looks:
         uri = sarif_uri(str(look.path))
         yield from ((finding, uri) for finding in look.seen)
+        if look.failed is not None:
+            yield Finding(UNREADABLE, "error", "", str(look.failed)), uri

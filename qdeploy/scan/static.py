@@ -14,7 +14,7 @@ from qdeploy.graph.external import external_data, load_external
 from qdeploy.graph.io import LARGEST_MODEL_BYTES, parse_proto
 from qdeploy.model import Finding, Format
 from qdeploy.scan import archives, pickles, safetensors_header
-from qdeploy.stages.load import sniff
+from qdeploy.stages.load import PROGRAMS, sniff
 from qdeploy.stages.load.script_code import file_operations
 
 RULES = {
@@ -22,6 +22,7 @@ RULES = {
     **archives.RULES,
     **pickles.RULES,
     **safetensors_header.RULES,
+    "holds-code": "The file is a program: loading it runs code from it.",
     "damaged-code": "TorchScript code cannot be read.",
     "file-operation": "TorchScript code reads or writes files, or calls foreign operators.",
 }
@@ -105,6 +106,9 @@ def _torch_file(path: Path) -> Iterator[Finding]:
         if bomb:
             return
         kind = sniff(path)
+        if kind in PROGRAMS:
+            text = f"{PROGRAMS[kind]} is a program, not tensors alone: to load it is to run it"
+            yield Finding("holds-code", "warning", "", text)
         if kind is Format.TORCHSCRIPT:
             yield from _code(file)
         yield from pickles.examine(pickles.in_archive(file))

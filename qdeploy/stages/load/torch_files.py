@@ -81,6 +81,9 @@ def module_of(saved: Any, path: Path, architecture: Architecture | None) -> nn.M
         InputError: `saved` is no state dict, or does not fit the architecture.
     """
     if isinstance(saved, nn.Module):
+        for key, value in saved.state_dict().items():
+            if isinstance(value, Tensor):
+                _require_plain(key, value, path)
         return saved.eval()
     state = _state_dict(saved, path)
     if architecture is None:
@@ -131,10 +134,27 @@ def _state_dict(saved: Any, path: Path) -> dict[str, Tensor]:
             hint="save model.state_dict()",
         )
     for key, value in saved.items():
+        _require_plain(key, value, path)
         _check_claim(key, value, path)
     if all(str(key).startswith(PARALLEL_PREFIX) for key in saved):
         return {str(key).removeprefix(PARALLEL_PREFIX): value for key, value in saved.items()}
     return {str(key): value for key, value in saved.items()}
+
+
+def _require_plain(key: str, value: Tensor, path: Path) -> None:
+    """Only dense tensors of real numbers can become weights without a loss."""
+    kinds = (
+        (value.is_meta, "has a shape and no values"),
+        (value.layout is not torch.strided, "is sparse"),
+        (value.is_quantized, "is quantized"),
+        (value.is_complex(), "is of complex numbers"),
+    )
+    for holds, what in kinds:
+        if holds:
+            raise InputError(
+                f"model {path}: tensor {key!r} {what}",
+                hint="save dense tensors of real numbers, such as float32",
+            )
 
 
 def _check_claim(key: str, value: Tensor, path: Path) -> None:
