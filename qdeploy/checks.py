@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from qdeploy.device import BudgetSpec
-from qdeploy.evidence import AgainstFloat, ArmRates, RuntimeAgreement
+from qdeploy.evidence import AgainstFloat, ArmRates, BatchInvariance, RuntimeAgreement
 from qdeploy.model import (
     Cleaning,
     Finding,
@@ -45,6 +45,14 @@ def check_runtimes(agreements: Sequence[RuntimeAgreement], gate: GateSpec) -> It
     limit = _limit("runtime_agreement", ">=", gate.min_runtime_agreement, gate)
     for other in agreements:
         yield limit.check(other.agreement, other.runtime)
+
+
+def check_batches(found: Sequence[BatchInvariance], gate: GateSpec) -> Iterator[Check]:
+    """The result answers an image the same, whatever shares its batch."""
+    limit = _limit("batch_invariance", ">=", gate.min_batch_invariance, gate)
+    limit = replace(limit, needed_samples=0)  # they are not test images; their interval says enough
+    for one in found:
+        yield limit.check(one.alike, one.runtime)
 
 
 def _check_alone(arm: ArmRates, gate: GateSpec) -> Iterator[Check]:

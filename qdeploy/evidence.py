@@ -51,6 +51,14 @@ class RuntimeAgreement:
     agreement: Estimate
 
 
+@dataclass(frozen=True, slots=True)
+class BatchInvariance:
+    """Share of probes that one runtime answers alike in whatever batch they come, percent."""
+
+    runtime: str
+    alike: Estimate
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
     """One test image, as it is or with a trigger in it, and what each file said to it."""

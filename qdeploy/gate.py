@@ -66,7 +66,8 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
         return _refuse(request, subject, origin, static, clock)
     allow = request.policy.gate.waived("finding")
     data = read_single_file(subject.path, allow=allow)
-    model = _float_model(request, subject, data, clock)
+    waived = any(finding.level == "error" for finding in static)
+    model = _float_model(request, subject, data, clock, waived=waived)
     interface = _interface(data, subject, request) if model is None else model.interface
     with clock.stage("scan"):
         scan = NO_SCAN if model is None else scan_weights(model, progress)
@@ -110,10 +111,13 @@ def _refuse(
 
 
 def _float_model(
-    request: Request, subject: Subject, data: bytes, clock: Clock
+    request: Request, subject: Subject, data: bytes, clock: Clock, *, waived: bool
 ) -> FloatModel | None:
-    """The reference; without one the file itself, if its weights are float."""
-    if not subject.has_reference and is_quantized(data):
+    """The reference; without one the file itself, if its weights are float.
+
+    A file that breaks a rule by somebody's leave is for the runtime alone: no loader opens it.
+    """
+    if not subject.has_reference and (waived or is_quantized(data)):
         return None
     _, model = open_model(request, clock)
     return model

@@ -23,6 +23,7 @@ CheckName = Literal[
     "attack_success",
     "attack_success_rise",
     "runtime_agreement",
+    "batch_invariance",
     "layers_as_planned",
     "codes_as_chosen",
     "static_findings",
@@ -49,8 +50,8 @@ class GateSpec(Spec):
     """
 
     required: frozenset[CheckName] = frozenset({
-        "accuracy_drop", "agreement", "runtime_agreement", "static_findings",
-        "layers_as_planned", "codes_as_chosen",
+        "accuracy_drop", "agreement", "runtime_agreement", "batch_invariance",
+        "static_findings", "layers_as_planned", "codes_as_chosen",
     })  # fmt: skip
     required_with_trigger: frozenset[CheckName] = frozenset(
         {"attack_success", "attack_success_rise"}
@@ -68,6 +69,9 @@ class GateSpec(Spec):
     max_attack_success: float = 10.0
     max_attack_success_rise: float = 1.0
     min_runtime_agreement: float = 99.0
+    min_batch_invariance: float = Field(
+        97.0, description="Share of images that are answered alike in whatever batch they come."
+    )
     max_weight_steps: float | None = Field(
         None, description="Distance of a weight from the reference's, in steps; rounding stays at 1"
     )

@@ -16,7 +16,7 @@ from qdeploy.verdict import Check
 
 BY_LABELS = frozenset({"accuracy", "accuracy_drop", "accuracy_drop_relative", "class_drop"})
 BY_TRIGGERS = frozenset({"attack_success", "attack_success_rise"})
-BY_IMAGES = BY_LABELS | BY_TRIGGERS | {"agreement", "runtime_agreement", "batch_invariance"}
+BY_IMAGES = BY_LABELS | BY_TRIGGERS | {"agreement", "runtime_agreement"}
 
 
 def objections(

@@ -10,7 +10,7 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 from qdeploy.policy import CheckName
 from qdeploy.verdict import Check, Decision, judge
 
-RULES_VERSION = 1
+RULES_VERSION = 2
 """Raised whenever a check comes to mean another thing, or a new one is required by default."""
 
 

@@ -10,6 +10,7 @@ from qdeploy import __version__
 from qdeploy.checks import (
     LayerDigest,
     LayersAsMade,
+    check_batches,
     check_budget,
     check_cleaning,
     check_crowding,
@@ -140,6 +141,7 @@ def _checks(request: Request, findings: Findings) -> tuple[Check, ...]:
         check_static(findings.static, gate),
         *check_rates(measured.rates, gate),
         *check_runtimes(measured.runtimes, gate),
+        *check_batches(measured.batches, gate),
         *(check_layers(findings.made, gate) if findings.made is not None else ()),
         *(check_provenance(provenance, findings.known, gate) if provenance is not None else ()),
         *check_crowding(findings.scan, gate),

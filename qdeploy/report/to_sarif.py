@@ -30,6 +30,7 @@ CHECKS = {
     "attack_success": "A known trigger leads to the attacker's class.",
     "attack_success_rise": "Quantization makes a known trigger work better.",
     "runtime_agreement": "The file answers differently from one runtime to the other.",
+    "batch_invariance": "What an image is answered depends on what shares its batch.",
     "layers_as_planned": "A layer was left in float or lost its rounding method.",
     "codes_as_chosen": "The file does not hold the integers that were chosen.",
     "cell_crowding": "The float weights were held inside the cells of a quantizer.",

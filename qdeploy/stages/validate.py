@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float32
 
+from qdeploy.core.metrics import rate
 from qdeploy.data import Images
 from qdeploy.device import DeviceProfile
 from qdeploy.errors import InputError
 from qdeploy.evidence import (
     ArmRates,
+    BatchInvariance,
     RuntimeAgreement,
     Sample,
     rates,
@@ -25,8 +27,10 @@ from qdeploy.evidence import (
 from qdeploy.graph.io import operators
 from qdeploy.model import Arm, FileMade, Interface, Latency
 from qdeploy.progress import SILENT, Progress
+from qdeploy.runtime.batching import PROBES, same_in_any_batch
 from qdeploy.runtime.measure import FORGETFUL, PredictionStore, measure_latency, predict
 from qdeploy.runtime.sessions import Session, classifier_interface, open_session, optimized
+from qdeploy.state import private_number
 from qdeploy.triggers import Trigger
 
 Variant = Literal["source", "fp32", "nearest", "result"]
@@ -48,6 +52,7 @@ class Trial:
 class Measured:
     files: tuple[FileMade, ...]
     rates: tuple[ArmRates, ...] = ()
+    batches: tuple[BatchInvariance, ...] = ()
     runtimes: tuple[RuntimeAgreement, ...] = ()
     latencies: tuple[Latency, ...] = ()
     samples: tuple[Sample, ...] = ()
@@ -74,18 +79,49 @@ def validate(
         provider=first.provider,
         runs=trial.latency_runs,
     )
-    if trial.images is None:
-        return Measured(files, latencies=latencies)
     sessions = _sessions(trial, device)
     _check_interface(sessions, trial.interface)
+    batches = _batch_invariance(trial, sessions, progress)
+    if trial.images is None:
+        return Measured(files, batches=batches, latencies=latencies)
     predictions = predict(sessions, trial.images, trial.triggers, store=store, progress=progress)
     return Measured(
         files,
         rates(predictions, trial.interface.classes, trial.seen),
+        batches,
         runtime_agreement(predictions),
         latencies,
         samples(predictions, trial.images, trial.triggers),
     )
+
+
+def _batch_invariance(
+    trial: Trial, sessions: Mapping[Arm, Session], progress: Progress
+) -> tuple[BatchInvariance, ...]:
+    """Of the result on every runtime; which batches there are, nobody foresees."""
+    data = trial.files["result"]
+    seed = private_number("batches", hashlib.sha256(data).hexdigest())
+    probes = _probes(trial, seed)
+    arms = [arm for arm in sessions if arm.variant == "result"]
+    return tuple(
+        BatchInvariance(arm.runtime, rate(same_in_any_batch(sessions[arm], probes, seed)))
+        for arm in progress.track(arms, "batches", len(arms))
+    )
+
+
+def _probes(trial: Trial, seed: int) -> Float32[np.ndarray, "probes channels height width"]:
+    """Test images, every second one with a trigger in it, and noise where they do not suffice."""
+    rng = np.random.default_rng(seed)
+    found = rng.normal(size=(PROBES, *trial.interface.input_shape)).astype(np.float32)
+    if trial.images is None or not len(trial.images):
+        return found
+    sample = trial.images.sample(PROBES, seed)
+    pixels = np.concatenate([batch.pixels for batch in sample.batches(PROBES)])
+    for i, trigger in enumerate(trial.triggers):
+        marked = slice(2 * i + 1, None, 2 * len(trial.triggers))
+        pixels[marked] = trigger.apply(pixels[marked])
+    found[: len(pixels)] = sample.preprocessing.normalise(pixels)
+    return found
 
 
 def _sessions(trial: Trial, device: DeviceProfile) -> dict[Arm, Session]:

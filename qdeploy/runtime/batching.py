@@ -1,0 +1,102 @@
+"""Whether a file's answer to an image depends on the images that share its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float32
+
+from qdeploy.runtime.measure import argmax
+from qdeploy.runtime.sessions import Session
+
+PROBES = 256
+BATCH = 32
+MOST, FEWEST = 64, 4  # of a batch
+BATCH_VALUES = 1 << 24
+NOISE = 0.01  # of the range of all logits: kernels of other batch sizes add in another order
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    images: np.ndarray
+    rows: np.ndarray  # where the probes are in it
+    probes: np.ndarray  # which ones they are
+
+
+def same_in_any_batch(
+    session: Session, probes: Float32[np.ndarray, "probes channels height width"], seed: int
+) -> Bool[np.ndarray, " probes"]:
+    """Which probes are answered alike in whatever batch they come.
+
+    In batches of `BATCH` they are compared with the same probes alone, in another order in batches
+    of drawn sizes, and among strangers: black, white, noise, and copies of one image. An answer is
+    another one if the class is and a logit moved by more than noise.
+
+    Args:
+        probes: As the file takes them.
+        seed: Of orders, sizes and strangers; whoever made the file must not know it.
+    """
+    rng = np.random.default_rng(seed)
+    most = int(np.clip(BATCH_VALUES // np.prod(probes.shape[1:]), FEWEST, MOST))
+    wanted = _logits(session, _in_order(probes, min(BATCH, most)))
+    threshold = NOISE * np.ptp(wanted[np.isfinite(wanted)]) if np.isfinite(wanted).any() else 0.0
+    alike = np.ones(len(probes), bool)
+    for batches in (
+        _in_order(probes, 1),
+        _drawn(probes, most, rng),
+        _among_strangers(probes, most, rng),
+    ):
+        found = _logits(session, batches)
+        with np.errstate(invalid="ignore"):
+            still = (np.abs(found - wanted) <= threshold).all(axis=1)
+        alike &= still | (argmax(found) == argmax(wanted))
+    return alike
+
+
+def _logits(session: Session, batches: Iterator[_Batch]) -> np.ndarray:
+    """By probe, whatever the order of the batches."""
+    rows, which = [], []
+    for batch in batches:
+        rows.append(session.logits(batch.images)[batch.rows])
+        which.append(batch.probes)
+    return np.concatenate(rows)[np.argsort(np.concatenate(which))]
+
+
+def _in_order(probes: np.ndarray, size: int) -> Iterator[_Batch]:
+    for first in range(0, len(probes), size):
+        part = np.arange(first, min(first + size, len(probes)))
+        yield _Batch(probes[part], np.arange(len(part)), part)
+
+
+def _drawn(probes: np.ndarray, most: int, rng: np.random.Generator) -> Iterator[_Batch]:
+    """In another order, in batches of 2 to `most`, of odd sizes and of even ones."""
+    left = rng.permutation(len(probes))
+    while len(left):
+        size = int(rng.integers(2, most + 1))
+        yield _Batch(probes[left[:size]], np.arange(len(left[:size])), left[:size])
+        left = left[size:]
+
+
+def _among_strangers(probes: np.ndarray, most: int, rng: np.random.Generator) -> Iterator[_Batch]:
+    """A quarter of each batch, at drawn places."""
+    size = max(most // 2, 2)
+    order = rng.permutation(len(probes))
+    for part in np.array_split(order, -(-len(order) // max(size // 4, 1))):
+        images = _strangers(probes, size, rng)
+        rows = rng.choice(size, len(part), replace=False)
+        images[rows] = probes[part]
+        yield _Batch(images, rows, part)
+
+
+def _strangers(probes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """All black, all white, all one image, all noise, or some of each."""
+    low, high = probes.min(), probes.max()
+    found = rng.uniform(low, high, (count, *probes.shape[1:])).astype(np.float32)
+    black, white, copy, noise, some_of_each = range(5)
+    drawn = rng.integers(5)
+    kind = rng.integers(noise + 1, size=count) if drawn == some_of_each else np.full(count, drawn)
+    found[kind == black], found[kind == white] = low, high
+    found[kind == copy] = probes[rng.integers(len(probes))]
+    return found
