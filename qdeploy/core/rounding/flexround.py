@@ -4,9 +4,14 @@ Lee et al., "FlexRound: Learnable Rounding based on Element-wise Division for Po
 Quantization", ICML 2023: `W_hat = s1 round(W / (s1 S2 s3 s4))`, with a factor of each weight, each
 output channel and each input channel. The grid size `s1`, which the authors learn too, is kept
 here, so that every method is compared on the same grid. Codes may move by more than one.
+
+The learning rate falls to 0: held constant, weights jump between codes until the last step, and
+which of them that one leaves is chance.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -45,7 +50,7 @@ def flexround(
     def loss(_step: int, chosen: Chosen) -> Tensor:
         return output_loss(unit.forward(rounded() * scale, inputs[chosen]), wanted[chosen])
 
-    train(logs, loss, schedule, len(inputs), generator, progress)
+    train(logs, loss, replace(schedule, anneal=True), len(inputs), generator, progress)
     return problem.at(rounded().detach().numpy().astype(np.float64))
 
 

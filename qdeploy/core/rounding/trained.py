@@ -33,6 +33,7 @@ class Schedule:
     steps: int
     batch: int
     learning_rate: float
+    anneal: bool = False  # the learning rate falls to 0 along half a cosine; constant otherwise
 
 
 def train(
@@ -49,6 +50,7 @@ def train(
         DivergedError: the loss is no longer a finite number.
     """
     optimizer = torch.optim.Adam(list(parameters), lr=schedule.learning_rate)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(schedule.steps, 1))
     for step in progress.track(range(schedule.steps), "train", total=schedule.steps):
         chosen = torch.randint(images, (schedule.batch,), generator=generator)
         value = loss(step, chosen)
@@ -57,6 +59,8 @@ def train(
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
+        if schedule.anneal:
+            falling.step()
 
 
 class SoftChoices:
