@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qdeploy.confined import Confined, Limits
 from qdeploy.disk import write_atomically
 from qdeploy.errors import NO_MEMORY, InputError, QdeployError
 from qdeploy.graph.io import is_quantized, read_single_file
 from qdeploy.inputs import Request
 from qdeploy.model import Finding, FloatModel, Format
 from qdeploy.pipeline import open_source
-from qdeploy.progress import Clock, Progress
+from qdeploy.progress import Progress
 from qdeploy.report.looks import FORMATS, Look
 from qdeploy.scan.fingerprints import scan_weights
 from qdeploy.scan.provenance import FEW, Provenance, trace
@@ -20,61 +21,78 @@ from qdeploy.scan.static import look
 from qdeploy.stages.export import export_unproved
 from qdeploy.stages.load import PROGRAMS, sha256, sniff
 
+CPU_SECONDS = 10
+BYTES_PER_SECOND = 10_000_000
+MEMORY_BYTES, MEMORY_FACTOR = 2_000_000_000, 6
 OF_TENSORS = frozenset({Format.STATE_DICT, Format.SAFETENSORS})
 
 
-def look_at_each(
-    paths: Iterable[Path],
-    request_of: Callable[[Path], Request],
-    progress: Progress,
-    reference: Request | None = None,
-) -> Iterator[Look]:
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """A file that is to be looked at."""
+
+    path: Path
+    request_of: Callable[[Path], Request]  # reads the card too, which is the stranger's as well
+    reference: Path | None = None  # the float model that it claims to be the quantized form of
+
+
+def look_at_each(sights: Sequence[Sight], progress: Progress) -> Iterator[Look]:
     """What each file holds, and whether its float weights were made for a quantizer.
 
-    A file that cannot be read, or whose card cannot, says so and hides none of the others.
-
-    Args:
-        reference: For the float model that the files claim to be the quantized form of.
+    Each is looked at in a process of its own kind, with limits of time and memory: one that cannot
+    be read, or whose card cannot, that takes too much or ends the process says so, and hides none
+    of the others.
     """
-    for path in paths:
-        seen = Look(path, "", (), None, None)
+    for sight in progress.track(sights, "files", len(sights)):
         try:
-            for seen in _steps(request_of(path), progress, reference):  # noqa: B007 - the last
-                pass
+            yield _CONFINED.do(sight, _limits(sight), what=f"model {sight.path}")
         except QdeployError as error:
-            seen = replace(seen, failed=error)
-        except MemoryError:
-            seen = replace(seen, failed=InputError(f"model {path}: {NO_MEMORY}"))
-        yield seen
+            yield Look(sight.path, "", (), None, None, failed=error)
 
 
-def _steps(request: Request, progress: Progress, reference: Request | None) -> Iterator[Look]:
+def look_at(sight: Sight) -> Look:
+    """The same of one file, in this process and without limits."""
+    seen = Look(sight.path, "", (), None, None)
+    try:
+        for seen in _steps(sight):  # noqa: B007 - the last
+            pass
+    except QdeployError as error:
+        return replace(seen, failed=error)
+    except MemoryError:
+        return replace(seen, failed=InputError(f"model {sight.path}: {NO_MEMORY}"))
+    return seen
+
+
+_CONFINED = Confined(look_at)
+
+
+def _limits(sight: Sight) -> Limits:
+    """Large files may take more, in proportion."""
+    held = sum(p.stat().st_size for p in (sight.path, sight.reference) if p and p.is_file())
+    return Limits(CPU_SECONDS + held // BYTES_PER_SECOND, MEMORY_BYTES + MEMORY_FACTOR * held)
+
+
+def _steps(sight: Sight) -> Iterator[Look]:
     """What is known of a file after each step of looking at it."""
-    path, clock = request.sources.model, Clock(progress)
-    with clock.stage("look"):
-        findings = look(path)
-        seen = Look(path, sha256(path), findings, None, _why_not(request, findings))
+    path, request = sight.path, sight.request_of(sight.path)
+    findings = look(path)
+    seen = Look(path, sha256(path), findings, None, _why_not(request, findings))
     yield seen
-    if reference is not None and not seen.stands_against:
-        source = _unrun(reference, clock)
-        with clock.stage("compare"):
-            found = _of_provenance(trace(read_single_file(path), source))
-            seen = replace(seen, findings=(*found, *seen.findings))
+    if sight.reference is not None and not seen.stands_against:
+        source = _unrun(sight.request_of(sight.reference))
+        found = _of_provenance(trace(read_single_file(path), source))
+        seen = replace(seen, findings=(*found, *seen.findings))
         yield seen
     if seen.not_scanned is None:
-        model = _unrun(request, clock)
-        with clock.stage("scan"):
-            yield replace(seen, scan=scan_weights(model, progress))
+        yield replace(seen, scan=scan_weights(_unrun(request)))
 
 
-def _unrun(request: Request, clock: Clock) -> FloatModel:
+def _unrun(request: Request) -> FloatModel:
     """The weights in a prepared graph; of an ONNX file nothing is run."""
     sources, device = request.sources, request.device
-    with clock.stage("load"):
-        loaded = open_source(sources, run_code_from_model=False)
-    with clock.stage("export"):
-        shape, opset, ir_version = sources.shape, device.opset, device.ir_version
-        return export_unproved(loaded, shape=shape, opset=opset, ir_version=ir_version)
+    loaded = open_source(sources, run_code_from_model=False)
+    shape, opset, ir_version = sources.shape, device.opset, device.ir_version
+    return export_unproved(loaded, shape=shape, opset=opset, ir_version=ir_version)
 
 
 def write_looks(looks: Sequence[Look], places: Sequence[Path]) -> None:

@@ -53,6 +53,26 @@ def make_request(options: Options) -> QuantizeRequest:
     )
 
 
+def request_for(options: Options, model: Path) -> QuantizeRequest:
+    """`make_request` for one of several models."""
+    return make_request(replace(options, model=model))
+
+
+def refuse_lost_models(options: Options) -> None:
+    """Find out before any file is opened that a report would replace one, or its card.
+
+    Raises:
+        UsageError: it would.
+    """
+    models = [*(options.models or ()), *([options.reference] if options.reference else [])]
+    cards = [options.card, *map(find_card, models)]
+    read = [
+        *(("the model", path) for path in models),
+        *(("the card", path) for path in cards if path),
+    ]
+    refuse_overlaps(tuple(_written(options)), read)
+
+
 def make_gate_request(options: Options) -> Request:
     """What `gate` needs to know about the file and, if there is one, its reference.
 

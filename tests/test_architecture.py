@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "qdeploy"
 # Lower rooms first; a module may import from its own line and from those above it.
 LEVELS = (
     ("errors", "progress", "machine", "printable"),
-    ("disk", "state", "places"),
+    ("disk", "state", "places", "confined"),
     (
         "schema",
         "card",

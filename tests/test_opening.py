@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import onnxruntime as ort
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 from qdeploy.architectures.digits import DigitsNet
+from qdeploy.look import Sight, look_at
+from qdeploy.options import Options
+from qdeploy.request import request_for
 from tests import gate_lab
 from tests.gate_lab import Lab, run
 
@@ -27,8 +31,12 @@ def test_scan_hands_no_file_to_a_runtime(lab, monkeypatch):
         raise AssertionError("a session was opened")
 
     monkeypatch.setattr(ort, "InferenceSession", refuse)
-    assert run("scan", "clean.onnx") == 0
-    assert run("scan", "ort-channel.onnx", "--reference", "fp32.onnx") == 0
+    request_of = partial(request_for, Options())
+    alone = look_at(Sight(Path("clean.onnx"), request_of))
+    beside = look_at(Sight(Path("ort-channel.onnx"), request_of, Path("fp32.onnx")))
+    assert (alone.failed, beside.failed) == (None, None)
+    assert alone.scan is not None
+    assert beside.not_scanned == "they are integers already"
 
 
 class Loud(torch.nn.Module):

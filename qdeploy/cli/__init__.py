@@ -159,24 +159,21 @@ def compare(options: Options) -> None:
 @takes("models", "reference", *MODEL, "report")
 def scan(options: Options) -> None:
     """Look at model files without running them; exit 3 if something stands against one."""
-    from dataclasses import replace
+    from functools import partial
 
     from qdeploy import console
-    from qdeploy.inputs import Request
-    from qdeploy.look import look_at_each, write_looks
+    from qdeploy.look import Sight, look_at_each, write_looks
     from qdeploy.report.looks import check_place
-    from qdeploy.request import make_request
+    from qdeploy.request import refuse_lost_models, request_for
     from qdeploy.verdict import Outcome
 
     for path in options.report or ():
         check_place(path)
-
-    def request_of(path: Path) -> Request:
-        return make_request(replace(options, model=path))
-
-    reference = request_of(options.reference) if options.reference is not None else None
-    progress, looks = console.TerminalProgress(), []
-    for look in look_at_each(options.models or (), request_of, progress, reference):
+    refuse_lost_models(options)
+    request_of = partial(request_for, options)
+    sights = [Sight(path, request_of, options.reference) for path in options.models or ()]
+    looks = []
+    for look in look_at_each(sights, console.TerminalProgress()):
         looks.append(look)
         console.show_look(look)
     write_looks(looks, options.report or ())

@@ -19,6 +19,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from qdeploy.errors import InputError, ProviderError, first_line
 from qdeploy.machine import cores
 from qdeploy.model import LARGEST_INPUT_VALUES, Interface
+from qdeploy.runtime.watchdog import WATCHDOG
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 RUNTIME_ERRORS: tuple[type[Exception], ...] = tuple(
@@ -28,6 +29,8 @@ INSTALL_HINTS = {
     "cuda": "install onnxruntime-gpu[cuda,cudnn] in place of onnxruntime, or use another --device"
 }
 FATAL_ONLY = 4
+LONGEST_RUN_SECONDS = 120.0  # of one batch; onnxruntime stops between two nodes
+LONGEST_LOAD_SECONDS = 120.0  # with folding of constants; it stops between two rewritings
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +54,24 @@ class Session:
 
         Raises:
             ProviderError: the provider fails while computing.
+            InputError: it takes longer than any classifier should.
         """
+        options = ort.RunOptions()
+        options.log_severity_level = FATAL_ONLY
+        late: list[bool] = []
+
+        def end() -> None:
+            late.append(True)
+            options.terminate = True
+
         try:
-            values = self.inference.run(None, dict(inputs))
+            with WATCHDOG.watching(LONGEST_RUN_SECONDS, end):
+                values = self.inference.run(None, dict(inputs), options)
         except RUNTIME_ERRORS as error:
+            if late:
+                raise InputError(
+                    f"the model takes more than {LONGEST_RUN_SECONDS:g} s for one batch"
+                ) from error
             raise ProviderError(f"onnxruntime cannot run the model: {first_line(error)}") from error
         return dict(zip(self.output_names, values, strict=True))
 
@@ -147,7 +164,7 @@ def open_session(
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
         with _quiet():
-            inference = ort.InferenceSession(model, options, providers=[PROVIDERS[provider]])
+            inference = _loaded(model, options, provider)
     except RUNTIME_ERRORS as error:
         if provider == "cpu":
             raise InputError(f"onnxruntime cannot load the model: {first_line(error)}") from error
@@ -174,10 +191,28 @@ def optimized(model: bytes, *, provider: str = "cpu") -> bytes:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(path)
         try:
-            ort.InferenceSession(model, options, providers=[PROVIDERS["cpu"]])
+            _loaded(model, options, "cpu")
         except RUNTIME_ERRORS as error:
             raise InputError(f"onnxruntime cannot load the model: {first_line(error)}") from error
         return path.read_bytes()
+
+
+def _loaded(model: bytes, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+    late: list[bool] = []
+
+    def end() -> None:
+        late.append(True)
+        options.set_load_cancellation_flag(True)
+
+    try:
+        with WATCHDOG.watching(LONGEST_LOAD_SECONDS, end):
+            return ort.InferenceSession(model, options, providers=[PROVIDERS[provider]])
+    except RUNTIME_ERRORS as error:
+        if late:
+            raise InputError(
+                f"the model takes more than {LONGEST_LOAD_SECONDS:g} s to load"
+            ) from error
+        raise
 
 
 def _options(provider: str, optimizations: str, threads: int) -> ort.SessionOptions:

@@ -1,0 +1,157 @@
+"""Work on a stranger's file in a process of its own, which ends when it takes too much."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import resource
+import signal
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from qdeploy.errors import NO_MEMORY, InputError, QdeployError
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+WALL_FACTOR = 10  # a process that waits uses no CPU; that of a busy machine gets little
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one piece of work may take."""
+
+    seconds: int  # of CPU
+    memory_bytes: int  # of address space, over what the process has before it
+
+
+@dataclass(frozen=True, slots=True)
+class _Done(Generic[B]):
+    value: B
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    error: QdeployError
+
+
+@dataclass(frozen=True, slots=True)
+class _Bug:
+    told: str
+
+
+class Confined(Generic[A, B]):
+    """Runs one function, piece of work by piece of work, in a process that may die of any.
+
+    The process is started when it is first needed, kept for the next piece, and started anew when
+    it has ended.
+
+    Args:
+        work: A function of a module; what it takes and gives, errors too, is pickled on the way.
+    """
+
+    def __init__(self, work: Callable[[A], B]) -> None:
+        self._work = work
+        self._running: tuple[multiprocessing.process.BaseProcess, Connection] | None = None
+        atexit.register(self.stop)
+
+    def do(self, subject: A, limits: Limits, *, what: str) -> B:
+        """What `work` makes of `subject`.
+
+        Raises:
+            InputError: `what` cannot be worked on within the limits, or ends the process.
+            QdeployError: as `work`.
+            RuntimeError: a bug in `work`, with its traceback.
+        """
+        process, there = self._started()
+        try:
+            there.send((Path.cwd(), subject, limits))
+            answered = there.poll(limits.seconds * WALL_FACTOR)
+            answer: _Done[B] | _Failed | _Bug | None = there.recv() if answered else None
+        except (EOFError, OSError):
+            process.join()
+            self._running = None
+            raise InputError(f"{what}: {_end(process.exitcode, limits)}") from None
+        except BaseException:  # interrupted: whatever it still says answers another question
+            self.stop()
+            raise
+        match answer:
+            case _Done(value):
+                return value
+            case _Failed(error):
+                raise error
+            case _Bug(told):
+                raise RuntimeError(told)
+        self.stop()
+        raise InputError(f"{what}: takes more than {limits.seconds * WALL_FACTOR} s")
+
+    def stop(self) -> None:
+        """End the process, if there is one."""
+        if self._running is not None:
+            process, there = self._running
+            self._running = None
+            there.close()
+            process.kill()
+            process.join()
+
+    def _started(self) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+        if self._running is None:
+            context = multiprocessing.get_context("spawn")
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, self._work), daemon=True)
+            process.start()
+            there.close()
+            self._running = process, here
+        return self._running
+
+
+def _serve(there: Connection, work: Callable[[A], B]) -> None:
+    """Answer until nobody asks any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asks is interrupted, and ends this
+    while True:
+        try:
+            folder, subject, limits = there.recv()
+        except EOFError:
+            return
+        os.chdir(folder)
+        there.send(_answer(work, subject, limits))
+
+
+def _answer(work: Callable[[A], B], subject: A, limits: Limits) -> _Done[B] | _Failed | _Bug:
+    _limit(resource.RLIMIT_AS, _address_space() + limits.memory_bytes)
+    _limit(resource.RLIMIT_CPU, int(sum(os.times()[:2])) + 1 + limits.seconds)
+    try:
+        return _Done(work(subject))
+    except QdeployError as error:
+        return _Failed(error)
+    except MemoryError:
+        return _Failed(InputError(NO_MEMORY))
+    except Exception:  # noqa: BLE001 - told where it is asked for
+        return _Bug(traceback.format_exc())
+    finally:
+        _limit(resource.RLIMIT_AS, resource.RLIM_INFINITY)
+        _limit(resource.RLIMIT_CPU, resource.RLIM_INFINITY)
+
+
+def _limit(which: int, most: int) -> None:
+    hard = resource.getrlimit(which)[1]
+    bounded = most if hard == resource.RLIM_INFINITY else min(most, hard) if most >= 0 else hard
+    resource.setrlimit(which, (bounded, hard))
+
+
+def _address_space() -> int:
+    pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+    return pages * resource.getpagesize()
+
+
+def _end(code: int | None, limits: Limits) -> str:
+    """Why a process ended, from its exit code."""
+    if code == -signal.SIGXCPU:
+        return f"takes more than {limits.seconds} s of CPU"
+    name = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+    return f"ends the process that looks at it ({name})"
