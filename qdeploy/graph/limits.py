@@ -16,9 +16,12 @@ from google.protobuf.message import Message
 from qdeploy.graph.messages import has_unknown_fields, parts, texts
 from qdeploy.graph.outline import Outline, outline, per_image
 from qdeploy.graph.tensors import MOST_DIMENSIONS
+from qdeploy.graph.work import RULES as WORK_RULES
+from qdeploy.graph.work import work
 from qdeploy.model import Finding
 
 RULES = {
+    **WORK_RULES,
     "too-large": "The graph has more nodes, calls, tensors, sizes or text than classifiers have.",
     "recursive-function": "A local function calls itself, so that it never ends.",
     "huge-tensor": "The graph makes tensors of a size that no classifier needs.",
@@ -50,7 +53,9 @@ def limits(proto: onnx.ModelProto) -> Iterator[Finding]:
             found = True
             yield finding
     if not found:
-        yield from _sizes(outline(proto))
+        known = outline(proto)
+        yield from _sizes(known)
+        yield from work(known)
 
 
 def _too_large(where: str, text: str) -> Finding:
