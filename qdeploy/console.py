@@ -302,6 +302,7 @@ def show_plan(model: FloatModel, plan: QuantPlan, recipe: Recipe, device: Device
         f"  recipe {printable(recipe.name)}, device {printable(device.name)} ({runs}),"
         f" seed {recipe.seed}"
     )
+    _show_misfit(device)
     console.print(
         f"  accepted if CDA drops by at most {gate.max_accuracy_drop:g} points, agreement is at "
         f"least {gate.min_agreement:g} %,\n  ASR at most {gate.max_attack_success:g} % and at most "
@@ -314,7 +315,15 @@ def show_plan(model: FloatModel, plan: QuantPlan, recipe: Recipe, device: Device
     console.print(f"  model {printable(model.origin.path)}, {model.classes} classes")
 
 
-def show_quantized(quantized: QuantizedModel, path: Path) -> None:
+def _show_misfit(device: DeviceProfile) -> None:
+    from qdeploy.device import misfit
+
+    unfit = misfit(device)
+    if unfit is not None:
+        out().print(Text(f"  {printable(unfit)}", style="yellow"))
+
+
+def show_quantized(quantized: QuantizedModel, path: Path, device: DeviceProfile) -> None:
     weights = sum(layer.codes.size for layer in quantized.layers)
     console = out()
     console.print(
@@ -326,6 +335,7 @@ def show_quantized(quantized: QuantizedModel, path: Path) -> None:
             console.print(
                 Text(f"  {printable(layer.name)}: {printable(layer.degraded)}", style="yellow")
             )
+    _show_misfit(device)
     for left in quantized.left_float:
         console.print(
             Text(f"  {printable(left.name)} stays float: {printable(left.reason)}", style="yellow")

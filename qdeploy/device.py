@@ -6,7 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from qdeploy.machine import exact_8bit_products, processor_flags
 from qdeploy.schema import Spec, find_bundled, load_toml
+
+AUTO = "auto"
+LARGEST_CODE_WITHOUT_SATURATION = 64  # 2 * 255 * 64 is less than 2^15
 
 
 class RuntimeSpec(Spec):
@@ -58,10 +62,30 @@ class DeviceProfile(Spec):
 
 
 def load_device(name_or_path: str) -> DeviceProfile:
-    """The device profile of that name, or in that file.
+    """The device profile of that name, or in that file; `AUTO` is the one for this machine.
 
     Raises:
         UsageError: there is no such profile.
         InputError: the file does not fit the format.
     """
+    if name_or_path == AUTO:
+        name_or_path = own_device()
     return load_toml(find_bundled("devices", name_or_path), DeviceProfile, what="device profile")
+
+
+def own_device() -> str:
+    """The name of the bundled profile for this processor."""
+    return "x86-vnni" if exact_8bit_products(processor_flags()) else "x86-avx2"
+
+
+def misfit(device: DeviceProfile) -> str | None:
+    """Why what this processor measures is not what the device computes, if so."""
+    on_cpu = any(runtime.provider == "cpu" for runtime in device.runtimes)
+    large = device.weights.max_code > LARGEST_CODE_WITHOUT_SATURATION
+    if not (on_cpu and large) or exact_8bit_products(processor_flags()):
+        return None
+    return (
+        f"device {device.name}: this processor adds pairs of 8-bit products in 16 bits, where codes"
+        f" beyond {LARGEST_CODE_WITHOUT_SATURATION} can saturate; measure on one with VNNI, or make"
+        f" the file for this one: --device {own_device()}"
+    )

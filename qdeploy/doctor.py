@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Iterator
 
+from qdeploy.device import own_device
 from qdeploy.errors import ProviderError
 from qdeploy.graph.io import identity
 from qdeploy.machine import (
@@ -14,7 +15,6 @@ from qdeploy.machine import (
     VNNI,
     X86,
     cores,
-    exact_8bit_products,
     installed_versions,
     processor_flags,
 )
@@ -29,7 +29,7 @@ def describe() -> Iterator[tuple[str, str]]:
         f"{platform.machine()}, {cores()} cores, {_memory()}, Python {platform.python_version()}",
     )
     yield "int8", _int8(flags)
-    yield "device", f"--device {suggested_device(flags)}"
+    yield "device", f"--device {own_device()}, which is the default"
     have = installed_versions()
     for package in PACKAGES:
         yield package, have.get(package, "not installed")
@@ -39,11 +39,6 @@ def describe() -> Iterator[tuple[str, str]]:
         found = installed_versions(names).items()
         said = ", ".join(f"{name} {version}" for name, version in found)
         yield f"extra {extra}", said or f"not installed: pip install 'qdeploy[{extra}]'"
-
-
-def suggested_device(flags: frozenset[str]) -> str:
-    """The bundled profile for this processor."""
-    return "x86-vnni" if exact_8bit_products(flags) else "x86-avx2"
 
 
 def _int8(flags: frozenset[str]) -> str:

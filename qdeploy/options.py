@@ -111,7 +111,12 @@ class Options:
         str | None, _option("--recipe", "Name (see qdeploy recipes) or TOML file.", "Quantization")
     ] = None
     device: Annotated[
-        str | None, _option("--device", "Name (see qdeploy devices) or TOML file.", "Quantization")
+        str | None,
+        _option(
+            "--device",
+            "Name (see qdeploy devices) or TOML file; by default the recipe's, or this machine's.",
+            "Quantization",
+        ),
     ] = None
     rounding: Annotated[
         RoundingKind | None,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_serializer, model_validator
 
-from qdeploy.device import BudgetSpec
+from qdeploy.device import AUTO, BudgetSpec
 from qdeploy.schema import Spec, find_bundled, load_toml
 from qdeploy.waivers import Waiver, WaiverKind, patterns, split
 
@@ -123,7 +123,7 @@ class Policy(Spec):
     schema_version: Literal[1]
     name: str
     description: str
-    device: str = "x86-vnni"
+    device: str = AUTO
     seed: int = Field(0, ge=0, description="Of the sample of test images.")
     validation: ValidationSpec = ValidationSpec()
     gate: GateSpec = GateSpec()

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from qdeploy.device import AUTO
 from qdeploy.methods import AnyRounding, EfrapDescent
 from qdeploy.policy import GateSpec, Policy, ValidationSpec
 from qdeploy.schema import Spec, find_bundled, load_toml
@@ -49,7 +50,7 @@ class Recipe(Spec):
     description: str
     bits: Literal[4, 8]
     seed: int = Field(0, ge=0)
-    device: str = "x86-vnni"
+    device: str = AUTO
     rounding: AnyRounding = EfrapDescent()
     weights: WeightGridSpec = WeightGridSpec()
     activations: ActivationSpec = ActivationSpec()

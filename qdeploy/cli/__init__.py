@@ -91,7 +91,7 @@ def quantize(options: Options) -> None:
 
     request = make_request(with_private_seed(options))
     quantized = pipeline.quantize(request, options.out, console.TerminalProgress())
-    console.show_quantized(quantized, options.out)
+    console.show_quantized(quantized, options.out, request.device)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from qdeploy.checks import (
     check_static,
     explanation,
 )
+from qdeploy.device import misfit
 from qdeploy.inputs import Calibration, Evidence, Request
 from qdeploy.machine import installed_versions
 from qdeploy.model import Cleaning, Finding, LayerPlan, Origin, named_classes
@@ -246,7 +247,8 @@ def _notes(request: Request, evidence: Evidence) -> tuple[str, ...]:
     roles = dict.fromkeys(data.role for data in evidence.used if data.given_by == CARD)
     things = " and ".join({"test": "test data"}.get(role, role) for role in roles)
     card = request.sources.card
-    notes: list[str] = []
+    unfit = misfit(request.device)
+    notes = [unfit] if unfit is not None else []
     if things:
         notes.append(f"{things}: as named by the model's own card, {request.sources.card_path}")
     if card is not None and card.poisoned is not None:

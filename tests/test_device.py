@@ -1,0 +1,68 @@
+"""The profile is that of the machine, and one that does not fit it is said."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qdeploy import device as devices
+from qdeploy.device import AUTO, load_device, misfit, own_device
+from qdeploy.policy import Policy
+from qdeploy.recipe import load_recipe
+from tests import gate_lab
+from tests.gate_lab import run
+
+VNNI = frozenset({"avx2", "avx512f", "avx512_vnni"})
+AVX2 = frozenset({"avx2", "fma"})
+
+
+@pytest.fixture
+def on_avx2(monkeypatch):
+    monkeypatch.setattr(devices, "processor_flags", lambda: AVX2)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+
+
+@pytest.mark.parametrize(
+    ("flags", "machine", "name"),
+    [(VNNI, "x86_64", "x86-vnni"), (AVX2 | {"avx_vnni"}, "AMD64", "x86-vnni"),
+     (AVX2, "x86_64", "x86-avx2"), (frozenset(), "aarch64", "x86-vnni")],
+)  # fmt: skip
+def test_the_default_profile_is_that_of_the_machine(monkeypatch, flags, machine, name):
+    monkeypatch.setattr(devices, "processor_flags", lambda: flags)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert own_device() == name
+    assert load_device(AUTO) == load_device(name)
+    assert load_recipe("int8").device == AUTO
+    assert Policy.model_fields["device"].default == AUTO
+    assert misfit(load_device(AUTO)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"), [("x86-vnni", False), ("compact", False), ("cuda", False), ("x86-avx2", True)]
+)
+def test_a_profile_that_saturates_here_does_not_fit(on_avx2, name, fits):
+    found = misfit(load_device(name))
+    assert (found is None) is fits
+    assert found is None or f"device {name}: " in found
+    assert found is None or "--device x86-avx2" in found
+
+
+def test_what_does_not_fit_is_said_wherever_it_is_used(on_avx2, lab_files, tmp_path, capsys):
+    with gate_lab.copied(lab_files, tmp_path / "lab") as lab:
+        told = "device x86-vnni: this processor adds pairs of 8-bit products in 16 bits"
+        foreign = ("--device", "x86-vnni")
+        out = ("--out", "out.onnx")
+        assert run("sanitize", "model.pt", *out, "--dry-run", *foreign) == 0
+        assert told in " ".join(capsys.readouterr().out.split())
+        assert run("quantize", "model.pt", *out, "--rounding", "nearest", *foreign) == 0
+        assert told in " ".join(capsys.readouterr().out.split())
+        gate = ("gate", "good.onnx", "--reference", "fp32.onnx", "--policy", "demo")
+        assert run(*gate, *foreign, "--report", "r.json") == 0
+        assert told in " ".join(capsys.readouterr().out.split())
+        report = json.loads((lab / "r.json").read_text("utf-8"))
+        assert any(told in note for note in report["notes"])
+        assert run(*gate, "--report", "own.json") == 0
+        own = json.loads((lab / "own.json").read_text("utf-8"))
+        assert own["device"]["name"] == "x86-avx2"
+        assert not any("this processor" in note for note in own["notes"])
