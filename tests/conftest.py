@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,13 @@ from tests.nets import float_model, residual_net
 if "PYTEST_XDIST_WORKER" in os.environ:  # several at once: one thread each, also in what they start
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+hypothesis.settings.register_profile(
+    "any machine, busy or not",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("any machine, busy or not")
 
 SHARED = Path(__file__).parents[2] / "shared"
 
