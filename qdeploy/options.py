@@ -113,9 +113,7 @@ class Options:
     device: Annotated[
         str | None,
         _option(
-            "--device",
-            "Name (see qdeploy devices) or TOML file; by default the recipe's, or this machine's.",
-            "Quantization",
+            "--device", "Name or TOML file; by default this machine's profile.", "Quantization"
         ),
     ] = None
     rounding: Annotated[
