@@ -18,7 +18,14 @@ from qdeploy.graph.clips import (
     nonnegative,
     unclipped,
 )
-from qdeploy.graph.likeness import alike, attribute_differences, constants_difference, flattens
+from qdeploy.graph.likeness import (
+    alike,
+    attribute_differences,
+    by_a_matrix,
+    constants_difference,
+    flattens,
+    matrix,
+)
 from qdeploy.graph.prepare import interface
 from qdeploy.graph.sites import find_sites
 from qdeploy.model import Finding, WeightSite
@@ -170,12 +177,16 @@ class _Walk:
     def pair(self, site: WeightSite, source: ir.Node, file: ir.Node) -> None:
         """Keep what two nodes multiply by and add."""
         name = source.name or ""
-        weights = [constant(node.inputs[1]) for node in (source, file)]
+        matrices = by_a_matrix(source) and by_a_matrix(file)
+        weights = [
+            matrix(node) if matrices else constant(node.inputs[1]) for node in (source, file)
+        ]
         biases = [node.inputs[2] if len(node.inputs) > 2 else None for node in (source, file)]
         if biases[1] is not None and constant(biases[1]) is None:
             self.differ(name, f"the bias of {name!r} is computed in the file, not constant")
             return
-        if weights[0] is None or weights[1] is None or weights[0].shape != weights[1].shape:
+        before, now = weights
+        if before is None or now is None or before.shape != now.shape:
             shapes = [None if w is None else w.shape for w in weights]
             self.differ(name, f"the weight of {name!r} is {shapes[1]} in the file, not {shapes[0]}")
             return
@@ -183,7 +194,9 @@ class _Walk:
         if want is not None and have is not None and want.shape != have.shape:
             self.differ(name, f"the bias of {name!r} is {have.shape} in the file, not {want.shape}")
             return
-        self.layers.append(LayerPair(site, name, weights[1], have, weights[0], want))
+        if matrices and site.axis == 1:  # as the source has it
+            before, now = np.ascontiguousarray(before.T), np.ascontiguousarray(now.T)
+        self.layers.append(LayerPair(site, name, now, have, before, want))
 
     def compare_constants(self, want: np.ndarray, have: np.ndarray, reader: str) -> None:
         what = constants_difference(want, have, self.step_of)

@@ -21,12 +21,32 @@ def alike(source: ir.Node, file: ir.Node) -> bool:
     """The same operator, on constants where the other has constants."""
     if flattens(source) and flattens(file):
         return True
-    counted = 2 if source.op_type in WITH_BIAS else None
+    counted = 2 if source.op_type in WITH_BIAS or by_a_matrix(source) else None
     kinds = [
         [None if v is None else v.is_initializer() for v in node.inputs[:counted]]
         for node in (source, file)
     ]
-    return (source.domain, source.op_type) == (file.domain, file.op_type) and kinds[0] == kinds[1]
+    same = (source.domain, source.op_type) == (file.domain, file.op_type)
+    return (same or (by_a_matrix(source) and by_a_matrix(file))) and kinds[0] == kinds[1]
+
+
+def by_a_matrix(node: ir.Node) -> bool:
+    """A product of rows by a constant matrix, whichever of its operators does it."""
+    if node.op_type not in {"Gemm", "MatMul"}:
+        return False
+    weight = constant(node.inputs[1])
+    if weight is None or weight.ndim != 2:
+        return False
+    rows = node.inputs[0].shape if node.inputs[0] is not None else None
+    return node.op_type == "Gemm" or (rows is not None and len(rows) == 2)
+
+
+def matrix(node: ir.Node) -> np.ndarray | None:
+    """The constant of a product `by_a_matrix`, with a row per output."""
+    held = constant(node.inputs[1])
+    if held is None or node.attributes.get_int("transB", 0) == 1:
+        return held
+    return held.T
 
 
 def flattens(node: ir.Node) -> bool:
@@ -48,7 +68,8 @@ def attribute_differences(source: ir.Node, file: ir.Node) -> list[tuple[str, Any
     if flattens(source):
         return []
     want, have = _attributes(source), _attributes(file)
-    keys = sorted(want.keys() | have.keys())
+    layout = {"transB"} if by_a_matrix(source) and by_a_matrix(file) else set()
+    keys = sorted((want.keys() | have.keys()) - layout)
     return [
         (key, want.get(key, "its default"), have.get(key, "its default"))
         for key in keys
