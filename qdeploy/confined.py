@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -57,7 +58,7 @@ class Confined(Generic[A, B]):
 
     def __init__(self, work: Callable[[A], B]) -> None:
         self._work = work
-        self._running: tuple[multiprocessing.process.BaseProcess, Connection] | None = None
+        self._running: tuple[subprocess.Popen[bytes], Connection] | None = None
         atexit.register(self.stop)
 
     def do(self, subject: A, limits: Limits, *, what: str) -> B:
@@ -74,9 +75,9 @@ class Confined(Generic[A, B]):
             answered = there.poll(limits.seconds * WALL_FACTOR)
             answer: _Done[B] | _Failed | _Bug | None = there.recv() if answered else None
         except (EOFError, OSError):
-            process.join()
             self._running = None
-            raise InputError(f"{what}: {_end(process.exitcode, limits)}") from None
+            there.close()
+            raise InputError(f"{what}: {_end(process.wait(), limits)}") from None
         except BaseException:  # interrupted: whatever it still says answers another question
             self.stop()
             raise
@@ -97,22 +98,30 @@ class Confined(Generic[A, B]):
             self._running = None
             there.close()
             process.kill()
-            process.join()
+            process.wait()
 
-    def _started(self) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+    def _started(self) -> tuple[subprocess.Popen[bytes], Connection]:
+        """A fresh interpreter: multiprocessing's own would run the caller's main script again."""
         if self._running is None:
-            context = multiprocessing.get_context("spawn")
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, self._work), daemon=True)
-            process.start()
+            here, there = Pipe()
+            code = f"from qdeploy.confined import serve; serve({there.fileno()})"
+            places = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+            process = subprocess.Popen(  # noqa: S603 - ourselves; -P: nothing from a stranger's folder
+                [sys.executable, "-P", "-c", code], pass_fds=[there.fileno()], env=environment,
+                stdin=subprocess.DEVNULL,
+            )  # fmt: skip
             there.close()
+            here.send(self._work)
             self._running = process, here
         return self._running
 
 
-def _serve(there: Connection, work: Callable[[A], B]) -> None:
-    """Answer until nobody asks any more."""
+def serve(handle: int) -> None:
+    """Answer whoever holds the other end of a pipe until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asks is interrupted, and ends this
+    there = Connection(handle)
+    work = there.recv()
     while True:
         try:
             folder, subject, limits = there.recv()

@@ -17,7 +17,7 @@ from qdeploy.graph.stored import with_constants
 from qdeploy.methods import EfrapDescent, Nearest
 from qdeploy.runtime.sessions import open_session
 from qdeploy.scan.provenance import TIE, trace
-from tests.nets import float_model, residual_net
+from tests.nets import Net, float_model, residual_net
 from tests.provenance_lab import (
     NETS,
     batchnorm_net,
@@ -240,3 +240,59 @@ def test_blocks_of_four_bits_whose_scales_take_a_sign(symmetric):
     found = trace(data, source("matmul"))
     assert found.not_compared is None
     assert (found.differences, found.steps <= 1, found.flipped) == ((), True, 0)
+
+
+def add_to_bias(data: bytes, name: str, much: float) -> bytes:
+    values = initializers(data)[name].copy()
+    values.flat[0] += much
+    changed = with_constants(data, {name: values})
+    assert changed is not None
+    return changed
+
+
+@pytest.mark.parametrize(("much", "seen"), [(0.0, False), (1e-7, False), (0.1, True), (-50, True)])
+def test_a_bias_of_a_layer_left_in_floats_is_compared(tmp_path, much, seen):
+    model = source("plain")
+    data = by_the_runtime(tmp_path, model.onnx, op_types_to_quantize=["Conv"])
+    found = trace(add_to_bias(data, "fc.bias", much), model)
+    assert ("the bias of 'fc'" in messages(found)) is seen
+    assert found.same_network is not seen
+
+
+@pytest.mark.parametrize(("steps", "seen"), [(1, False), (1 << 20, True)])
+def test_a_bias_that_no_correction_explains_is_a_difference(tmp_path, steps, seen):
+    model = source("plain")
+    data = by_the_runtime(tmp_path, model.onnx)
+    found = trace(add_to_bias(data, "fc.bias_quantized", steps), model)
+    assert ("a bias of 'fc' is moved" in messages(found)) is seen
+
+
+def lone_norm_net() -> bytes:
+    """A BatchNorm behind a Relu, which nothing can be folded into; its factors differ widely."""
+    net = Net(seed=6)
+    x = net.relu(net.conv(net.x, 8, 3, 3, 3, name="conv", pads=[1, 1, 1, 1]))
+    factors = [net.weight(8, name=f"bn.{part}") for part in ("weight", "shift", "mean")]
+    variance = net.constant(net.rng.uniform(0.5, 2, 8).astype(np.float32))
+    x = net.node("BatchNormalization", x, *factors, variance)
+    return net.model(net.head(net.relu(x), 8))
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_batchnorm_may_be_rounded_on_grids_of_its_own(tmp_path, per_channel):
+    data = by_the_runtime(tmp_path, lone_norm_net(), per_channel=per_channel)
+    assert "BatchNormalization" in {node.op_type for node in parse(data).graph}
+    found = trace(data, float_model(lone_norm_net()))
+    assert messages(found) == ""
+    assert (found.not_compared, found.same_network, found.flipped) == (None, True, 0)
+
+
+@pytest.mark.parametrize("part", ["weight", "shift"])
+def test_a_batchnorm_that_was_moved_by_more_than_rounding_is_a_difference(tmp_path, part):
+    data = by_the_runtime(tmp_path, lone_norm_net())
+    name = next(n for n in initializers(data) if n.startswith(f"bn.{part}") and "quantized" in n)
+    codes = initializers(data)[name].astype(np.int64)
+    far = 3 if codes.itemsize == 1 or part == "weight" else 1 << 24
+    codes.flat[0] -= far * np.sign(codes.flat[0])
+    tampered = with_constants(data, {name: codes})
+    assert tampered is not None
+    assert "bn" in messages(trace(tampered, float_model(lone_norm_net())))

@@ -11,6 +11,7 @@ import pytest
 
 from tests.nets import residual_net
 
+ROOT = Path(__file__).parents[1]
 ALLOWED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "SYSTEMROOT")
 
 
@@ -32,6 +33,29 @@ def test_a_run_of_a_model_leaves_no_trace_of_telemetry(tmp_path):
         " open_session(Path('model.onnx').read_bytes())"
     )
     assert leaves_behind(tmp_path / "home", "-c", code) == []
+
+
+def test_a_module_that_lies_beside_the_model_is_not_imported(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(residual_net())
+    for name in ("onnx", "torch", "numpy", "qdeploy", "fickling"):
+        (tmp_path / f"{name}.py").write_text("open('MARKER', 'w')\nraise SystemExit(9)\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from qdeploy.cli import main; main(['scan', 'model.onnx'])"
+    )
+    assert leaves_behind(tmp_path / "home", "-P", "-c", code) == []
+    assert not (tmp_path / "MARKER").exists()
+
+
+def test_a_script_without_a_guard_may_call_the_command(tmp_path):
+    """A process that looks at files must not run the caller's script again."""
+    (tmp_path / "model.onnx").write_bytes(residual_net())
+    (tmp_path / "script.py").write_text(
+        "open('runs', 'a').write('once\\n')\n"
+        "from qdeploy.cli import main\nmain(['scan', 'model.onnx'])\n"
+    )
+    leaves_behind(tmp_path / "home", "script.py", PYTHONPATH=str(ROOT))
+    assert (tmp_path / "runs").read_text() == "once\n"
 
 
 def test_what_the_user_has_set_is_left_alone(tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx.version_converter
 import onnx_ir as ir
+from jaxtyping import Float32
 from onnx_ir.passes import common
 from onnxscript import rewriter
 from onnxscript.rewriter.rules import common as rules
@@ -174,25 +175,33 @@ def _fold_lone_batchnorms(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type != "BatchNormalization":
             continue
-        constants = [_constant(value) for value in node.inputs[1:]]
-        if any(c is None for c in constants) or _rank(node.inputs[0]) not in {None, 4}:
+        folded = folded_batchnorm(node)
+        if folded is None or _rank(node.inputs[0]) not in {None, 4}:
             continue
-        scale, shift, mean, variance = (np.asarray(c, np.float64) for c in constants)
-        epsilon = node.attributes.get_float("epsilon", 1e-5)
-        weight = scale / np.sqrt(variance + epsilon)
+        weight, bias = folded
         name = _stem(node.inputs[1].name if node.inputs[1] else None) or node.outputs[0].name
         conv = ir.node(
             "Conv",
             [
                 node.inputs[0],
-                _new_constant(
-                    graph, f"{name}.weight", weight.astype(np.float32)[:, None, None, None]
-                ),
-                _new_constant(graph, f"{name}.bias", (shift - mean * weight).astype(np.float32)),
+                _new_constant(graph, f"{name}.weight", weight[:, None, None, None]),
+                _new_constant(graph, f"{name}.bias", bias),
             ],
             {"group": len(weight), "kernel_shape": [1, 1]},
         )
         _replace(graph, node, conv)
+
+
+def folded_batchnorm(
+    node: ir.Node,
+) -> tuple[Float32[np.ndarray, " channels"], Float32[np.ndarray, " channels"]] | None:
+    """What a BatchNormalization multiplies each channel by and adds; None if that is computed."""
+    constants = [_constant(value) for value in node.inputs[1:]]
+    if any(c is None for c in constants):
+        return None
+    scale, shift, mean, variance = (np.asarray(c, np.float64) for c in constants)
+    weight = scale / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
+    return weight.astype(np.float32), (shift - mean * weight).astype(np.float32)
 
 
 def _means_to_pooling(graph: ir.Graph) -> None:

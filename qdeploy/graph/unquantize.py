@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from jaxtyping import Float32
 from onnx_ir.passes import common
 
 from qdeploy.errors import InputError, foreign_reader
@@ -19,7 +22,7 @@ from qdeploy.graph.io import (
     to_ir,
 )
 from qdeploy.graph.nodes import STANDARD_DOMAINS
-from qdeploy.graph.prepare import prepare
+from qdeploy.graph.prepare import folded_batchnorm, prepare
 from qdeploy.graph.sites import WEIGHTED
 from qdeploy.graph.stored import StoredGrid, StoredTensor, read_grid
 
@@ -33,6 +36,16 @@ class Unquantized:
 
     twin: ir.Model
     tensors: tuple[StoredTensor, ...]
+    norms: tuple[RoundedNorm, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoundedNorm:
+    """A BatchNormalization whose constants the file holds as integers, as a factor per channel."""
+
+    weight: Float32[np.ndarray, " channels"]
+    weight_reach: Float32[np.ndarray, " channels"]  # how far rounding to nearest can move it
+    bias_reach: Float32[np.ndarray, " channels"]
 
 
 def unquantize(data: bytes, *, opset: int, ir_version: int, where: str) -> Unquantized:
@@ -57,20 +70,52 @@ def unquantize(data: bytes, *, opset: int, ir_version: int, where: str) -> Unqua
     for node in graph:
         _refuse_other(node, where)
     readers = [node for node in graph if node.op_type == "DequantizeLinear"]
-    tensors = tuple(
-        _to_floats(graph, node, where) for node in readers if _stored_value(node) is not None
-    )
+    stored = [
+        (node.outputs[0].consumers(), _to_floats(graph, node, where))
+        for node in readers if _stored_value(node) is not None
+    ]  # fmt: skip
+    tensors = tuple(tensor for _, tensor in stored)
     varying = _varying(graph)
     for node in list(graph):
         if node.op_type == "QuantizeLinear":
             _bypass(graph, node, varying, where)
     _drop_idle_marks(graph)
+    norms = tuple(_norms(graph, stored))
     _name_constants(graph)
     for domain in set(graph.opset_imports) - STANDARD_DOMAINS:
         del graph.opset_imports[domain]
     floats = parse_proto(serialize(model), where)
     twin = prepare(floats, opset=opset, ir_version=ir_version, where=where)
-    return Unquantized(twin, tensors)
+    return Unquantized(twin, tensors, norms)
+
+
+def _norms(
+    graph: ir.Graph, stored: Iterable[tuple[Iterable[ir.Node], StoredTensor]]
+) -> Iterator[RoundedNorm]:
+    """What rounding scale and shift on grids of their own can do to a BatchNormalization."""
+    tensors = {
+        node: found for readers, found in stored for node in readers
+        if node.op_type == "BatchNormalization"
+    }  # fmt: skip
+    half_steps: dict[str, np.ndarray] = {}
+    for _, found in stored:
+        step = np.abs(found.grid.spread(found.grid.scale, found.codes.shape))
+        half_steps[hashlib.sha256(found.values.tobytes()).hexdigest()] = step / 2
+    for node in graph:
+        folded = folded_batchnorm(node) if node in tensors else None
+        if folded is None:
+            continue
+        scale, shift, mean, variance = (constant(value) for value in node.inputs[1:])
+        assert scale is not None and shift is not None  # noqa: S101, PT018 - it was folded
+        assert mean is not None and variance is not None  # noqa: S101, PT018
+        none = np.zeros(scale.shape, np.float32)
+        reach = [
+            half_steps.get(hashlib.sha256(c.tobytes()).hexdigest(), none) for c in (scale, shift)
+        ]
+        spread = np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
+        weight_reach = (reach[0] / spread).astype(np.float32)
+        bias_reach = (reach[1] + np.abs(mean) * weight_reach).astype(np.float32)
+        yield RoundedNorm(folded[0], weight_reach, bias_reach)
 
 
 def _refuse_other(node: ir.Node, where: str) -> None:

@@ -7,7 +7,7 @@ is not to nearest is what that takes. Nothing is run here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from qdeploy.graph.canonical import RULE, LayerPair, compare
 from qdeploy.graph.clips import RANGE_OP
 from qdeploy.graph.io import parse
 from qdeploy.graph.stored import StoredTensor, with_constants
-from qdeploy.graph.unquantize import unquantize
+from qdeploy.graph.unquantize import RoundedNorm, unquantize
 from qdeploy.model import Finding, FloatModel
 from qdeploy.scan.placed import Placed, TensorIndex
 
@@ -26,6 +26,7 @@ from qdeploy.scan.placed import Placed, TensorIndex
 # 8 bits; attacks keep weights 1e-3 away from the middle, and what was flipped there must count.
 TIE = 2e-4
 FEW = 0.001  # share of flips that rounding to nearest may show; honest files show none
+MOST_BIAS_SHIFT = 2.0  # corrections of rounding stay below 0.4
 NOISE = 1e-3  # of a step, or of the largest of the weights that a file keeps in floats
 
 
@@ -131,10 +132,13 @@ def trace(data: bytes, model: FloatModel) -> Provenance:
     for pairs in _by_layer(compared.layers, index):
         pair, placed = pairs[0]
         if placed is None:
-            floats += [finding for p, _ in pairs for finding in _compare_floats(p)]
+            floats += [f for p, _ in pairs for f in _compare_floats(p, found.norms, index)]
             continue
         rounding = _rounding(pair, placed)
         shift = max(_bias_shift(p) for p, _ in pairs)
+        if shift > MOST_BIAS_SHIFT:
+            text = f"a bias of {pair.node!r} is moved by {shift:.3g} times what its weights add"
+            floats.append(Finding(RULE, "error", pair.node, text))
         again = any(layer.name == pair.site.name for layer in layers)
         name = pair.node if again else pair.site.name
         layers.append(_layer(name, placed, rounding, shift))
@@ -156,13 +160,31 @@ def _by_layer(
     return list(groups.values())
 
 
-def _compare_floats(pair: LayerPair) -> list[Finding]:
-    """What is wrong with a weight that the file keeps in floats."""
-    far = float(np.abs(pair.weight - pair.source_weight).max(initial=0))
-    if far <= NOISE * float(np.abs(pair.source_weight).max(initial=0)):
-        return []
-    message = f"the weight of {pair.node!r} is no integers in the file, and {far:.3g} away"
-    return [Finding(RULE, "error", pair.node, message)]
+def _compare_floats(
+    pair: LayerPair, norms: Iterable[RoundedNorm], index: TensorIndex
+) -> Iterator[Finding]:
+    """What is wrong with a weight that the file keeps in floats, and with what is added to it.
+
+    One that was a BatchNormalization, its constants rounded on grids of their own, may be as far
+    away as that brings it.
+    """
+    norm = next((n for n in norms if np.array_equal(n.weight, pair.weight.ravel())), None)
+    channels = (-1, *(1,) * (pair.weight.ndim - 1))
+    reach = 0.0 if norm is None else norm.weight_reach.reshape(channels)
+    far = np.abs(pair.weight - pair.source_weight)
+    if np.any(far > reach + NOISE * np.abs(pair.source_weight).max(initial=0)):
+        text = f"the weight of {pair.node!r} is no integers in the file, and {far.max():.3g} away"
+        yield Finding(RULE, "error", pair.node, text)
+    have, want = (np.float32(0) if b is None else b for b in (pair.bias, pair.source_bias))
+    moved = np.abs(np.subtract(have, want))
+    room = 0.0 if norm is None else norm.bias_reach
+    if pair.bias is not None:
+        room = room + index.step_of(pair.bias)
+    if np.any(moved > room + NOISE * max(np.abs(want).max(initial=0), np.abs(pair.weight).max())):
+        text = (
+            f"the bias of {pair.node!r}, which is in floats in the file, is {moved.max():.3g} away"
+        )
+        yield Finding(RULE, "error", pair.node, text)
 
 
 def _rounding(pair: LayerPair, placed: Placed) -> _Rounding:
