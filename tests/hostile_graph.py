@@ -77,6 +77,12 @@ def doubling_functions(proto: onnx.ModelProto) -> None:
     add_before_output(proto, "f0", domain="l")
 
 
+def doubling_functions_that_nobody_calls(proto: onnx.ModelProto) -> None:
+    """A library that inlines them expands those too."""
+    doubling_functions(proto)
+    proto.graph.node[-1].op_type, proto.graph.node[-1].domain = "Relu", ""
+
+
 def seventeen_gigabytes(proto: onnx.ModelProto) -> None:
     shape = numpy_helper.from_array(np.array([8, 1024, 1024, 512], np.int64), "shape")
     _add(proto, [helper.make_node("ConstantOfShape", ["shape"], ["c"]),
@@ -93,6 +99,7 @@ CASES: tuple[Case, ...] = (
     _scan("looks at its neighbours", looks_at_neighbours, "across-batch"),
     _scan("a secret outside", reaches_out_of_its_folder, "external-path"),
     _scan("doubling functions", doubling_functions, "too-large"),
+    _scan("doubling functions, not called", doubling_functions_that_nobody_calls, "too-large"),
     _scan("17 GB of zeros", seventeen_gigabytes, "huge-tensor"),
     Case("counts its batch", made("fp32.onnx", counts_its_batch), ALONE, REJECT, "batch"),
     Case("looks at its neighbours", made("fp32.onnx", looks_at_neighbours), ALONE, REJECT,

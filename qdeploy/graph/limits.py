@@ -113,7 +113,8 @@ def _expanded(proto: onnx.ModelProto) -> Iterator[Finding]:
             text = f"local function {circle[1]!r} calls itself"
             yield Finding("recursive-function", "error", circle[1], text)
             return
-    nodes, depth = _sum(proto.graph.node, costs)
+    called = _sum(proto.graph.node, costs)
+    nodes, depth = (max(sizes) for sizes in zip(called, *costs.values(), strict=True))
     if nodes > MOST_NODES:
         yield _too_large("", f"is more than {MOST_NODES} nodes once its functions are expanded")
     if depth > DEEPEST_CALLS:
