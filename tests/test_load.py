@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import pickle  # noqa: TID251 - to make what must not be opened
+import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -112,6 +114,40 @@ def test_names_outside_of_the_allow_list_are_not_imported_for_a_card(tmp_path, s
     path = saved(tmp_path / "m.pt", state)
     with pytest.raises(InputError):
         load(path, Architecture("os:system", {}, trusted=False))
+
+
+def of_torchvision(monkeypatch) -> None:
+    """As much of it as is asked for: a classifier, and a detector that fetches its backbone."""
+
+    def list_models(module: object = None) -> list[str]:
+        return ["net"] if module is models else ["net", "detector"]
+
+    def get_model(name: str, weights: object, **arguments: int) -> nn.Module:
+        assert (name, weights) == ("net", None)
+        return DigitsNet(**arguments)
+
+    models = types.ModuleType("torchvision.models")
+    models.list_models, models.get_model = list_models, get_model  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        ("torchvision:detector", {}, "torchvision has no 'detector'"),
+        ("torchvision:net", {"weights_backbone": True}, "would fetch weights"),
+        ("torchvision:net", {"pretrained": 1}, "would fetch weights"),
+    ],
+)
+def test_no_name_and_no_argument_fetches_weights(
+    tmp_path, state, monkeypatch, name, arguments, says
+):
+    of_torchvision(monkeypatch)
+    path = saved(tmp_path / "model.pt", state)
+    assert load(path, Architecture("torchvision:net", {"width": 4}, trusted=False))
+    with pytest.raises(InputError, match=says):
+        load(path, Architecture(name, arguments, trusted=False))
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def build_named(name: str, arguments: Mapping[str, bool | int | float]) -> nn.Mo
         elif library == "torchvision":
             models = import_module("torchvision.models")
             known, make = (
-                models.list_models(),
+                models.list_models(module=models),  # classifiers: others fetch their backbones
                 lambda **a: models.get_model(model, weights=None, **a),
             )
         else:
