@@ -21,17 +21,21 @@ def refuse_overlaps(written: Sequence[Named], read: Iterable[Named]) -> None:
     sources = list(read)
     for at, (name, path) in enumerate(written):
         for other_name, other in (*sources, *written[:at]):
-            if _same(path, other):
+            if same_place(path, other):
                 raise UsageError(
                     f"{name} {path}: is {other_name} {other} too, which would be lost",
                     hint="give it another name",
                 )
 
 
-def _same(one: Path, other: Path) -> bool:
-    if one.resolve() == other.resolve():
-        return True
+def same_place(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, there already or not.
+
+    A path whose links lead in a circle, or that is none, leads to no file.
+    """
     try:
+        if one.resolve() == other.resolve():
+            return True
         return one.samefile(other)
-    except OSError:  # one of them is not there yet
+    except (OSError, RuntimeError, ValueError):  # one is not there yet, a circle, a zero byte
         return False

@@ -57,6 +57,26 @@ def test_no_result_goes_over_what_is_read(files, arguments, capsys):
     assert before == {path: path.read_bytes() for path in files.iterdir() if path.is_file()}
 
 
+@pytest.mark.parametrize("place", ["loop", "\\u0000", "loop/below"])
+def test_a_card_whose_places_lead_nowhere_is_one_line(files, place, capsys):
+    """Links in a circle, or no path at all."""
+    if not Path("loop").is_symlink():
+        Path("loop").symlink_to("loop")
+    text = Path("model.toml").read_text("utf-8").replace("digits-test.npz", place)
+    Path("odd.toml").write_text(text, "utf-8")
+    for command in (GATE, ("sanitize", "model.pt", "--out", "never.onnx")):
+        assert run(*command, "--card", "odd.toml", "--report", "r.json") == 2
+        assert capsys.readouterr().err.count("error: ") == 1
+
+
+def test_a_key_behind_links_in_a_circle_is_one_line(files, capsys):
+    if not Path("loop").is_symlink():
+        Path("loop").symlink_to("loop")
+    command = ("attest", "good.onnx", "--report", "good.json", "--key", "loop")
+    assert run(*command, "--out", "e.json") == 2
+    assert capsys.readouterr().err.count("error: ") == 1
+
+
 @pytest.mark.parametrize("verb", [SANITIZE, ("quantize", "model.pt", "--seed", "1")])
 def test_a_result_of_an_earlier_run_is_not_left_to_be_taken_for_this_one_s(files, verb):
     shutil.copy("model.pt", "whole.pt")

@@ -12,6 +12,7 @@ from qdeploy.attest.keys import load_signer
 from qdeploy.attest.statement import Verdict, make_statement, make_verdict
 from qdeploy.disk import file_sha256, require_writable, write_atomically
 from qdeploy.errors import InputError, UsageError
+from qdeploy.places import same_place
 from qdeploy.report.kept import read_report
 
 SUFFIX = ".intoto.json"
@@ -51,7 +52,7 @@ def attest(
         UsageError: the envelope would replace one of the files it is made from.
     """
     place = out or beside(model)
-    if place.resolve() in {path.resolve() for path in (model, report, key)}:
+    if any(same_place(place, path) for path in (model, report, key)):
         raise UsageError(f"--out {place}: this file is read here and would be replaced")
     require_writable(place)
     kept = read_report(report)
