@@ -28,7 +28,7 @@ class Limits:
     """What one piece of work may take."""
 
     seconds: int  # of CPU
-    memory_bytes: int  # of address space, over what the process has before it
+    memory_bytes: int  # of address space, over what the process has before it; on Linux alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ def serve(handle: int) -> None:
 
 
 def _answer(work: Callable[[A], B], subject: A, limits: Limits) -> _Done[B] | _Failed | _Bug:
-    _limit(resource.RLIMIT_AS, _address_space() + limits.memory_bytes)
+    _limit(resource.RLIMIT_AS, _address_space(limits.memory_bytes))
     _limit(resource.RLIMIT_CPU, int(sum(os.times()[:2])) + 1 + limits.seconds)
     try:
         return _Done(work(subject))
@@ -153,9 +153,13 @@ def _limit(which: int, most: int) -> None:
     resource.setrlimit(which, (bounded, hard))
 
 
-def _address_space() -> int:
-    pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
-    return pages * resource.getpagesize()
+def _address_space(more: int) -> int:
+    """What this process has, and `more`; no limit where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+    except OSError:
+        return resource.RLIM_INFINITY
+    return pages * resource.getpagesize() + more
 
 
 def _end(code: int | None, limits: Limits) -> str:

@@ -14,7 +14,6 @@ from tests.nets import residual_net
 HEAD = '<ir_version: 8, opset_import: ["": 17]> g (float[N,8,32,32] x) => (float[N,10] y)'
 SIZES = "<int64[2] s = {3000, 3000}, int64[4] t = {1, 8, 2048, 2048}>"
 SQUARE = " ".join(f"a{i + 1} = MatMul (a{i}, a{i})" for i in range(4))
-LARGE = "r = Resize (x, none, none, t)"
 ASKED = {
     "products of constants": f"a0 = ConstantOfShape (s) {SQUARE} y = Identity (x)",
     "the same in a Gemm": ("a = ConstantOfShape (s) b = Gemm <transA=1> (a, a) y = Identity (x)"),

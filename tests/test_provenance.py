@@ -296,3 +296,16 @@ def test_a_batchnorm_that_was_moved_by_more_than_rounding_is_a_difference(tmp_pa
     tampered = with_constants(data, {name: codes})
     assert tampered is not None
     assert "bn" in messages(trace(tampered, float_model(lone_norm_net())))
+
+
+def test_a_batchnorm_that_imitates_another_layers_weight_gives_it_no_room(tmp_path):
+    """Its factors are the numbers of a convolution that has fewer channels than numbers."""
+    net = Net(seed=7)
+    x = net.relu(net.conv(net.x, 8, 3, 3, 3, name="conv", pads=[1, 1, 1, 1]))
+    ones, zeros = np.ones(8, np.float32), np.zeros(8, np.float32)
+    x = net.node("BatchNormalization", x, *(net.constant(v) for v in (ones, zeros, zeros, ones)))
+    small = net.constant(np.full((2, 4, 1, 1), 1 / np.sqrt(np.float32(1 + 1e-5)), np.float32))
+    x = net.node("Conv", net.relu(x), small, net.weight(2), group=2)
+    data = net.model(net.head(x, 2))
+    file = by_the_runtime(tmp_path, data, op_types_to_quantize=["BatchNormalization"])
+    assert trace(file, float_model(data)).same_network

@@ -80,7 +80,8 @@ def unquantize(data: bytes, *, opset: int, ir_version: int, where: str) -> Unqua
         if node.op_type == "QuantizeLinear":
             _bypass(graph, node, varying, where)
     _drop_idle_marks(graph)
-    norms = tuple(_norms(graph, stored))
+    with foreign_reader(f"model {where}: a BatchNormalization's constants do not fit each other"):
+        norms = tuple(_norms(graph, stored))
     _name_constants(graph)
     for domain in set(graph.opset_imports) - STANDARD_DOMAINS:
         del graph.opset_imports[domain]
@@ -93,16 +94,17 @@ def _norms(
     graph: ir.Graph, stored: Iterable[tuple[Iterable[ir.Node], StoredTensor]]
 ) -> Iterator[RoundedNorm]:
     """What rounding scale and shift on grids of their own can do to a BatchNormalization."""
-    tensors = {
-        node: found for readers, found in stored for node in readers
-        if node.op_type == "BatchNormalization"
-    }  # fmt: skip
+    rounded: set[ir.Node] = set()
     half_steps: dict[str, np.ndarray] = {}
-    for _, found in stored:
+    for readers, found in stored:
+        norms = [node for node in readers if node.op_type == "BatchNormalization"]
+        if not norms:
+            continue
+        rounded.update(norms)
         step = np.abs(found.grid.spread(found.grid.scale, found.codes.shape))
         half_steps[hashlib.sha256(found.values.tobytes()).hexdigest()] = step / 2
     for node in graph:
-        folded = folded_batchnorm(node) if node in tensors else None
+        folded = folded_batchnorm(node) if node in rounded else None
         if folded is None:
             continue
         scale, shift, mean, variance = (constant(value) for value in node.inputs[1:])

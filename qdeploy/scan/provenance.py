@@ -168,9 +168,10 @@ def _compare_floats(
     One that was a BatchNormalization, its constants rounded on grids of their own, may be as far
     away as that brings it.
     """
-    norm = next((n for n in norms if np.array_equal(n.weight, pair.weight.ravel())), None)
-    channels = (-1, *(1,) * (pair.weight.ndim - 1))
-    reach = 0.0 if norm is None else norm.weight_reach.reshape(channels)
+    flat = pair.weight.ravel()
+    one_each = pair.weight.shape[:1] == flat.shape  # as a BatchNormalization has, one a channel
+    norm = next((n for n in norms if one_each and np.array_equal(n.weight, flat)), None)
+    reach = 0.0 if norm is None else norm.weight_reach.reshape(pair.weight.shape)
     far = np.abs(pair.weight - pair.source_weight)
     if np.any(far > reach + NOISE * np.abs(pair.source_weight).max(initial=0)):
         text = f"the weight of {pair.node!r} is no integers in the file, and {far.max():.3g} away"
@@ -180,7 +181,7 @@ def _compare_floats(
     room = 0.0 if norm is None else norm.bias_reach
     if pair.bias is not None:
         room = room + index.step_of(pair.bias)
-    if np.any(moved > room + NOISE * max(np.abs(want).max(initial=0), np.abs(pair.weight).max())):
+    if np.any(moved > room + NOISE * max(np.abs(want).max(initial=0), np.abs(flat).max(initial=0))):
         text = (
             f"the bias of {pair.node!r}, which is in floats in the file, is {moved.max():.3g} away"
         )
