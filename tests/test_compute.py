@@ -57,7 +57,7 @@ def pretended(monkeypatch):
 
 @pytest.mark.parametrize("kind", SPECS)
 def test_every_tensor_is_where_it_is_needed(pretended, kind):
-    model = Normalised(width=4).eval()
+    model = Normalised(width=8).eval()
     told = Setting(seed=0, compute=pretended)
     student = distill(loaded(model), random_images(32), SPECS[kind], told)
     devices = {value.device.type for value in student.module.state_dict().values()}
@@ -104,7 +104,7 @@ def test_too_many_processes_for_a_batch_are_an_error():
     many = Compute(torch.device("cpu"), 0, 9)
     told = Setting(seed=0, compute=many)
     with pytest.raises(UsageError, match="9 processes: too many for batches of 16"):
-        distill(loaded(Normalised(width=4)), random_images(32), SPECS["kd"], told)
+        distill(loaded(Normalised(width=8)), random_images(32), SPECS["kd"], told)
 
 
 def test_the_command_says_that_there_is_no_such_device(tmp_path, monkeypatch, capsys):

@@ -156,7 +156,7 @@ WATCHED = {
 
 @pytest.mark.parametrize("name", WATCHED)
 def test_watched_layers_are_found_by_structure(name):
-    model = OURS[name](width=4)
+    model = OURS[name](width=8)
     assert list(watched_layers(model, (), 1.0)) == WATCHED[name]
     half = WATCHED[name][len(WATCHED[name]) // 2 :]
     assert list(watched_layers(model, (), 0.5)) == half
@@ -173,11 +173,11 @@ def test_every_architecture_of_ours_is_either_known_or_asks_for_names():
 
 def test_a_pattern_that_matches_nothing_is_an_error():
     with pytest.raises(UsageError, match=r"'layer9.\*' matches no"):
-        watched_layers(ResNet18(width=4), ("layer4.*", "layer9.*"), 1.0)
+        watched_layers(ResNet18(width=8), ("layer4.*", "layer9.*"), 1.0)
 
 
 def test_watching_sees_the_whole_batch_before_normalisation():
-    model, inputs = ResNet18(width=4).eval(), torch.randn(5, 3, 8, 8)
+    model, inputs = ResNet18(width=8).eval(), torch.randn(5, 3, 8, 8)
     with watching(model, ("layer1.0.conv1",)) as seen:
         model(inputs)
     stem = F.relu(model.bn1(model.conv1(inputs)))
@@ -194,7 +194,7 @@ def test_the_shift_is_fed_every_image_of_every_batch(monkeypatch):
 
     monkeypatch.setattr(course, "attention_shift_loss", spy)
     spec = Asd(epochs=1, batch=8, watch=("features.2",))
-    distill(loaded(DigitsNet(width=4)), random_images(24), spec, SEED)
+    distill(loaded(DigitsNet(width=8)), random_images(24), spec, SEED)
     assert fed == [8, 8, 8]
 
 
@@ -348,7 +348,7 @@ def test_a_student_of_a_clean_model_keeps_most_of_its_accuracy(unlabelled, spec)
 
 def test_no_better_epoch_for_a_while_ends_the_run():
     spec = Kd(epochs=50, patience=2, mirrors=False, learning_rate=1e-12)
-    student = distill(loaded(DigitsNet(width=4)), random_images(16), spec, SEED)
+    student = distill(loaded(DigitsNet(width=8)), random_images(16), spec, SEED)
     assert len(student.history) < 50
     assert len(student.history) == student.best_epoch + 3
 
@@ -356,11 +356,11 @@ def test_no_better_epoch_for_a_while_ends_the_run():
 def test_a_run_that_leaves_the_finite_numbers_says_so():
     spec = Kd(learning_rate=1e30, decay="none", largest_gradient=None, mirrors=False)
     with pytest.raises(DivergedError, match="left the finite numbers"):
-        distill(loaded(DigitsNet(width=4)), random_images(64), spec, SEED)
+        distill(loaded(DigitsNet(width=8)), random_images(64), spec, SEED)
 
 
 def test_torchscript_can_be_distilled_but_shows_no_layers_to_shift():
-    script = torch.jit.script(DigitsNet(width=4).eval())
+    script = torch.jit.script(DigitsNet(width=8).eval())
     model = loaded(script, Format.TORCHSCRIPT)
     for spec in (Asd(), Bcu()):
         with pytest.raises(PlanError, match=f"{spec.kind} needs the inner layers"):
@@ -374,7 +374,7 @@ def test_onnx_and_too_few_images_are_refused():
     with pytest.raises(PlanError, match=r"m\.onnx: ONNX cannot be trained"):
         distill(onnx, random_images(8), Kd(), SEED)
     with pytest.raises(InputError, match="1 image, at least 2"):
-        distill(loaded(DigitsNet(width=4)), random_images(1), Kd(), SEED)
+        distill(loaded(DigitsNet(width=8)), random_images(1), Kd(), SEED)
 
 
 # The command

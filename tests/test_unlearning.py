@@ -86,7 +86,7 @@ def test_where_nothing_is_suspicious_the_student_is_the_teacher(unlabelled):
 
 
 def test_normalisation_keeps_the_statistics_of_the_teacher():
-    model = Normalised(width=4).eval()
+    model = Normalised(width=8).eval()
     spec = QUICK.model_copy(update={"suspicious": 1e3, "survey_steps": 2, "least_steps": 2})
     student = distill(loaded(model), random_images(64), spec, SEED).module
     own, theirs = student.state_dict(), model.state_dict()
@@ -97,7 +97,7 @@ def test_normalisation_keeps_the_statistics_of_the_teacher():
 
 
 def test_the_student_goes_on_beyond_the_end_of_its_training():
-    model = Normalised(width=4).eval()
+    model = Normalised(width=8).eval()
     brief = QUICK.model_copy(update={"suspicious": 1e3, "survey_steps": 2, "least_steps": 2})
     once, twice = (
         distill(loaded(model), random_images(64), brief.model_copy(update={"further": f}), SEED)
