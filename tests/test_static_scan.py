@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from qdeploy.core.grids import quantize
 from qdeploy.core.weight_grids import GRIDS
 from qdeploy.data import Images
 from qdeploy.errors import InputError
+from qdeploy.graph.codes import integer_weights
 from qdeploy.graph.io import check
 from qdeploy.model import Finding
 from qdeploy.scan.static import MOST_PER_RULE, RULES, look
@@ -374,6 +376,19 @@ def test_weights_of_one_scale_are_judged_together_and_summands_are_no_weights(tm
     (found,) = look(save(small_matrices("MatMul"), tmp_path))
     assert (found.rule, found.where) == ("code-off-grid", "q12")
     assert look(save(small_matrices("Add"), tmp_path)) == ()
+
+
+def test_a_weight_that_many_read_is_held_once():
+    """Fifty readers of 8 MB took 1.8 GB while all rows were kept."""
+    readers = " ".join(f"d{i} = DequantizeLinear (q, s)" for i in range(50))
+    proto = text_model(f"{readers} y = MatMul (x, w)")
+    put(proto, "s", np.array(0.01, np.float32))
+    put(proto, "q", np.full((8, 1 << 20), 127, np.int8))
+    tracemalloc.start()
+    assert not list(integer_weights(proto))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 << 23
 
 
 @settings(

@@ -33,19 +33,23 @@ def assemble(
     biases = {
         name: v.const_value.numpy() for name, v in graph.initializers.items() if v.const_value
     }
+    outputs = (value for node in graph for value in node.outputs)
+    values = {value.name: value for value in (*graph.inputs, *outputs)}
+    nodes = {node.name: node for node in graph}
+    place = {node: i for i, node in enumerate(graph)}
     for tensor, grid in grids.activations.items():
-        qdq.quantize_activation(graph, tensor, grid)
+        qdq.quantize_activation(graph, values[tensor], tensor, grid)
     for layer in plan.layers:
         chosen = rounded.get(layer.site.name)
         if chosen is None:
             continue
         grid = grids.weights[layer.site.name]
-        qdq.quantize_weight(graph, layer.site, chosen.codes, grid, layer.storage)
+        qdq.quantize_weight(graph, layer.site, chosen.codes, grid, layer.storage, place)
         for i, use in enumerate(layer.site.uses):
             correction = chosen.bias_corrections[i] if chosen.bias_corrections else None
             bias = _bias(use, biases, layer.site, correction)
             if bias is not None:
-                _emit_bias(graph, use, bias, grid, grids.activations.get(use.input))
+                _emit_bias(graph, nodes[use.node], bias, grid, grids.activations.get(use.input))
     qdq.remove_unused_constants(graph)
     common.TopologicalSortPass()(result)
     common.ShapeInferencePass()(result)
@@ -67,17 +71,17 @@ def _bias(
 
 
 def _emit_bias(
-    graph: ir.Graph, use: WeightUse, bias: np.ndarray, weight: Grid, activation: Grid | None
+    graph: ir.Graph, node: ir.Node, bias: np.ndarray, weight: Grid, activation: Grid | None
 ) -> None:
     if activation is None:
-        qdq.set_bias(graph, use.node, bias)
+        qdq.set_bias(graph, node, bias)
         return
     scale = np.maximum(weight.scale * activation.scale[0], SMALLEST_SCALE).astype(np.float32)
     codes = np.rint(bias / scale.astype(np.float64))
     if np.abs(codes).max() > LARGEST_BIAS:
         channel = int(np.abs(codes).argmax())
         raise PlanError(
-            f"layer {use.node!r}: bias {bias[channel]:.3g} of channel {channel} does not fit into "
+            f"layer {node.name!r}: bias {bias[channel]:.3g} of channel {channel} does not fit into "
             f"int32 at scale {scale[channel]:.3g}"
         )
-    qdq.quantize_bias(graph, use.node, codes.astype(np.int32), scale)
+    qdq.quantize_bias(graph, node, codes.astype(np.int32), scale)

@@ -32,16 +32,18 @@ FEW = 0.125  # share of the zero points that may be called exceptions
 ALIKE = 3  # channels that end where they should below 0, for each one that goes further
 NARROW = 8  # times below the end of the grid: a channel that does not use it
 FAR = 100  # times the median scale
+Ends = dict[tuple[object, ...], "tuple[np.ndarray, np.ndarray] | None"]
 LARGE_BIAS = 1 << 29  # quantizers widen a channel's scale until its bias fits into 32 bits
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
-    """An integer weight with a row for each of its scales."""
+    """An integer weight, told by the ends of its rows: one row for each of its scales."""
 
     name: str
-    data_type: int
-    rows: np.ndarray
+    tensor: onnx.TensorProto
+    low: np.ndarray
+    high: np.ndarray
     scale: np.ndarray
     zero_point: np.ndarray
     widened: np.ndarray  # rows whose scale is that of a large bias
@@ -49,8 +51,15 @@ class Weight:
     @property
     def reach(self) -> np.ndarray:
         """The largest distance of each row's codes from its zero point; 0 for a row of zeros."""
-        low, high = self.rows.min(axis=1), self.rows.max(axis=1)
-        return np.maximum(high - self.zero_point, self.zero_point - low)
+        return np.maximum(self.high - self.zero_point, self.zero_point - self.low)
+
+    def beyond(self, end: int) -> tuple[int, int]:
+        """How many of its codes lie beyond `end`, and of how many; the codes are read for it."""
+        if (self.low >= -end).all() and (self.high <= end).all():
+            return 0, 0
+        codes = _codes(self.tensor)
+        assert codes is not None  # noqa: S101 - its ends are known
+        return int(np.count_nonzero(codes > end) + np.count_nonzero(codes < -end)), codes.size
 
 
 def integer_weights(proto: onnx.ModelProto) -> Iterator[Finding]:
@@ -84,7 +93,9 @@ def bad_scales(proto: onnx.ModelProto) -> Iterator[Finding]:
 
 
 def _weights(proto: onnx.ModelProto) -> Iterator[Weight]:
+    """No codes are kept, and those of a tensor with many readers are looked at once."""
     constants = constant_tensors(proto)
+    known: Ends = {}
     biases = _large_biases(proto.graph.node, constants)
     added = _read_elementwise(proto.graph.node)
     for node in proto.graph.node:
@@ -93,7 +104,7 @@ def _weights(proto: onnx.ModelProto) -> Iterator[Weight]:
         if tensor is None or not dequantizes:
             continue
         if tensor.data_type in SIGNED | UNSIGNED and added.isdisjoint(node.output):
-            weight = _weight(node, tensor, constants, biases)
+            weight = _weight(node, tensor, constants, biases, known)
             if weight is not None:
                 yield weight
 
@@ -108,22 +119,44 @@ def _weight(
     tensor: onnx.TensorProto,
     constants: Mapping[str, onnx.TensorProto],
     biases: Mapping[str, np.ndarray],
+    known: Ends,
 ) -> Weight | None:
     """The weight that a node reads; None if it is no constant one whose parts fit each other."""
-    codes, scale = (
-        None if name not in constants else values(constants[name]) for name in node.input[:2]
-    )
-    if codes is None or scale is None or not codes.size:
+    scale = None if node.input[1] not in constants else values(constants[node.input[1]])
+    if scale is None:
         return None
-    zero = _zero_points(node, constants, scale)
-    rows = _rows(node, codes, scale)
-    if zero is None or rows is None or len(rows) != scale.size:
+    key = (
+        node.input[0],
+        scale.shape,
+        *(_attribute(node, name, -1) for name in ("axis", "block_size")),
+    )
+    if key not in known:
+        known[key] = _ends(node, tensor, scale)
+    zero, ends = _zero_points(node, constants, scale), known[key]
+    if zero is None or ends is None or len(ends[0]) != scale.size:
         return None
     large = biases.get(node.output[0])
     widened = large if large is not None and large.size == scale.size else np.zeros(scale.size, "?")
     flat = scale.astype(np.float64).ravel() if scale.ndim < 2 else _block_rows(node, scale, 1)
     points = zero.ravel() if zero.ndim < 2 else _block_rows(node, zero, 1)
-    return Weight(node.input[0], tensor.data_type, rows, flat.ravel(), points.ravel(), widened)
+    return Weight(node.input[0], tensor, *ends, flat.ravel(), points.ravel(), widened)
+
+
+def _ends(
+    node: onnx.NodeProto, tensor: onnx.TensorProto, scale: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The lowest and the highest code of each row; None if the scales do not fit the codes."""
+    codes = _codes(tensor)
+    rows = None if codes is None or not codes.size else _rows(node, codes, scale)
+    if rows is None:
+        return None
+    return rows.min(axis=1).astype(np.int64), rows.max(axis=1).astype(np.int64)
+
+
+def _codes(tensor: onnx.TensorProto) -> np.ndarray | None:
+    """The integers, in one of numpy's own types."""
+    codes = values(tensor)
+    return codes if codes is None or codes.dtype.kind in "iu" else codes.astype(np.int8)
 
 
 def _zero_points(
@@ -138,7 +171,6 @@ def _zero_points(
 
 def _rows(node: onnx.NodeProto, codes: np.ndarray, scale: np.ndarray) -> np.ndarray | None:
     """The codes with one row per scale, in the order of the scales; None if they do not fit."""
-    codes = codes.astype(np.int32 if codes.dtype.itemsize > 1 else np.int16)
     if scale.size == 1:
         return codes.reshape(1, -1)
     axis = _attribute(node, "axis", 1)
@@ -185,19 +217,21 @@ def _codes_off_grid(found: list[Weight]) -> Iterator[Finding]:
     """Weights of few channels, or of one scale, are judged together with others of their type."""
     pools = defaultdict(list)
     for weight in found:
-        if weight.data_type in SIGNED and not weight.zero_point.any():
-            alone = len(weight.rows) >= FEWEST_CHANNELS
-            pools[weight.name if alone else weight.data_type].append(weight)
+        kind = weight.tensor.data_type
+        if kind in SIGNED and not weight.zero_point.any():
+            alone = len(weight.low) >= FEWEST_CHANNELS
+            pools[weight.name if alone else kind].append(weight)
     for pool in pools.values():
-        rows = [weight.rows[~weight.widened] for weight in pool]
-        low = np.concatenate([codes.min(axis=1) for codes in rows])
-        high = np.concatenate([codes.max(axis=1) for codes in rows])
+        low = np.concatenate([weight.low[~weight.widened] for weight in pool])
+        high = np.concatenate([weight.high[~weight.widened] for weight in pool])
         end = _end_of_grid(low, high)
+        if end is None:
+            continue
         for weight in pool:
-            beyond = 0 if end is None else int(np.count_nonzero(np.abs(weight.rows) > end))
+            beyond, size = weight.beyond(end)
             if beyond:
                 text = (
-                    f"{beyond} of {weight.rows.size} codes of {weight.name!r} lie beyond {end},"
+                    f"{beyond} of {size} codes of {weight.name!r} lie beyond {end},"
                     " where the grid of the others ends"
                 )
                 yield Finding("code-off-grid", "warning", weight.name, text)

@@ -23,9 +23,8 @@ STORAGE = {
 }
 
 
-def quantize_activation(graph: ir.Graph, tensor: str, grid: Grid) -> None:
-    """Put QuantizeLinear and DequantizeLinear behind `tensor`, for all who read it."""
-    value = _values(graph)[tensor]
+def quantize_activation(graph: ir.Graph, value: ir.Value, tensor: str, grid: Grid) -> None:
+    """Put QuantizeLinear and DequantizeLinear behind `value`, called `tensor`, for all readers."""
     consumers = list(value.uses())
     scale = _constant(graph, f"{tensor}.scale", grid.scale.reshape(()))
     zero = _constant(graph, f"{tensor}.zero_point", grid.zero_point.astype(np.uint8).reshape(()))
@@ -43,34 +42,40 @@ def quantize_activation(graph: ir.Graph, tensor: str, grid: Grid) -> None:
 
 
 def quantize_weight(
-    graph: ir.Graph, site: WeightSite, codes: np.ndarray, grid: Grid, storage: IntType
+    graph: ir.Graph,
+    site: WeightSite,
+    codes: np.ndarray,
+    grid: Grid,
+    storage: IntType,
+    place: Mapping[ir.Node, int],
 ) -> None:
-    """Replace the site's float weight by `codes` and one DequantizeLinear for all its uses."""
+    """Replace the site's float weight by `codes` and one DequantizeLinear for all its uses.
+
+    It is put before the first of them in the order of `place`.
+    """
     float_weight = graph.initializers[site.weight]
     dtype = STORAGE[storage]
     weight = _constant(graph, f"{site.weight}.quantized", codes.astype(dtype))
     scale = _constant(graph, f"{site.weight}.scale", grid.scale)
     zero = _constant(graph, f"{site.weight}.zero_point", grid.zero_point.astype(dtype))
     dequantize = _dequantize(site.weight, weight, scale, zero, axis=site.axis)
-    first = min(float_weight.consumers(), key=list(graph).index)
+    first = min(float_weight.consumers(), key=place.__getitem__)
     graph.insert_before(first, dequantize)
     float_weight.replace_all_uses_with(dequantize.outputs[0])
     del graph.initializers[site.weight]
 
 
-def set_bias(graph: ir.Graph, node_name: str, bias: np.ndarray) -> None:
+def set_bias(graph: ir.Graph, node: ir.Node, bias: np.ndarray) -> None:
     """Give a Conv or Gemm a float bias of its own."""
-    node = _nodes(graph)[node_name]
-    _set_input(node, 2, _constant(graph, f"{node_name}.bias_corrected", bias.astype(np.float32)))
+    _set_input(node, 2, _constant(graph, f"{node.name}.bias_corrected", bias.astype(np.float32)))
 
 
-def quantize_bias(graph: ir.Graph, node_name: str, codes: np.ndarray, scale: np.ndarray) -> None:
+def quantize_bias(graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: np.ndarray) -> None:
     """Give a Conv or Gemm an int32 bias, `scale` being input scale times weight scale.
 
     int32 has no zero point: the standard wants none there.
     """
-    node = _nodes(graph)[node_name]
-    name = f"{node_name}.bias"
+    name = f"{node.name}.bias"
     bias = _constant(graph, f"{name}.quantized", codes.astype(np.int32))
     dequantize = _dequantize(name, bias, _constant(graph, f"{name}.scale", scale), None, axis=0)
     graph.insert_before(node, dequantize)
@@ -108,12 +113,3 @@ def _set_input(node: ir.Node, index: int, value: ir.Value) -> None:
     if len(node.inputs) <= index:
         node.resize_inputs(index + 1)
     node.replace_input_with(index, value)
-
-
-def _values(graph: ir.Graph) -> dict[str | None, ir.Value]:
-    outputs = (value for node in graph for value in node.outputs)
-    return {value.name: value for value in (*graph.inputs, *outputs)}
-
-
-def _nodes(graph: ir.Graph) -> dict[str | None, ir.Node]:
-    return {node.name: node for node in graph}

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, count
 
 import numpy as np
 import onnx_ir as ir
@@ -70,8 +71,10 @@ def unquantize(data: bytes, *, opset: int, ir_version: int, where: str) -> Unqua
     for node in graph:
         _refuse_other(node, where)
     readers = [node for node in graph if node.op_type == "DequantizeLinear"]
+    taken = {value.name for node in graph for value in node.outputs}
+    taken.update(graph.initializers, (value.name for value in graph.inputs))
     stored = [
-        (node.outputs[0].consumers(), _to_floats(graph, node, where))
+        (node.outputs[0].consumers(), _to_floats(graph, node, taken, where))
         for node in readers if _stored_value(node) is not None
     ]  # fmt: skip
     tensors = tuple(tensor for _, tensor in stored)
@@ -155,8 +158,8 @@ def _stored_value(node: ir.Node) -> ir.Value | None:
     return value if constant(value) is not None else None
 
 
-def _to_floats(graph: ir.Graph, node: ir.Node, where: str) -> StoredTensor:
-    """Put a float constant in the place of a DequantizeLinear."""
+def _to_floats(graph: ir.Graph, node: ir.Node, taken: set[str | None], where: str) -> StoredTensor:
+    """Put a float constant in the place of a DequantizeLinear, under a name not yet `taken`."""
     value, rounding, grid = _stored_value(node), _producer(node.inputs[0]), read_grid(node, where)
     held = constant(value)
     assert value is not None and value.name is not None and held is not None  # noqa: S101, PT018
@@ -167,11 +170,12 @@ def _to_floats(graph: ir.Graph, node: ir.Node, where: str) -> StoredTensor:
         tensor = StoredTensor(value.name, codes, grid, rounding is not None)
         floats = tensor.values
     match = STORED_NAME.fullmatch(value.name)
-    name = _free_name(graph, match[1] if match else value.name)
+    name = _free_name(taken, match[1] if match else value.name)
     new = ir.val(name, const_value=ir.tensor(floats, name=name))
     graph.register_initializer(new)
     node.outputs[0].replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+    taken.discard(node.outputs[0].name)
     return tensor
 
 
@@ -252,12 +256,9 @@ def _replace(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     graph.remove(node, safe=True)
 
 
-def _free_name(graph: ir.Graph, wanted: str) -> str:
-    taken = {value.name for node in graph for value in node.outputs}
-    taken.update(graph.initializers, (value.name for value in graph.inputs))
-    i, name = 0, wanted
-    while name in taken:
-        i, name = i + 1, f"{wanted}_{i + 1}"
+def _free_name(taken: set[str | None], wanted: str) -> str:
+    name = next(n for n in chain((wanted,), (f"{wanted}_{i}" for i in count(1))) if n not in taken)
+    taken.add(name)
     return name
 
 
