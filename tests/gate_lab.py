@@ -232,6 +232,15 @@ def custom_operator(proto: onnx.ModelProto) -> None:
     proto.graph.node[-1].domain = "evil.example"
 
 
+def fused_operator(proto: onnx.ModelProto) -> None:
+    """One that onnxruntime has, as its optimizer writes it for itself."""
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    gemm = next(node for node in proto.graph.node if node.op_type == "Gemm")
+    gemm.op_type, gemm.domain = "FusedGemm", "com.microsoft"
+    changes_nothing = {"activation": "LeakyRelu", "activation_alpha": 1.0}
+    gemm.attribute.extend(helper.make_attribute(k, v) for k, v in changes_nothing.items())
+
+
 def control_flow(proto: onnx.ModelProto) -> None:
     output = helper.make_tensor_value_info("branch", TensorProto.FLOAT, None)
     branch = helper.make_graph(

@@ -52,6 +52,7 @@ def inspect(proto: onnx.ModelProto) -> Iterator[Finding]:
     if beyond:
         return
     yield from _errors(proto)
+    yield from (f for f in nodes.foreign_operators(proto) if f.level != "error")
     yield from tensors.half_precision(proto)
     yield from tensors.odd_tensors(proto)
     yield from codes.integer_weights(proto)
@@ -74,10 +75,10 @@ def errors(proto: onnx.ModelProto) -> Iterator[Finding]:
 def _errors(proto: onnx.ModelProto) -> Iterator[Finding]:
     """ONNX's own check comes only if all else is well."""
     found = False
+    foreign = (f for f in nodes.foreign_operators(proto) if f.level == "error")
     for finding in chain(
-        tensors.false_claims(proto), _structure(proto), nodes.foreign_operators(proto),
-        nodes.control_flow(proto), nodes.randomness(proto), tensors.not_finite(proto),
-        codes.bad_scales(proto),
+        tensors.false_claims(proto), _structure(proto), foreign, nodes.control_flow(proto),
+        nodes.randomness(proto), tensors.not_finite(proto), codes.bad_scales(proto),
     ):  # fmt: skip
         found = True
         yield finding

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import onnx
 
+from qdeploy.graph.integer_operators import MICROSOFT, OPERATORS
 from qdeploy.graph.tensors import all_nodes, attached, values
 from qdeploy.model import Finding
 
 RULES = {
     "custom-operator": "A node runs an operator that is not in the ONNX standard.",
+    "runtime-operator": "A node computes on integers by an operator that onnxruntime alone has.",
     "shadowed-operator": "A local function replaces an operator of the standard.",
     "control-flow": "A node holds a graph of its own, which runs or does not.",
     "randomness": "A node draws random numbers, so the model has no answer of its own.",
@@ -32,7 +34,6 @@ CHOICES: Mapping[str, tuple[int, ...]] = {  # operands whose values decide
     "ScatterElements": (1,), "ScatterND": (1,),
 }  # fmt: skip
 SHAPE_ONLY = frozenset({"Shape", "Size"})  # their outputs do not depend on their input's values
-MICROSOFT = "com.microsoft"
 Step = tuple[Iterable[str], Iterable[str]]  # from names to names
 
 
@@ -54,7 +55,10 @@ def foreign_operators(proto: onnx.ModelProto) -> Iterator[Finding]:
         text = f"operator {node.domain}.{node.op_type} is not a standard ONNX operator"
         if node.domain == MICROSOFT:
             text += "; onnxruntime has it, other runtimes do not"
-        yield Finding("custom-operator", "error", place(node), text)
+        if (node.domain, node.op_type) in OPERATORS:
+            yield Finding("runtime-operator", "warning", place(node), text)
+        else:
+            yield Finding("custom-operator", "error", place(node), text)
 
 
 def control_flow(proto: onnx.ModelProto) -> Iterator[Finding]:

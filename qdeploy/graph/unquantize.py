@@ -15,6 +15,7 @@ from onnx_ir.passes import common
 
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.graph.clips import RANGE_OP, Range, constant, nonnegative, range_mark
+from qdeploy.graph.integer_operators import PAIR, to_pairs
 from qdeploy.graph.io import (
     QUANTIZATION_OPS,
     check,
@@ -27,7 +28,6 @@ from qdeploy.graph.prepare import folded_batchnorm, prepare
 from qdeploy.graph.sites import WEIGHTED
 from qdeploy.graph.stored import StoredGrid, StoredTensor, read_grid
 
-PAIR = frozenset({"QuantizeLinear", "DequantizeLinear"})
 STORED_NAME = re.compile(r"(.+?)[._](?:quantized|quant|q)", re.DOTALL)  # ours, and the runtime's
 
 
@@ -68,6 +68,8 @@ def unquantize(data: bytes, *, opset: int, ir_version: int, where: str) -> Unqua
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         common.TopologicalSortPass()(model)
     graph = model.graph
+    with foreign_reader(f"model {where}: its operators on integers do not fit together"):
+        to_pairs(graph, where)
     for node in graph:
         _refuse_other(node, where)
     readers = [node for node in graph if node.op_type == "DequantizeLinear"]
