@@ -60,6 +60,11 @@ class DeviceProfile(Spec):
     weights: WeightSpec = WeightSpec()
     budget: BudgetSpec = BudgetSpec()
 
+    @property
+    def saturates(self) -> bool:
+        """Whether its processor adds pairs of 8-bit products in 16 bits."""
+        return self.weights.max_code <= LARGEST_CODE_WITHOUT_SATURATION
+
 
 def load_device(name_or_path: str) -> DeviceProfile:
     """The device profile of that name, or in that file; `AUTO` is the one for this machine.
@@ -79,13 +84,13 @@ def own_device() -> str:
 
 
 def misfit(device: DeviceProfile) -> str | None:
-    """Why what this processor measures is not what the device computes, if so."""
+    """What of the device's figures this processor cannot give, if anything."""
     on_cpu = any(runtime.provider == "cpu" for runtime in device.runtimes)
-    large = device.weights.max_code > LARGEST_CODE_WITHOUT_SATURATION
-    if not (on_cpu and large) or exact_8bit_products(processor_flags()):
+    if not on_cpu or device.saturates or exact_8bit_products(processor_flags()):
         return None
     return (
         f"device {device.name}: this processor adds pairs of 8-bit products in 16 bits, where codes"
-        f" beyond {LARGEST_CODE_WITHOUT_SATURATION} can saturate; measure on one with VNNI, or make"
-        f" the file for this one: --device {own_device()}"
+        f" beyond {LARGEST_CODE_WITHOUT_SATURATION} can saturate; slower kernels compute exactly,"
+        " as the device does, and latencies are not the device's; a file that is to run on this"
+        f" processor needs --device {own_device()}"
     )

@@ -46,7 +46,7 @@ def _int8(flags: frozenset[str]) -> str:
         return "8-bit products are exact on this architecture"
     if flags & VNNI:
         return f"exact 8-bit dot products ({', '.join(sorted(flags & VNNI))})"
-    return "no VNNI: full 8-bit weights would saturate; x86-avx2 keeps codes within 64"
+    return "no VNNI: full 8-bit weights saturate here; x86-avx2 keeps codes within 64"
 
 
 def _provider(name: str) -> str:

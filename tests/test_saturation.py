@@ -7,15 +7,14 @@ processor of that kind it is held against onnxruntime itself.
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper  # noqa: TID251 - bare products, no model
 
-from qdeploy.device import LARGEST_CODE_WITHOUT_SATURATION
+from qdeploy.device import LARGEST_CODE_WITHOUT_SATURATION, load_device
 from qdeploy.machine import exact_8bit_products, processor_flags
+from qdeploy.runtime.sessions import open_session
 
 SATURATES = not exact_8bit_products(processor_flags())
-EXACT = {"session.x64quantprecision": "1"}
 INNER = (8, 9, 27, 31, 64)  # lengths of the inner axis; a lone last value is paired with nothing
 CONVOLUTIONS = ((8, 3), (3, 3), (16, 1), (5, 3))  # input channels, kernel
 
@@ -39,34 +38,29 @@ def drawn(*shape: int, dtype: type, largest: int = 128) -> np.ndarray:
     return np.random.default_rng(sum(shape)).integers(low, high, shape).astype(dtype)
 
 
-def run(node: onnx.NodeProto, given: np.ndarray, constants: dict, out: int, entries: dict):
+def run(node: onnx.NodeProto, given: np.ndarray, constants: dict, out: int, *, may_saturate: bool):
     value = helper.make_tensor_value_info
     kinds = {np.dtype(np.uint8): TensorProto.UINT8}
     inputs = [value("x", kinds[given.dtype], list(given.shape))]
     held = [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
     graph = helper.make_graph([node], "products", inputs, [value("y", out, None)], held)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    for name, entry in entries.items():
-        options.add_session_config_entry(name, entry)
-    cpu = ["CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=cpu)
-    return session.run(None, {"x": given})[0]
+    session = open_session(model.SerializeToString(), saturating=may_saturate)
+    return session.run(given)["y"]
 
 
-def product(codes: np.ndarray, weights: np.ndarray, entries: dict) -> np.ndarray:
+def product(codes: np.ndarray, weights: np.ndarray, *, may_saturate: bool) -> np.ndarray:
     node = helper.make_node("MatMulInteger", ["x", "w"], ["y"])
-    return run(node, codes, {"w": weights}, TensorProto.INT32, entries)
+    return run(node, codes, {"w": weights}, TensorProto.INT32, may_saturate=may_saturate)
 
 
-def convolution(image: np.ndarray, weights: np.ndarray, entries: dict) -> np.ndarray:
+def convolution(image: np.ndarray, weights: np.ndarray, *, may_saturate: bool) -> np.ndarray:
     names = ("xs", "xz", "w", "ws", "wz", "ys", "yz")
     one, zero = np.float32(1), np.uint8(0)
     arrays = (one, zero, weights, one, np.int8(0), np.float32(4096), np.uint8(128))
     constants = dict(zip(names, arrays, strict=True))
     node = helper.make_node("QLinearConv", ["x", *names], ["y"])
-    return run(node, image, constants, TensorProto.UINT8, entries)
+    return run(node, image, constants, TensorProto.UINT8, may_saturate=may_saturate)
 
 
 def convolved(image: np.ndarray, weights: np.ndarray, multiply) -> np.ndarray:
@@ -86,8 +80,10 @@ def test_products_of_matrices(inner):
     codes, weights = drawn(5, inner, dtype=np.uint8), drawn(inner, 16, dtype=np.int8)
     here = saturating if SATURATES else exact
     assert (saturating(codes, weights) != exact(codes, weights)).any()
-    np.testing.assert_array_equal(product(codes, weights, {}), here(codes, weights))
-    np.testing.assert_array_equal(product(codes, weights, EXACT), exact(codes, weights))
+    np.testing.assert_array_equal(product(codes, weights, may_saturate=True), here(codes, weights))
+    np.testing.assert_array_equal(
+        product(codes, weights, may_saturate=False), exact(codes, weights)
+    )
 
 
 @pytest.mark.parametrize(("channels", "kernel"), CONVOLUTIONS)
@@ -96,9 +92,11 @@ def test_convolutions(channels, kernel):
     weights = drawn(8, channels, kernel, kernel, dtype=np.int8)
     here = saturating if SATURATES else exact
     assert (convolved(image, weights, saturating) != convolved(image, weights, exact)).any()
-    np.testing.assert_array_equal(convolution(image, weights, {}), convolved(image, weights, here))
     np.testing.assert_array_equal(
-        convolution(image, weights, EXACT), convolved(image, weights, exact)
+        convolution(image, weights, may_saturate=True), convolved(image, weights, here)
+    )
+    np.testing.assert_array_equal(
+        convolution(image, weights, may_saturate=False), convolved(image, weights, exact)
     )
 
 
@@ -112,6 +110,15 @@ def test_codes_of_the_avx2_profile_never_saturate(inner):
         drawn(inner, 16, dtype=np.int8, largest=largest),
     ):
         np.testing.assert_array_equal(saturating(codes, weights), exact(codes, weights))
-        np.testing.assert_array_equal(product(codes, weights, {}), exact(codes, weights))
+        np.testing.assert_array_equal(
+            product(codes, weights, may_saturate=True), exact(codes, weights)
+        )
     one_more = np.full((inner, 16), largest + 1, np.int8)
     assert (saturating(codes, one_more) != exact(codes, one_more)).any()
+
+
+@pytest.mark.parametrize(("name", "saturates"), [
+    ("x86-vnni", False), ("compact", False), ("cuda", False), ("x86-avx2", True),
+])  # fmt: skip
+def test_profiles_say_whether_their_processor_saturates(name, saturates):
+    assert load_device(name).saturates is saturates

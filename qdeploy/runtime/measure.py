@@ -104,18 +104,23 @@ def argmax(logits: np.ndarray) -> np.ndarray:
 
 
 def measure_latency(
-    models: Iterable[tuple[str, bytes]], shape: tuple[int, int, int], *, provider: str, runs: int
+    models: Iterable[tuple[str, bytes]],
+    shape: tuple[int, int, int],
+    *,
+    provider: str,
+    runs: int,
+    saturating: bool = False,
 ) -> tuple[Latency, ...]:
     """Median time of each model at batch 1 and 32, the models taking turns.
 
     One session is open at a time, since idle ones keep the cores busy. Only the ratios mean
-    something on a machine that does other work.
+    something on a machine that does other work. `saturating` is that of `open_session`.
     """
     seconds: dict[tuple[str, int], list[float]] = {}
     contestants = tuple(models)
     for _ in range(LATENCY_TURNS if runs else 0):
         for name, data in contestants:
-            session = open_session(data, provider)
+            session = open_session(data, provider, saturating=saturating)
             for size in LATENCY_BATCHES:
                 times = _run_times(session, (size, *shape), runs)
                 seconds.setdefault((name, size), []).extend(times)

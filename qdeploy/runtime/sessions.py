@@ -140,12 +140,15 @@ def open_session(
     optimizations: Literal["all", "off"] = "all",
     threads: int = 0,
     spinning: bool = True,
+    saturating: bool = False,
 ) -> Session:
     """Open `model` on `provider` alone; onnxruntime by itself would warn and use the CPU.
 
     Args:
         threads: Intra-op threads; 0 for one per core.
         spinning: Let idle threads wait busily: faster alone, slower beside other sessions.
+        saturating: Let pairs of 8-bit products saturate where the processor's own instructions
+            do; otherwise kernels are chosen that are exact on every processor.
 
     Raises:
         ProviderError: the provider is not installed, cannot start, or cannot run the whole model.
@@ -158,6 +161,8 @@ def open_session(
             hint=INSTALL_HINTS.get(provider, "use another --device"),
         )
     options = _options(provider, optimizations, threads)
+    if not saturating:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if provider != "cpu":  # onnxruntime rejects the option for the CPU provider itself

@@ -78,6 +78,7 @@ def validate(
         trial.interface.input_shape,
         provider=first.provider,
         runs=trial.latency_runs,
+        saturating=device.saturates,
     )
     sessions = _sessions(trial, device)
     _check_interface(sessions, trial.interface)
@@ -130,7 +131,11 @@ def _sessions(trial: Trial, device: DeviceProfile) -> dict[Arm, Session]:
     for variant, data in trial.files.items():
         for runtime in device.runtimes if variant == "result" else device.runtimes[:1]:
             sessions[Arm(variant, runtime.label)] = open_session(
-                data, runtime.provider, optimizations=runtime.optimizations, spinning=False
+                data,
+                runtime.provider,
+                optimizations=runtime.optimizations,
+                spinning=False,
+                saturating=device.saturates,
             )
     return sessions
 
