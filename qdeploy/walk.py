@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qdeploy.data import Images
+from qdeploy.device import LARGEST_CODE_WITHOUT_SATURATION
+from qdeploy.graph.codes import products_fit
 from qdeploy.graph.parts import next_part
 from qdeploy.runtime.sessions import open_session
 
@@ -47,7 +49,8 @@ class Walk:
         """
         part = next_part(model, self.values, self.done, wanted)
         if part.model is not None:
-            session = open_session(part.model, spinning=False)
+            fits = products_fit(part.model, LARGEST_CODE_WITHOUT_SATURATION)
+            session = open_session(part.model, spinning=False, saturating=fits)
             images = len(next(iter(self.values.values())))
             for first in range(0, images, BATCH):
                 at = slice(first, first + BATCH)

@@ -11,8 +11,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper  # noqa: TID251 - bare products, no model
 
 from qdeploy.device import LARGEST_CODE_WITHOUT_SATURATION, load_device
+from qdeploy.graph.codes import products_fit
 from qdeploy.machine import exact_8bit_products, processor_flags
 from qdeploy.runtime.sessions import open_session
+from tests.nets import Net
 
 SATURATES = not exact_8bit_products(processor_flags())
 INNER = (8, 9, 27, 31, 64)  # lengths of the inner axis; a lone last value is paired with nothing
@@ -115,6 +117,23 @@ def test_codes_of_the_avx2_profile_never_saturate(inner):
         )
     one_more = np.full((inner, 16), largest + 1, np.int8)
     assert (saturating(codes, one_more) != exact(codes, one_more)).any()
+
+
+@pytest.mark.parametrize(("most", "fits"), [(64, True), (-64, True), (65, False), (-128, False)])
+def test_files_whose_products_fit_are_known(most, fits):
+    codes = np.zeros((4, 8), np.int8)
+    codes[1, 2] = most
+    net = Net()
+    net.constant(codes, "weight")
+    data = net.model(net.head(net.x, 3))
+    assert products_fit(data, LARGEST_CODE_WITHOUT_SATURATION) is fits
+
+
+def test_weights_that_are_rounded_at_load_are_not_known_to_fit():
+    net = Net()
+    scale, zero = net.constant(np.float32(0.1)), net.constant(np.int8(0))
+    net.node("QuantizeLinear", net.weight(4, 8), scale, zero)
+    assert not products_fit(net.model(net.head(net.x, 3)), LARGEST_CODE_WITHOUT_SATURATION)
 
 
 @pytest.mark.parametrize(("name", "saturates"), [

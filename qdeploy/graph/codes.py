@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from qdeploy.graph.nodes import constant_tensors
-from qdeploy.graph.tensors import values
+from qdeploy.graph.tensors import all_tensors, values
 from qdeploy.model import Finding
 
 RULES = {
@@ -69,6 +69,24 @@ def integer_weights(proto: onnx.ModelProto) -> Iterator[Finding]:
     for weight in found:
         yield from _mixed_zero_points(weight)
         yield from _scale_outliers(weight)
+
+
+def products_fit(data: bytes, largest: int) -> bool:
+    """Whether no signed 8-bit constant of a well-formed file holds a code beyond `largest`.
+
+    With one that the runtime rounds when it loads the file, it is not known, and False.
+    """
+    proto = onnx.ModelProto.FromString(data)
+    constants = constant_tensors(proto)
+    rounds = (n for n in proto.graph.node if n.op_type == "QuantizeLinear")
+    if any(node.input[0] in constants for node in rounds):
+        return False
+    for tensor in all_tensors(proto):
+        if tensor.data_type == onnx.TensorProto.INT8:
+            codes = values(tensor)
+            if codes is None or np.any(codes > largest) or np.any(codes < -largest):
+                return False
+    return True
 
 
 def bad_scales(proto: onnx.ModelProto) -> Iterator[Finding]:

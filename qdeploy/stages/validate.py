@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float32
 
 from qdeploy.core.metrics import rate
 from qdeploy.data import Images
-from qdeploy.device import DeviceProfile
+from qdeploy.device import LARGEST_CODE_WITHOUT_SATURATION, DeviceProfile
 from qdeploy.errors import InputError
 from qdeploy.evidence import (
     ArmRates,
@@ -24,6 +24,7 @@ from qdeploy.evidence import (
     runtime_agreement,
     samples,
 )
+from qdeploy.graph.codes import products_fit
 from qdeploy.graph.io import operators
 from qdeploy.model import Arm, FileMade, Interface, Latency
 from qdeploy.progress import SILENT, Progress
@@ -71,6 +72,7 @@ def validate(
         ProviderError: a runtime of the profile is not there, or cannot run the file.
         InputError: a file is no classifier, or not of what it should be.
     """
+    exact = all(products_fit(d, LARGEST_CODE_WITHOUT_SATURATION) for d in trial.files.values())
     files = tuple(_file(variant, data) for variant, data in trial.files.items())
     first = device.runtimes[0]
     latencies = measure_latency(
@@ -78,7 +80,7 @@ def validate(
         trial.interface.input_shape,
         provider=first.provider,
         runs=trial.latency_runs,
-        saturating=device.saturates,
+        saturating=device.saturates or exact,
     )
     sessions = _sessions(trial, device)
     _check_interface(sessions, trial.interface)
@@ -135,7 +137,7 @@ def _sessions(trial: Trial, device: DeviceProfile) -> dict[Arm, Session]:
                 runtime.provider,
                 optimizations=runtime.optimizations,
                 spinning=False,
-                saturating=device.saturates,
+                saturating=device.saturates or products_fit(data, LARGEST_CODE_WITHOUT_SATURATION),
             )
     return sessions
 
