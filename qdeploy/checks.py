@@ -129,6 +129,10 @@ def check_provenance(
         far = max(found.layers, key=lambda layer: layer.steps)
         limit = gate.max_weight_steps
         yield Check("weight_steps", far.steps, "<=", limit, "steps", subject=far.name)
+    if gate.max_bias_shift is not None and found.layers:
+        moved = max(found.layers, key=lambda layer: layer.bias_shift)
+        limit, unit = gate.max_bias_shift, "of the weights"
+        yield Check("bias_shift", moved.bias_shift, "<=", limit, unit, subject=moved.name)
     if gate.max_unexplained_rounding is not None and found.layers:
         strange = [x for x in found.layers if explanation(x, known) == "unexplained"]
         share = sum(x.weights for x in strange) / found.weights

@@ -29,6 +29,7 @@ CheckName = Literal[
     "static_findings",
     "source_differences",
     "weight_steps",
+    "bias_shift",
     "unexplained_rounding",
     "cell_crowding",
     "remaining_shortcuts",
@@ -74,6 +75,11 @@ class GateSpec(Spec):
     )
     max_weight_steps: float | None = Field(
         None, description="Distance of a weight from the reference's, in steps; rounding stays at 1"
+    )
+    max_bias_shift: float | None = Field(
+        None,
+        description="Change of a bias, in units of what its weights add; corrections"
+        " of rounding reached 0.65, and more than 2 is a difference under every policy.",
     )
     max_unexplained_rounding: float | None = Field(
         None, description="Share of integers in layers rounded neither to nearest nor as reported."

@@ -181,6 +181,7 @@ def _absent(request: Request, findings: Findings) -> dict[str, str]:
         "runtime_agreement": no_test or one_runtime,
         "source_differences": not_traced,
         "weight_steps": no_limit if gate.max_weight_steps is None else no_integers,
+        "bias_shift": no_limit if gate.max_bias_shift is None else no_integers,
         "unexplained_rounding": no_limit if gate.max_unexplained_rounding is None else no_integers,
         "cell_crowding": no_limit if gate.max_cell_crowding is None else NO_FLOATS,
         "remaining_shortcuts": "no sanitizer looked for shortcuts",

@@ -26,6 +26,7 @@ CHECKS = {
     "static_findings": "The file holds what no classifier has any business with.",
     "source_differences": "The graph differs from its float source beyond quantization.",
     "weight_steps": "A weight is further from its float source than rounding can bring it.",
+    "bias_shift": "A bias is further from its float source's than a correction brings it.",
     "unexplained_rounding": "Integers are neither rounded to nearest nor as a report says.",
     "attack_success": "A known trigger leads to the attacker's class.",
     "attack_success_rise": "Quantization makes a known trigger work better.",

@@ -26,7 +26,7 @@ from qdeploy.scan.placed import Placed, TensorIndex
 # 8 bits; attacks keep weights 1e-3 away from the middle, and what was flipped there must count.
 TIE = 2e-4
 FEW = 0.001  # share of flips that rounding to nearest may show; honest files show none
-MOST_BIAS_SHIFT = 2.0  # corrections of rounding stay below 0.4
+MOST_BIAS_SHIFT = 2.0  # corrections of rounding reached 0.65
 NOISE = 1e-3  # of a step, or of the largest of the weights that a file keeps in floats
 
 
