@@ -33,7 +33,7 @@ from qdeploy.runtime.sessions import classifier_interface, open_session
 from qdeploy.scan.fingerprints import NO_SCAN, scan_weights
 from qdeploy.scan.provenance import Provenance, trace
 from qdeploy.scan.static import look
-from qdeploy.stages.load import sha256
+from qdeploy.stages.load import refuse_exchanged, sha256
 from qdeploy.stages.validate import Measured, Variant
 
 
@@ -59,13 +59,14 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
     clock = Clock(progress)
     check_providers(request)
     check_places(request)
+    origin = Origin(str(subject.path), sha256(subject.path), Format.ONNX.value)
     with clock.stage("look"):
         static = look(subject.path)
-    origin = Origin(str(subject.path), sha256(subject.path), Format.ONNX.value)
     if any(stands_against(f, request.policy.gate) for f in static):
         return _refuse(request, subject, origin, static, clock)
     allow = request.policy.gate.waived("finding")
     data = read_single_file(subject.path, allow=allow)
+    refuse_exchanged(subject.path, origin.sha256, hashlib.sha256(data).hexdigest())
     waived = any(finding.level == "error" for finding in static)
     model = _float_model(request, subject, data, clock, waived=waived)
     interface = _interface(data, subject, request) if model is None else model.interface

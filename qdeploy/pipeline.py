@@ -49,7 +49,7 @@ from qdeploy.sources import Sources
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit, wrong_codes
 from qdeploy.stages.export import export
-from qdeploy.stages.load import load
+from qdeploy.stages.load import load, sha256
 from qdeploy.stages.plan import plan_layers
 from qdeploy.stages.rounding import RoundingTask, round_layers, round_to_nearest
 from qdeploy.stages.validate import Measured, Trial, Variant, validate
@@ -159,10 +159,17 @@ def _exported(loaded: Loaded, sources: Sources, device: DeviceProfile) -> FloatM
 
 
 def open_source(sources: Sources, *, run_code_from_model: bool) -> Loaded:
-    """The model file as it is."""
+    """The model file as it is.
+
+    Raises:
+        InputError: it is one to be refused, or was exchanged between looking and loading.
+    """
+    before = sha256(sources.model)
     refuse_hostile(sources.model, run_code_from_model=run_code_from_model)
     architecture = Architecture(*sources.architecture) if sources.architecture else None
-    return load(sources.model, architecture, run_code_from_model=run_code_from_model)
+    return load(
+        sources.model, architecture, run_code_from_model=run_code_from_model, looked_at=before
+    )
 
 
 def _quantize(

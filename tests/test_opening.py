@@ -12,10 +12,13 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from qdeploy import gate
 from qdeploy.architectures.digits import DigitsNet
 from qdeploy.look import Sight, look_at
+from qdeploy.model import Finding
 from qdeploy.options import Options
 from qdeploy.request import request_for
+from qdeploy.scan import static
 from tests import gate_lab
 from tests.gate_lab import Lab, run
 
@@ -113,3 +116,34 @@ def test_what_scan_rejects_no_other_verb_opens(lab, verb, spoil: Callable[[Lab],
     assert run(verb, "bad.pt", "--out", "again.onnx") == 2
     assert "qdeploy scan shows all" in capsys.readouterr().err
     assert not Path("again.onnx").exists()
+
+
+@pytest.mark.parametrize("verb", ["export", "quantize", "gate"])
+@pytest.mark.parametrize("kind", ["fp32.onnx", "model.pt"])
+def test_a_file_that_is_exchanged_after_the_scan_is_not_used(lab, verb, kind, monkeypatch, capsys):
+    """The scan sees the honest file, the loader another one that holds together as well."""
+    if verb == "gate" and kind == "model.pt":
+        pytest.skip("the gate takes ONNX")
+    subject = Path("subject").with_suffix(Path(kind).suffix)
+    shutil.copy(kind, subject)
+    shutil.copy("model.toml", "subject.toml")
+    honest = static.look
+
+    def look_and_lose(path: Path) -> tuple[Finding, ...]:
+        found = honest(path)
+        if path == subject:
+            with subject.open("ab") as file:
+                file.write(b"\x32\x00" if kind == "fp32.onnx" else b"")
+            if kind == "model.pt":
+                state = torch.load(kind, weights_only=True)  # noqa: TID251
+                torch.save({name: value + 1 for name, value in state.items()}, subject)
+        return found
+
+    for module in (static, gate):
+        monkeypatch.setattr(module, "look", look_and_lose)
+    told = (
+        ["--reference", "fp32.onnx", "--policy", "demo"] if verb == "gate" else ["--out", "o.onnx"]
+    )
+    assert run(verb, subject, *told) == 2
+    assert "was exchanged or written to while it was read" in capsys.readouterr().err
+    assert not Path("o.onnx").exists()

@@ -18,16 +18,21 @@ LARGEST_INFLATION_BYTES = 8 << 20  # torch compresses code only, never tensors
 
 
 def load(
-    path: Path, architecture: Architecture | None = None, *, run_code_from_model: bool = False
+    path: Path,
+    architecture: Architecture | None = None,
+    *,
+    run_code_from_model: bool = False,
+    looked_at: str | None = None,
 ) -> Loaded:
     """The model in `path`, as far as possible without running anything it contains.
 
     Args:
         run_code_from_model: Open pickles and exported programs, which can run any code.
+        looked_at: The digest that the file had when it was scanned.
 
     Raises:
         InputError: the file is missing, damaged, makes false claims, needs an architecture, or
-            would have to run code.
+            would have to run code, or is another than was looked at.
     """
     if not path.is_file():
         raise InputError(f"model {path}: no such file")
@@ -35,6 +40,8 @@ def load(
     kind = kind_of(io.BytesIO(data), path)
     name = architecture.name if architecture else None
     digest = hashlib.sha256(data).hexdigest()
+    if looked_at is not None:
+        refuse_exchanged(path, looked_at, digest)
     if kind is Format.ONNX:
         proto = read_untrusted(path, data)
         return Loaded(
@@ -94,6 +101,16 @@ def kind_of(file: io.BufferedReader | io.BytesIO, path: Path) -> Format:
 
 def sha256(path: Path) -> str:
     return file_sha256(path, what="model")
+
+
+def refuse_exchanged(path: Path, looked_at: str, used: str) -> None:
+    """What was checked is what is used, by the digests of both.
+
+    Raises:
+        InputError: it is not.
+    """
+    if looked_at != used:
+        raise InputError(f"model {path}: was exchanged or written to while it was read")
 
 
 def model_digest(path: Path) -> str:
