@@ -11,8 +11,8 @@ from qdeploy.disk import write_atomically
 from qdeploy.errors import NO_MEMORY, InputError, QdeployError
 from qdeploy.graph.io import is_quantized, read_single_file
 from qdeploy.inputs import Request
-from qdeploy.model import Finding, FloatModel, Format
-from qdeploy.pipeline import open_source
+from qdeploy.model import Finding, FloatModel, Format, Loaded
+from qdeploy.pipeline import open_looked_at, open_source
 from qdeploy.progress import Progress
 from qdeploy.report.looks import FORMATS, Look
 from qdeploy.scan.fingerprints import scan_weights
@@ -75,23 +75,24 @@ def _limits(sight: Sight) -> Limits:
 def _steps(sight: Sight) -> Iterator[Look]:
     """What is known of a file after each step of looking at it."""
     path, request = sight.path, sight.request_of(sight.path)
-    findings = look(path)
-    seen = Look(path, sha256(path), findings, None, _why_not(request, findings))
+    digest, findings = sha256(path), look(path)
+    seen = Look(path, digest, findings, None, _why_not(request, findings))
     yield seen
     if sight.reference is not None and not seen.stands_against:
-        source = _unrun(sight.request_of(sight.reference))
+        reference = sight.request_of(sight.reference)
+        source = _unrun(reference, open_source(reference.sources, run_code_from_model=False))
         found = _of_provenance(trace(read_single_file(path), source))
         seen = replace(seen, findings=(*found, *seen.findings))
         yield seen
     if seen.not_scanned is None:
-        yield replace(seen, scan=scan_weights(_unrun(request)))
+        opened = open_looked_at(request.sources, digest, run_code_from_model=False)
+        yield replace(seen, scan=scan_weights(_unrun(request, opened)))
 
 
-def _unrun(request: Request) -> FloatModel:
+def _unrun(request: Request, loaded: Loaded) -> FloatModel:
     """The weights in a prepared graph; of an ONNX file nothing is run."""
-    sources, device = request.sources, request.device
-    loaded = open_source(sources, run_code_from_model=False)
-    shape, opset, ir_version = sources.shape, device.opset, device.ir_version
+    shape, device = request.sources.shape, request.device
+    opset, ir_version = device.opset, device.ir_version
     return export_unproved(loaded, shape=shape, opset=opset, ir_version=ir_version)
 
 
