@@ -18,7 +18,7 @@ from qdeploy.scan.static import RULES
 from qdeploy.schema import load_toml
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob(".*.yaml"),
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob(".*.yaml"),
                 *(ROOT / ".github").rglob("*.yml")])  # fmt: skip
 COMMAND = re.compile(r"^(?: {4}| *- | *entry: | {8})(qdeploy (?:[^#\n\\]|\\\n)*)", re.MULTILINE)
 
@@ -52,8 +52,8 @@ def test_every_command_in_the_documents_exists_and_takes_its_options(page):
         assert used <= known, f"{name} has no {used - known}"
 
 
-def test_the_readme_names_every_command():
-    text = (ROOT / "README.md").read_text("utf-8")
+def test_the_page_on_commands_names_every_one():
+    text = (ROOT / "docs" / "commands.md").read_text("utf-8")
     for name in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
         assert f"qdeploy {name}" in text, name
 
@@ -71,6 +71,13 @@ def test_the_policy_in_the_documents_is_one(tmp_path):
     policy = load_toml(tmp_path / "policy.toml", Policy, what="policy")
     assert policy.gate.min_accuracy == 85.0
     assert policy.budget.latency_ms == 2.0
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.split()) <= 900
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in text, page.name
 
 
 def test_links_between_the_documents_lead_somewhere():
