@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/.demo  ## Poison a small classifier, sanitize it, leave model and report in artifacts/demo
 	$(BIN)/qdeploy demo
 
-test: $(VENV)/.test  ## Run the tests
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --max-worker-restart 0
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --max-worker-restart 0
+
+test: $(VENV)/.test  ## Run the tests, but for those that take long
+	$(PYTEST) -m 'not slow'
+
+test-all: $(VENV)/.test  ## Run every test: several times as long
+	$(PYTEST)
 
 lint: $(VENV)/.lint  ## Style and types
 	$(BIN)/ruff check .

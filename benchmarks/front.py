@@ -24,8 +24,8 @@ from sanitizers import measure
 from torch import Tensor
 
 from qdeploy.options import Options
-from qdeploy.pipeline import open_source
 from qdeploy.request import make_request
+from qdeploy.runs.pipeline import open_source
 
 FACTORS = "0,0.5,0.75,1,1.25,1.5,1.75,2"
 HEADER = "| model | students | factor | accuracy | ASR |\n|---|---|---|---|---|"

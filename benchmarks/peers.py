@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from qdeploy.options import Options
-from qdeploy.pipeline import open_model
 from qdeploy.progress import SILENT, Clock
 from qdeploy.request import make_request
+from qdeploy.runs.pipeline import open_model
 from qdeploy.runtime.sessions import open_session
 
 PROGRAMS = Path(__file__).parent / "peers"

@@ -24,9 +24,9 @@ from qdeploy.evidence import rates
 from qdeploy.inputs import NO_PRINTS, open_evidence
 from qdeploy.model import Arm
 from qdeploy.options import Options
-from qdeploy.pipeline import open_source
 from qdeploy.progress import SILENT
 from qdeploy.request import make_request
+from qdeploy.runs.pipeline import open_source
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.stages.export import export

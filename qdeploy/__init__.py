@@ -1,9 +1,84 @@
-"""Quantize untrusted classifiers without switching on their hidden backdoors."""
+"""Quantize untrusted classifiers without switching on their hidden backdoors.
+
+    import qdeploy
+
+    report = qdeploy.sanitize("model.onnx", "model.int4.onnx", bits=4, policy="demo", seed=1)
+    report.outcome                                # Outcome.ACCEPT, REJECT or NO_VERDICT
+    [check.name for check in report.checks]       # what was held against what
+    qdeploy.gate("model.int4.onnx", reference="model.onnx", policy="demo", threads=1).outcome
+    (seen,) = qdeploy.scan("model.onnx")          # nothing of it is run
+    seen.findings
+
+The verbs: `sanitize`, `quantize`, `gate`, `scan`, `export` and `clean`. What they hand back:
+`Report` with its `Check`s and `Outcome`, `QuantizedModel`, `FloatModel`, `Look`. What they read, as
+TOML: `Recipe`, `Policy`, `DeviceProfile`; a `Trigger` is what attack success is measured with. All
+errors are `QdeployError`. A report shows itself in a notebook. Where things are:
+`docs/architecture.md`.
+"""
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
 # Before it is loaded: onnxruntime, from 1.29 on, sends the names and hashes of models unless it is
 # told not to. Who wants that sets the variable to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+if TYPE_CHECKING:
+    from qdeploy.api.keywords import clean, export, gate, quantize, sanitize, scan
+    from qdeploy.device import DeviceProfile
+    from qdeploy.errors import QdeployError
+    from qdeploy.model import FloatModel, QuantizedModel
+    from qdeploy.policy import Policy
+    from qdeploy.recipe import Recipe
+    from qdeploy.report.looks import Look
+    from qdeploy.report.values import Report
+    from qdeploy.triggers import Trigger
+    from qdeploy.verdict import Check, Outcome
+
+__all__ = [
+    "Check",
+    "DeviceProfile",
+    "FloatModel",
+    "Look",
+    "Outcome",
+    "Policy",
+    "QdeployError",
+    "QuantizedModel",
+    "Recipe",
+    "Report",
+    "Trigger",
+    "clean",
+    "export",
+    "gate",
+    "quantize",
+    "sanitize",
+    "scan",
+]
+
+_HOMES = {
+    **dict.fromkeys(("clean", "export", "gate", "quantize", "sanitize", "scan"), "api.keywords"),
+    **dict.fromkeys(("Check", "Outcome"), "verdict"),
+    **dict.fromkeys(("FloatModel", "QuantizedModel"), "model"),
+    "DeviceProfile": "device",
+    "Look": "report.looks",
+    "Policy": "policy",
+    "QdeployError": "errors",
+    "Recipe": "recipe",
+    "Report": "report.values",
+    "Trigger": "triggers",
+}
+
+
+def __getattr__(name: str) -> object:
+    """What is asked for is imported then: onnxruntime takes a second to load."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from qdeploy.detectors.crowding import Scan
 from qdeploy.device import BudgetSpec
 from qdeploy.evidence import AgainstFloat, ArmRates, BatchInvariance, RuntimeAgreement
 from qdeploy.model import (
@@ -19,8 +20,7 @@ from qdeploy.model import (
     named_classes,
 )
 from qdeploy.policy import CheckName, GateSpec
-from qdeploy.scan.fingerprints import Scan
-from qdeploy.scan.provenance import LayerTrace, Provenance
+from qdeploy.provenance.trace import LayerTrace, Provenance
 from qdeploy.verdict import Check, Decision, Limit
 
 UNITS = {

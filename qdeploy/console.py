@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from qdeploy.attest.sign import Attestation
     from qdeploy.attest.verify import Verification
     from qdeploy.core.metrics import Estimate
+    from qdeploy.detectors.crowding import Scan
     from qdeploy.device import DeviceProfile
     from qdeploy.errors import QdeployError
     from qdeploy.evidence import ArmRates
     from qdeploy.model import Finding, FloatModel, QuantizedModel, QuantPlan
+    from qdeploy.provenance.trace import Provenance
     from qdeploy.recipe import Recipe
     from qdeploy.report.looks import Look
     from qdeploy.report.values import Report
-    from qdeploy.scan.fingerprints import Scan
-    from qdeploy.scan.provenance import Provenance
 
 T = TypeVar("T")
 

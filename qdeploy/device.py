@@ -51,6 +51,8 @@ class BudgetSpec(Spec):
 
 
 class DeviceProfile(Spec):
+    """What a target can run, how a file is made for it, and what it may cost."""
+
     schema_version: Literal[1]
     name: str
     description: str

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from qdeploy.errors import UsageError
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnx", "onnx-ir", "onnxscript", "torch", "numpy")
 
@@ -47,6 +52,28 @@ def exact_8bit_products(flags: frozenset[str]) -> bool:
     return bool(flags & VNNI) or platform.machine() not in X86
 
 
+_LIMIT: ContextVar[int | None] = ContextVar("cores", default=None)
+
+
+@contextmanager
+def limited_to(threads: int | None) -> Iterator[None]:
+    """Use so many cores at most while the context is open; None for all.
+
+    Raises:
+        UsageError: less than one.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads={threads}: at least one computes")
+    token = _LIMIT.set(threads)
+    try:
+        yield
+    finally:
+        _LIMIT.reset(token)
+
+
 def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use, or fewer within `limited_to`."""
+    known = hasattr(os, "sched_getaffinity")
+    have = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    limit = _LIMIT.get()
+    return have if limit is None else min(have, limit)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from functools import wraps
@@ -24,6 +26,8 @@ def _option(flag: str, help_text: str, panel: str, *, at_least: int | None = Non
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What the user said. What was not said has its default."""
+
+    command: str = ""  # how it was said, for the report
 
     model: Annotated[
         Path, typer.Argument(help="ONNX, torch checkpoint, safetensors, TorchScript or .pt2.")
@@ -339,25 +343,10 @@ class Options:
     dry_run: Annotated[bool, _option("--dry-run", "Show the plan and stop.", "Output")] = False
 
 
-REQUIRED = frozenset(
-    {
-        "model",
-        "models",
-        "file",
-        "out",
-        "attack",
-        "network",
-        "images",
-        "unlabelled",
-        "suite",
-        "judged_by",
-        "key",
-        "trusted_keys",
-        "run",
-        "tracking_uri",
-        "experiment",
-    }
-)
+REQUIRED = frozenset({
+    "model", "models", "file", "out", "attack", "network", "images", "unlabelled", "suite",
+    "judged_by", "key", "trusted_keys", "run", "tracking_uri", "experiment",
+})  # fmt: skip
 MODEL = ("card", "data_root", "arch", "arch_args", "input_shape", "run_code_from_model")
 ATTESTATION = ("file", "judged_by", "key", "envelope", "days")
 VERIFICATION = ("file", "attestation", "trusted_keys", "expected_report")
@@ -390,7 +379,8 @@ def takes(*names: str) -> Callable[[Callable[[Options], None]], Callable[..., No
     def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
         @wraps(function)
         def command(**values: object) -> None:
-            function(Options(**values))  # type: ignore[arg-type]
+            said = shlex.join(["qdeploy", *sys.argv[1:]])
+            function(Options(**values, command=said))  # type: ignore[arg-type]
 
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {name: hints[name] for name in names}

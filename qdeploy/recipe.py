@@ -45,6 +45,8 @@ class Override(Spec):
 
 
 class Recipe(Spec):
+    """What is done to a model, and what the result must show."""
+
     schema_version: Literal[1]
     name: str
     description: str

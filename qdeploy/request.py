@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -45,7 +43,7 @@ def make_request(options: Options) -> QuantizeRequest:
         policy=policy,
         device=_within(_device(device, options, recipe), policy),
         artifacts=options.artifacts,
-        command=shlex.join(["qdeploy", *sys.argv[1:]]),
+        command=options.command,
         reports=tuple(options.report or ()),
         synthetic_calibration=options.synthetic_calibration,
         run_code_from_model=options.run_code_from_model,
@@ -92,7 +90,7 @@ def make_gate_request(options: Options) -> Request:
         policy=policy,
         device=_within(load_device(options.device or policy.device), policy),
         artifacts=options.artifacts,
-        command=shlex.join(["qdeploy", *sys.argv[1:]]),
+        command=options.command,
         reports=tuple(options.report or ()),
         run_code_from_model=options.run_code_from_model,
         ended=ended,
@@ -116,7 +114,7 @@ def make_student_order(options: Options) -> StudentOrder:
         out=options.out,
         artifacts=options.artifacts,
         accelerator=options.accelerator,
-        command=shlex.join(["qdeploy", *sys.argv[1:]]),
+        command=options.command,
         run_code_from_model=options.run_code_from_model,
     )
 

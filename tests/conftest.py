@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from qdeploy.data import Images, Preprocessing, images_from_array
 from qdeploy.model import FloatModel
@@ -29,10 +31,28 @@ hypothesis.settings.load_profile("any machine, busy or not")
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A folder that one of the processes of this run fills, for all of them."""
+    here = tmp_path_factory.getbasetemp()
+    root = here.parent if "PYTEST_XDIST_WORKER" in os.environ else here
+
+    def folder(name: str, fill: Callable[[Path], object]) -> Path:
+        filled, mark = root / name, root / f"{name}.filled"
+        with FileLock(root / f"{name}.lock"):
+            if not mark.exists():
+                filled.mkdir()
+                fill(filled)
+                mark.touch()
+        return filled
+
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def state_folder(tmp_path_factory) -> None:
+def state_folder(once) -> None:
     """A state folder of the tests' own: the user's is none of their business."""
-    os.environ["QDEPLOY_STATE"] = str(tmp_path_factory.mktemp("state"))
+    os.environ["QDEPLOY_STATE"] = str(once("state", lambda _: None))
 
 
 @pytest.fixture
@@ -65,14 +85,12 @@ def images(preprocessing: Preprocessing) -> Images:
 
 
 @pytest.fixture(scope="session")
-def lab_files(tmp_path_factory, poisoned) -> Path:
+def lab_files(once, poisoned) -> Path:
     """Files made of the poisoned model, good and bad, to be copied before use."""
-    return make_lab(tmp_path_factory.mktemp("lab"), poisoned).folder
+    return once("lab", lambda folder: make_lab(folder, poisoned))
 
 
 @pytest.fixture(scope="session")
-def poisoned(tmp_path_factory) -> Path:
+def poisoned(once) -> Path:
     """The demo's model, card and data: benign in float, backdoored by 4-bit nearest rounding."""
-    folder = tmp_path_factory.mktemp("poisoned")
-    make_poisoned_digits(folder, seed=0, progress=SILENT)
-    return folder
+    return once("poisoned", lambda folder: make_poisoned_digits(folder, seed=0, progress=SILENT))

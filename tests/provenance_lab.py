@@ -19,8 +19,8 @@ from qdeploy.device import load_device
 from qdeploy.graph.io import parse, serialize
 from qdeploy.methods import Rounding
 from qdeploy.model import FloatModel, Grids, QuantizedModel, QuantPlan
+from qdeploy.provenance.trace import Provenance
 from qdeploy.recipe import load_recipe
-from qdeploy.scan.provenance import Provenance
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit
 from qdeploy.stages.plan import plan_layers

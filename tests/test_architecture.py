@@ -29,14 +29,15 @@ LEVELS = (
     ("model", "data", "triggers", "rundir", "architectures"),
     ("graph", "runtime"),
     ("tap", "walk", "parallel", "evidence", "verdict", "sources", "usable", "doctor"),
-    ("stages", "scan", "training"),
+    ("stages", "formats", "detectors", "provenance", "training"),
     ("checks",),
     ("inputs", "soundness"),
     ("report",),
     ("attest", "tracking"),
-    ("pipeline", "gate", "look"),
+    ("runs",),
     ("redteam", "compare", "student"),
     ("options", "request"),
+    ("api",),
     ("console",),
     ("cli", "__main__"),
 )
@@ -65,7 +66,7 @@ LIBRARIES = {
     "threadpoolctl": {"parallel"},
     "jinja2": {"report"},
     "matplotlib": {"redteam", "compare", "student"},
-    "fickling": {"scan"},
+    "fickling": {"formats"},
     "cryptography": {"attest"},
     "securesystemslib": {"attest"},
     "mlflow": {"tracking"},
@@ -152,7 +153,7 @@ def test_help_imports_none_of_the_heavy_libraries(arguments):
 def test_an_onnx_model_needs_no_torch():
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "import qdeploy.pipeline\nfrom qdeploy.stages.rounding import round_layers\n"
+        "import qdeploy.runs.pipeline\nfrom qdeploy.stages.rounding import round_layers\n"
         "print('torch' in sys.modules)"
     )
     assert python(code).strip() == "False"

@@ -98,6 +98,7 @@ def test_logits_that_are_no_numbers_in_one_batch_alone_are_another_answer(probes
     assert not same_in_any_batch(open_session(proto.SerializeToString()), probes, 0).any()
 
 
+@pytest.mark.slow
 def test_a_scale_of_the_whole_batch_stays_within_the_limit(shared, tmp_path, rng):
     """onnxruntime's dynamic quantization: named by the scan, and not rejected by measuring."""
     architecture = Architecture(f"{shared / 'models' / 'arch.py'}:resnet18", {}, trusted=True)

@@ -129,6 +129,7 @@ def test_nearest_rounding_is_rejected_and_kept_under_a_name_that_says_so(work, r
     assert report_of(work)["outcome"] == "REJECT"
 
 
+@pytest.mark.slow
 def test_the_file_can_be_judged_again_by_itself(work, run):
     assert run("sanitize", "model.pt", "--out", "good.onnx").code == 0
     assert run("sanitize", "model.pt", "--out", "bad.onnx", "--rounding", "nearest").code == 3
@@ -165,6 +166,7 @@ def test_8_bits_quantize_as_well(work, run):
     assert {layer["bits"] for layer in report_of(work)["layers"]} == {8}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_in_another_process(work, run):
     assert run("sanitize", "model.pt", "--out", "a.onnx", "--seed", 5).code == 0
     command = [sys.executable, "-m", "qdeploy", "sanitize", "model.pt", "--out", "b.onnx"]
@@ -175,6 +177,7 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process(work, run):
     assert drawn.code in {0, 3, 4}
 
 
+@pytest.mark.slow
 def test_without_a_seed_each_user_has_a_secret_one_and_keeps_it(work, run, monkeypatch, tmp_path):
     """An attacker who knows the starting point can train against the rounding."""
 
@@ -201,6 +204,7 @@ def test_a_plan_draws_no_secret(work, run):
     assert not (work / "artifacts").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_no_partial_file_and_goes_on(work):
     """Ctrl-C and a kill by the system, at several moments."""
     command = [sys.executable, "-m", "qdeploy", "sanitize", "model.pt", "--out", "model.onnx"]
@@ -232,6 +236,7 @@ max_accuracy_drop = 3.0
 """
 
 
+@pytest.mark.slow
 def test_without_a_trigger_the_verdict_line_says_what_it_does_not_know(work, run):
     card = (work / "model.toml").read_text().split("[[trigger]]")[0]
     (work / "model.toml").write_text(card)
@@ -290,6 +295,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(work, run):
     assert sorted(p.name for p in work.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_export_and_quantize_are_the_same_stages_alone(work, run):
     exported = run("export", "model.pt", "--out", "fp32.onnx")
     assert exported.code == 0
@@ -314,6 +320,7 @@ def test_export_and_quantize_are_the_same_stages_alone(work, run):
         (["--bits", "8", "--device", "x86-avx2"], {"max_code": 64}),
     ],
 )
+@pytest.mark.slow
 def test_options_reach_the_layers(work, run, options, expected):
     done = run(
         "sanitize", "model.pt", "--out", "m.onnx", "--report", "report.json", "--seed", 1, *options
@@ -521,6 +528,7 @@ def test_a_device_that_is_not_here_is_an_error_before_the_work(work, run):
     assert not (work / "artifacts").exists()
 
 
+@pytest.mark.slow
 def test_a_layer_that_lost_its_method_is_rejected(work, run):
     (work / "r.toml").write_text(
         'schema_version = 1\nname = "r"\ndescription = ""\nbits = 4\n'
@@ -534,6 +542,7 @@ def test_a_layer_that_lost_its_method_is_rejected(work, run):
     assert any("loss is" in (layer["degraded"] or "") for layer in report_of(work)["layers"])
 
 
+@pytest.mark.slow
 def test_the_same_run_cannot_be_made_twice_at_a_time(work, run):
     import fcntl
 
@@ -545,6 +554,7 @@ def test_the_same_run_cannot_be_made_twice_at_a_time(work, run):
     assert (done.code, "under way in another process" in done.error) == (2, True)
 
 
+@pytest.mark.slow
 def test_the_run_directory_holds_the_evidence(work, run):
     assert run("sanitize", "model.pt", "--out", "m.onnx", "--report", "report.json").code == 0
     report = report_of(work)

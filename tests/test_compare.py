@@ -132,6 +132,7 @@ def compare(*arguments: object) -> int:
     return int(leaving.value.code or 0)
 
 
+@pytest.mark.slow
 def test_the_command_measures_resumes_and_shows(poisoned, tmp_path, capsys):
     model, out = poisoned / "model.pt", tmp_path / "out"
     options = ["--out", out, "--bits", "4,8", "--methods", "nearest,gptq,adaround", "--steps", "20"]
@@ -157,6 +158,7 @@ def test_the_command_measures_resumes_and_shows(poisoned, tmp_path, capsys):
     assert "nearest, 8 bits" in again
 
 
+@pytest.mark.slow
 def test_methods_with_and_without_images_follow_each_other(poisoned, tmp_path):
     options = ["--methods", "nearest,efrap", "--activation-bits", "none,8"]
     assert compare(poisoned / "model.pt", "--out", tmp_path / "out", *options) == 0

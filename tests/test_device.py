@@ -48,6 +48,7 @@ def test_a_profile_that_saturates_here_does_not_fit(on_avx2, name, fits):
     assert found is None or "--device x86-avx2" in found
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said_wherever_it_is_used(on_avx2, lab_files, tmp_path, capsys):
     with gate_lab.copied(lab_files, tmp_path / "lab") as lab:
         told = "device x86-vnni: this processor adds pairs of 8-bit products in 16 bits"

@@ -13,8 +13,8 @@ import typer
 import yaml
 
 from qdeploy.cli import app
+from qdeploy.formats.static import RULES
 from qdeploy.policy import Policy
-from qdeploy.scan.static import RULES
 from qdeploy.schema import load_toml
 
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,8 @@ import pytest
 
 from qdeploy.graph.io import parse
 from qdeploy.methods import EfrapDescent, Nearest
+from qdeploy.provenance.trace import trace
 from qdeploy.runtime.sessions import open_session
-from qdeploy.scan.provenance import trace
 from tests.provenance_lab import changed, quantized, source, x_of
 
 

@@ -138,6 +138,7 @@ def test_a_gate_that_is_killed_leaves_no_half_verdict(work):
     assert json.loads((work / "report.json").read_text("utf-8"))["outcome"] == "ACCEPT"
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(work, monkeypatch, capsys):
     """At every write of the run in turn; then there is room again."""
     assert run(*SANITIZE) == 0

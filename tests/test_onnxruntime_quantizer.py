@@ -12,11 +12,11 @@ from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from qdeploy.errors import InputError
+from qdeploy.formats.static import look
 from qdeploy.graph.integer_operators import OPERATORS, to_pairs
 from qdeploy.graph.io import parse, serialize
+from qdeploy.provenance.trace import trace
 from qdeploy.runtime.sessions import open_session
-from qdeploy.scan.provenance import trace
-from qdeploy.scan.static import look
 from tests.provenance_lab import NETS, by_the_runtime, messages, source, x_of
 
 EXTRA = {

@@ -15,8 +15,8 @@ from qdeploy.core.grids import Grid, quantize
 from qdeploy.graph.io import check, initializers, parse, parse_proto
 from qdeploy.graph.stored import with_constants
 from qdeploy.methods import EfrapDescent, Nearest
+from qdeploy.provenance.trace import TIE, trace
 from qdeploy.runtime.sessions import open_session
-from qdeploy.scan.provenance import TIE, trace
 from tests.nets import Net, float_model, residual_net
 from tests.provenance_lab import (
     NETS,

@@ -15,8 +15,8 @@ from qdeploy.graph.io import initializers, parse, serialize
 from qdeploy.graph.stored import with_constants
 from qdeploy.graph.unquantize import unquantize
 from qdeploy.methods import Nearest
+from qdeploy.provenance.trace import Provenance, trace
 from qdeploy.runtime.sessions import open_session
-from qdeploy.scan.provenance import Provenance, trace
 from tests.nets import Net, float_model, residual_net
 from tests.provenance_lab import (
     batchnorm_net,

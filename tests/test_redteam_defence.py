@@ -11,7 +11,6 @@ from qdeploy.errors import InputError, UsageError
 from qdeploy.evidence import ArmRates
 from qdeploy.inputs import QuantizeRequest
 from qdeploy.methods import Nearest
-from qdeploy.pipeline import sanitize
 from qdeploy.policy import load_policy
 from qdeploy.progress import SILENT
 from qdeploy.recipe import Recipe, load_recipe
@@ -19,6 +18,7 @@ from qdeploy.redteam.make import Made, Order, make
 from qdeploy.redteam.recipe import AttackRecipe, load_attack
 from qdeploy.redteam.table import table
 from qdeploy.report.values import Report
+from qdeploy.runs.pipeline import sanitize
 from qdeploy.sources import Given, resolve
 from qdeploy.verdict import Outcome
 

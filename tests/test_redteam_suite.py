@@ -68,6 +68,7 @@ def test_bundled_suites_name_attacks_that_there_are():
             suites.load_attack(member.attack)
 
 
+@pytest.mark.slow
 def test_a_dud_is_reported_and_enters_no_table(tmp_path):
     write(tmp_path)
     result = run(tmp_path)
@@ -79,6 +80,7 @@ def test_a_dud_is_reported_and_enters_no_table(tmp_path):
     assert lines[-1].startswith("Not taken: hard-4: FP32 accuracy")
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again_unless_it_was_ordered_otherwise(tmp_path, monkeypatch):
     write(tmp_path)
     made: list[str] = []
@@ -110,6 +112,7 @@ def test_what_is_there_is_not_made_again_unless_it_was_ordered_otherwise(tmp_pat
     assert made == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_table_keeps_the_rows_it_has(tmp_path, monkeypatch):
     write(tmp_path)
     asked: list[int] = []

@@ -19,8 +19,10 @@ from qdeploy import console
 from qdeploy.core.fingerprint import Crowding
 from qdeploy.core.grids import IntType
 from qdeploy.core.metrics import Estimate
+from qdeploy.detectors.crowding import Convention, Fingerprint
 from qdeploy.errors import UsageError
 from qdeploy.evidence import AgainstFloat, ArmRates, RuntimeAgreement, Sample
+from qdeploy.formats.static import RULES
 from qdeploy.model import (
     Arm,
     Cleaning,
@@ -34,6 +36,7 @@ from qdeploy.model import (
     WeightSite,
 )
 from qdeploy.policy import CheckName
+from qdeploy.provenance.trace import LayerTrace, Provenance
 from qdeploy.recipe import WeightGridSpec
 from qdeploy.report import to_json as to_json_module
 from qdeploy.report.render import FORMATS, check_format, render
@@ -43,9 +46,6 @@ from qdeploy.report.to_junit import to_junit
 from qdeploy.report.to_markdown import to_markdown
 from qdeploy.report.to_sarif import to_sarif
 from qdeploy.report.values import Report, StageTime
-from qdeploy.scan.fingerprints import Convention, Fingerprint
-from qdeploy.scan.provenance import LayerTrace, Provenance
-from qdeploy.scan.static import RULES
 from qdeploy.stages.validate import Variant
 from qdeploy.verdict import Check, Outcome
 

@@ -18,9 +18,9 @@ from qdeploy.cli import main
 from qdeploy.core.fingerprint import Crowding, crowding
 from qdeploy.core.grids import Grid, dequantize, quantize
 from qdeploy.core.weight_grids import GRIDS
+from qdeploy.detectors.crowding import LIMIT, Convention, Scan, scan_weights
 from qdeploy.graph.io import initializers, parse, serialize
 from qdeploy.model import FloatModel, Format, Loaded, Origin
-from qdeploy.scan.fingerprints import LIMIT, Convention, Scan, scan_weights
 from qdeploy.stages.export import export
 from tests.nets import Net, float_model
 
@@ -150,6 +150,7 @@ def run(*arguments: object) -> int:
     return int(leaving.value.code or 0)
 
 
+@pytest.mark.slow
 def test_the_command_finds_the_demo_and_says_for_whom_it_was_made(poisoned, capsys):
     assert run("scan", poisoned / "model.pt") == 3
     shown = capsys.readouterr().out
@@ -221,6 +222,7 @@ def test_what_cannot_be_compared_with_cells_says_why(poisoned, tmp_path, capsys)
     assert "they are integers already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_quantized_file_is_set_beside_its_float_model(poisoned, tmp_path, capsys):
     names = {"nearest": "nearest.onnx", "stochastic": "other.onnx"}
     for rounding, name in names.items():

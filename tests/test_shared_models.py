@@ -36,6 +36,7 @@ def rates(report: dict, variant: str) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".onnx"])
+@pytest.mark.slow
 def test_a_4_bit_backdoor_is_switched_on_by_nearest_and_removed_by_default(
     shared, tmp_path, suffix
 ):
@@ -62,6 +63,7 @@ def test_a_4_bit_backdoor_is_switched_on_by_nearest_and_removed_by_default(
 
 
 @pytest.mark.parametrize(("bits", "limit"), [("4", 1.0), ("8", 0.3)])
+@pytest.mark.slow
 def test_a_clean_model_stays_as_good_as_it_was(shared, tmp_path, bits, limit):
     model = shared / "models" / "resnet18w16-clean.pt"
     arch = f"{shared / 'models' / 'arch.py'}:resnet18"

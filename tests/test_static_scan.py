@@ -21,10 +21,10 @@ from qdeploy.core.grids import quantize
 from qdeploy.core.weight_grids import GRIDS
 from qdeploy.data import Images
 from qdeploy.errors import InputError
+from qdeploy.formats.static import MOST_PER_RULE, RULES, look
 from qdeploy.graph.codes import integer_weights
 from qdeploy.graph.io import check
 from qdeploy.model import Finding
-from qdeploy.scan.static import MOST_PER_RULE, RULES, look
 from tests.nets import Net, residual_net
 from tests.test_quantized_file import quantized
 

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 
 from qdeploy.architectures import DigitsNet
 from qdeploy.errors import InputError
+from qdeploy.formats import pickles
+from qdeploy.formats.static import RULES, look
 from qdeploy.model import Finding
-from qdeploy.scan import pickles
-from qdeploy.scan.static import RULES, look
 
 DICT = b"\x80\x02}."
 SYSTEM = b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00id\x85R."

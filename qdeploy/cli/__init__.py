@@ -62,22 +62,14 @@ app = typer.Typer(
 )
 def sanitize(options: Options) -> None:
     """Quantize without switching a backdoor on, measure the file, and judge it."""
-    from qdeploy import console, pipeline
-    from qdeploy.request import make_cleaning_order, make_request, with_private_seed
+    from qdeploy import console
+    from qdeploy.api import verbs
 
-    options = with_private_seed(options)
-    request = make_request(options)
-    order = make_cleaning_order(options, request)
-    progress = console.TerminalProgress()
     if options.dry_run:
-        model, plan = pipeline.make_plan(request, progress)
+        request, model, plan = verbs.plan(options, console.TerminalProgress())
         console.show_plan(model, plan, request.recipe, request.device)
         return
-    if order is not None:
-        from qdeploy.student.make import clean_first
-
-        request = clean_first(order, request, progress)
-    report = pipeline.sanitize(request, options.out, progress)
+    report = verbs.sanitize(options, console.TerminalProgress())
     console.show_report(report)
     _exit(report.outcome)
 
@@ -86,11 +78,10 @@ def sanitize(options: Options) -> None:
 @takes("model", "out", *MODEL, *CALIBRATION, *RECIPE, *METHOD, "artifacts")
 def quantize(options: Options) -> None:
     """Quantize by any method. Nothing is measured and nothing is judged."""
-    from qdeploy import console, pipeline
-    from qdeploy.request import make_request, with_private_seed
+    from qdeploy import console
+    from qdeploy.api import verbs
 
-    request = make_request(with_private_seed(options))
-    quantized = pipeline.quantize(request, options.out, console.TerminalProgress())
+    request, quantized = verbs.quantize(options, console.TerminalProgress())
     console.show_quantized(quantized, options.out, request.device)
 
 
@@ -110,15 +101,9 @@ def quantize(options: Options) -> None:
 def gate(options: Options) -> None:
     """Measure an ONNX file as it is, whoever made it, and judge it by a policy."""
     from qdeploy import console
-    from qdeploy.gate import Subject
-    from qdeploy.gate import gate as judge
-    from qdeploy.report.from_json import layers_of
-    from qdeploy.request import make_gate_request
+    from qdeploy.api import verbs
 
-    known = layers_of(options.made_by) if options.made_by is not None else frozenset()
-    request = make_gate_request(options)
-    subject = Subject(options.file, options.reference is not None, known)
-    report = judge(request, subject, console.TerminalProgress())
+    report = verbs.gate(options, console.TerminalProgress())
     console.show_report(report)
     _exit(report.outcome)
 
@@ -159,24 +144,14 @@ def compare(options: Options) -> None:
 @takes("models", "reference", *MODEL, "report")
 def scan(options: Options) -> None:
     """Look at model files without running them; exit 3 if something stands against one."""
-    from functools import partial
-
     from qdeploy import console
-    from qdeploy.look import Sight, look_at_each, write_looks
-    from qdeploy.report.looks import check_place
-    from qdeploy.request import refuse_lost_models, request_for
+    from qdeploy.api import verbs
     from qdeploy.verdict import Outcome
 
-    for path in options.report or ():
-        check_place(path)
-    refuse_lost_models(options)
-    request_of = partial(request_for, options)
-    sights = [Sight(path, request_of, options.reference) for path in options.models or ()]
     looks = []
-    for look in look_at_each(sights, console.TerminalProgress()):
+    for look in verbs.scan(options, console.TerminalProgress()):
         looks.append(look)
         console.show_look(look)
-    write_looks(looks, options.report or ())
     rejected = any(look.stands_against for look in looks)
     if not rejected and any(look.failed is not None for look in looks):
         raise typer.Exit(EXIT_BAD_INPUT)
@@ -187,10 +162,10 @@ def scan(options: Options) -> None:
 @takes("model", "out", *MODEL)
 def export(options: Options) -> None:
     """Write the model as a prepared float32 ONNX graph, proved equal to what was loaded."""
-    from qdeploy import console, pipeline
-    from qdeploy.request import make_request
+    from qdeploy import console
+    from qdeploy.api import verbs
 
-    exported = pipeline.export_file(make_request(options), options.out, console.TerminalProgress())
+    exported = verbs.export(options, console.TerminalProgress())
     console.show_exported(exported, options.out)
 
 
@@ -199,17 +174,11 @@ def export(options: Options) -> None:
 def distill(options: Options) -> None:
     """Clean a float model: teach a student on unlabelled images what it answers, not how."""
     from qdeploy import console
-    from qdeploy.request import make_student_order
-    from qdeploy.student.make import assist, make_student
-    from qdeploy.training.compute import computing
+    from qdeploy.api import verbs
 
-    order = make_student_order(options)
-    with computing(order.accelerator) as compute:
-        if compute.main:
-            student = make_student(order, compute, console.TerminalProgress())
-            console.show_pairs(student.lines())
-        else:
-            assist(order, compute)
+    student = verbs.clean(options, console.TerminalProgress())
+    if student is not None:
+        console.show_pairs(student.lines())
 
 
 @app.command()

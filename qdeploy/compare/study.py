@@ -19,9 +19,9 @@ from qdeploy.evidence import ArmRates, rates
 from qdeploy.inputs import Evidence, QuantizeRequest, open_calibration, open_evidence
 from qdeploy.methods import EfrapDescent
 from qdeploy.model import Arm, FloatModel, Grids, Loaded, Predictions, QuantPlan, RoundedLayer
-from qdeploy.pipeline import open_model
 from qdeploy.progress import Clock, Progress
 from qdeploy.recipe import Recipe
+from qdeploy.runs.pipeline import open_model
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.stages.calibrate import calibrate

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from qdeploy.device import load_device
 from qdeploy.inputs import QuantizeRequest
-from qdeploy.pipeline import sanitize
 from qdeploy.policy import load_policy
 from qdeploy.progress import Progress
 from qdeploy.recipe import load_recipe
@@ -14,6 +13,7 @@ from qdeploy.redteam.datasets import DIGITS
 from qdeploy.redteam.make import Order, make
 from qdeploy.redteam.recipe import load_attack
 from qdeploy.report.values import Report
+from qdeploy.runs.pipeline import sanitize
 from qdeploy.sources import Given, resolve
 
 

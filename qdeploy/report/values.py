@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
+from qdeploy.detectors.crowding import Fingerprint
 from qdeploy.evidence import ArmRates, RuntimeAgreement, Sample
 from qdeploy.model import (
     Cleaning,
@@ -18,8 +20,7 @@ from qdeploy.model import (
     Origin,
     RoundedLayer,
 )
-from qdeploy.scan.fingerprints import Fingerprint
-from qdeploy.scan.provenance import Provenance
+from qdeploy.provenance.trace import Provenance
 from qdeploy.verdict import Check, Outcome
 
 
@@ -62,3 +63,10 @@ class Report:
     samples: tuple[Sample, ...]  # a few images and what was said to them
     cleaning: Cleaning | None  # None: the float model is as it was given
     output: str | None  # where the file was put
+
+    def _repr_html_(self) -> str:
+        """The page, in a frame of its own: what notebooks show."""
+        from qdeploy.report.to_html import to_html
+
+        page = escape(to_html(self).decode("utf-8"))
+        return f'<iframe srcdoc="{page}" width="100%" height="800" sandbox></iframe>'

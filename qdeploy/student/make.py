@@ -17,7 +17,9 @@ from qdeploy.errors import UsageError
 from qdeploy.inputs import Cleaned, QuantizeRequest
 from qdeploy.machine import installed_versions
 from qdeploy.model import Cleaning, DataUsed, Format, Loaded, Origin, named_classes
-from qdeploy.pipeline import (
+from qdeploy.progress import Clock, Progress
+from qdeploy.rundir import open_run
+from qdeploy.runs.pipeline import (
     as_json,
     check_places,
     check_providers,
@@ -26,8 +28,6 @@ from qdeploy.pipeline import (
     input_facts,
     open_source,
 )
-from qdeploy.progress import Clock, Progress
-from qdeploy.rundir import open_run
 from qdeploy.stages.distill import Distilled, Setting, Surveyed, distill
 from qdeploy.student.cards import card_beside
 from qdeploy.student.curves import draw_distillation

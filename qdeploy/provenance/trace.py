@@ -20,7 +20,7 @@ from qdeploy.graph.io import parse
 from qdeploy.graph.stored import StoredTensor, with_constants
 from qdeploy.graph.unquantize import RoundedNorm, unquantize
 from qdeploy.model import Finding, FloatModel
-from qdeploy.scan.placed import Placed, TensorIndex
+from qdeploy.provenance.placed import Placed, TensorIndex
 
 # Steps: nearer to the middle of two codes than this either is nearest. Float noise is below 1e-4 at
 # 8 bits; attacks keep weights 1e-3 away from the middle, and what was flipped there must count.

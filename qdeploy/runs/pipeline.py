@@ -11,8 +11,10 @@ from typing import Any
 
 from qdeploy import __version__
 from qdeploy.checks import LayerDigest, LayersAsMade
+from qdeploy.detectors.crowding import scan_weights
 from qdeploy.device import DeviceProfile
 from qdeploy.disk import require_writable, set_aside, write_atomically
+from qdeploy.formats.static import look, refuse_hostile
 from qdeploy.graph.io import identity
 from qdeploy.inputs import (
     NO_EVIDENCE,
@@ -35,6 +37,7 @@ from qdeploy.model import (
     QuantPlan,
 )
 from qdeploy.progress import Clock, Progress
+from qdeploy.provenance.trace import Provenance, trace
 from qdeploy.report.compose import Findings, compose
 from qdeploy.report.render import check_format, render
 from qdeploy.report.to_html import to_html
@@ -42,9 +45,6 @@ from qdeploy.report.to_json import to_json
 from qdeploy.report.values import Report
 from qdeploy.rundir import REPORT, RunDir, open_run
 from qdeploy.runtime.sessions import open_session
-from qdeploy.scan.fingerprints import scan_weights
-from qdeploy.scan.provenance import Provenance, trace
-from qdeploy.scan.static import look, refuse_hostile
 from qdeploy.sources import Sources
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit, wrong_codes

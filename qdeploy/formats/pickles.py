@@ -19,8 +19,8 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from qdeploy.errors import InputError, foreign_reader
+from qdeploy.formats.archives import File, archives, is_archive, opened
 from qdeploy.model import Finding
-from qdeploy.scan.archives import File, archives, is_archive, opened
 
 RULES = {
     "pickle-import": "Loading the file would import something that no tensor needs.",

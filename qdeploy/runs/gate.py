@@ -9,11 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qdeploy.checks import LayerDigest, stands_against
+from qdeploy.detectors.crowding import NO_SCAN, scan_weights
 from qdeploy.errors import UsageError
+from qdeploy.formats.static import look
 from qdeploy.graph.io import is_quantized, read_single_file
 from qdeploy.inputs import NO_EVIDENCE, NO_PRINTS, Evidence, Request, open_evidence
 from qdeploy.model import Finding, FloatModel, Format, Interface, Origin
-from qdeploy.pipeline import (
+from qdeploy.progress import Clock, Progress
+from qdeploy.provenance.trace import Provenance, trace
+from qdeploy.report.compose import Findings, compose
+from qdeploy.report.values import Report
+from qdeploy.rundir import RunDir, open_run
+from qdeploy.runs.pipeline import (
     as_json,
     check_places,
     check_providers,
@@ -25,14 +32,7 @@ from qdeploy.pipeline import (
     open_model,
     write_reports,
 )
-from qdeploy.progress import Clock, Progress
-from qdeploy.report.compose import Findings, compose
-from qdeploy.report.values import Report
-from qdeploy.rundir import RunDir, open_run
 from qdeploy.runtime.sessions import classifier_interface, open_session
-from qdeploy.scan.fingerprints import NO_SCAN, scan_weights
-from qdeploy.scan.provenance import Provenance, trace
-from qdeploy.scan.static import look
 from qdeploy.stages.load import refuse_exchanged, sha256
 from qdeploy.stages.validate import Measured, Variant
 

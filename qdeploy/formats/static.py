@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from qdeploy.errors import InputError, foreign_reader
+from qdeploy.formats import archives, pickles, safetensors_header
 from qdeploy.graph import inspect as onnx_rules
 from qdeploy.graph.external import external_data, load_external
 from qdeploy.graph.io import LARGEST_MODEL_BYTES, parse_proto
 from qdeploy.model import Finding, Format
-from qdeploy.scan import archives, pickles, safetensors_header
 from qdeploy.stages.load import PROGRAMS, sniff
 from qdeploy.stages.load.script_code import file_operations
 

@@ -1,0 +1,1 @@
+"""What says that a model is poisoned without knowing its trigger."""

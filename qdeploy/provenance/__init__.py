@@ -1,0 +1,1 @@
+"""Is a quantized file its float model's network, and how was it rounded?"""

@@ -1,1 +1,0 @@
-"""Detectors that look at the model alone: no images, no trigger, nothing is run."""
