@@ -13,6 +13,8 @@ from qdeploy.core.metrics import Estimate
 
 
 class Outcome(Enum):
+    """What a gate says: deploy, do not, or nobody knows."""
+
     ACCEPT = "ACCEPT"
     REJECT = "REJECT"
     NO_VERDICT = "NO VERDICT"

@@ -459,7 +459,7 @@ def no_model(work):
         (labels_out_of_range, "labels run from 1 to 10"),
         (overlapping, "images are in both"),
         (no_card, "needs an architecture"),
-        (no_model, "no such file"),
+        (no_model, "No such file"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(work, run, damage, complaint):

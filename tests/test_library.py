@@ -64,6 +64,20 @@ def test_the_example_runs(lab):
     assert "ACCEPT" in page
 
 
+@pytest.mark.slow
+def test_the_page_on_the_library_says_what_happens(lab):
+    (lab / "fp32.onnx").rename("model.onnx")
+    (lab / "fp32.toml").rename("model.toml")
+    page = (Path(__file__).parents[1] / "docs" / "library.md").read_text("utf-8")
+    names: dict[str, object] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)  # noqa: S102
+    seen, report, nearest = (names[name] for name in ("seen", "report", "nearest"))
+    assert seen.failed is None
+    assert seen.stands_against
+    assert (report.outcome, nearest.outcome) == (qdeploy.Outcome.ACCEPT, qdeploy.Outcome.REJECT)
+    assert any("attack_success" in reason for reason in nearest.reasons)
+
+
 def test_it_writes_the_bytes_that_the_command_line_writes(lab):
     assert run("quantize", "fp32.onnx", "--out", "a.onnx", "--seed", 3, "--artifacts", "a") == 0
     qdeploy.quantize("fp32.onnx", "b.onnx", seed=3, artifacts="b", threads=1)
