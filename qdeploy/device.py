@@ -92,7 +92,8 @@ def misfit(device: DeviceProfile) -> str | None:
         return None
     return (
         f"device {device.name}: this processor adds pairs of 8-bit products in 16 bits, where codes"
-        f" beyond {LARGEST_CODE_WITHOUT_SATURATION} can saturate; slower kernels compute exactly,"
-        " as the device does, and latencies are not the device's; a file that is to run on this"
+        f" beyond {LARGEST_CODE_WITHOUT_SATURATION} can saturate; products with constant"
+        " weights are computed exactly, as the device does, by slower kernels, so that latencies"
+        " are not the device's; a file that is to run on this"
         f" processor needs --device {own_device()}"
     )

@@ -157,6 +157,16 @@ def test_a_pool_of_the_channels_last_is_not_compared(tmp_path):
     assert "has its channels last" in found.not_compared
 
 
+def test_an_operator_of_a_standard_name_is_not_taken_for_the_standards(tmp_path):
+    """Not even between integers, where what keeps values is passed over."""
+    proto = operators(tmp_path)
+    pool = next(n for n in proto.graph.node if n.op_type == "MaxPool")
+    pool.domain = "evil.example"
+    model = parse(proto.SerializeToString())
+    to_pairs(model.graph, "file")
+    assert ("evil.example", "MaxPool") in {(n.domain, n.op_type) for n in model.graph}
+
+
 @pytest.mark.parametrize("lost", [1, 3, 4, 6])
 def test_an_operator_that_lacks_inputs_is_one_line(lost, tmp_path):
     proto = operators(tmp_path)

@@ -225,6 +225,7 @@ def test_names_from_strangers_stay_names(report):
 
 def test_junit_counts_what_failed_and_what_is_missing(report):
     suite = ET.fromstring(to_junit(report))
+    assert {case.attrib["classname"] for case in suite.iter("testcase")} == {"qdeploy.gate"}
     assert suite.attrib["tests"] == "3"
     assert (suite.attrib["failures"], suite.attrib["errors"]) == ("1", "2")
     cases = {case.attrib["name"]: case[0].tag for case in suite}

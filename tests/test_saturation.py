@@ -13,8 +13,10 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: TID251 - bare produc
 from qdeploy.device import LARGEST_CODE_WITHOUT_SATURATION, load_device
 from qdeploy.graph.codes import products_fit
 from qdeploy.machine import exact_8bit_products, processor_flags
+from qdeploy.methods import Nearest
 from qdeploy.runtime.sessions import open_session
 from tests.nets import Net
+from tests.test_quantized_file import quantized
 
 SATURATES = not exact_8bit_products(processor_flags())
 INNER = (8, 9, 27, 31, 64)  # lengths of the inner axis; a lone last value is paired with nothing
@@ -129,11 +131,39 @@ def test_files_whose_products_fit_are_known(most, fits):
     assert products_fit(data, LARGEST_CODE_WITHOUT_SATURATION) is fits
 
 
-def test_weights_that_are_rounded_at_load_are_not_known_to_fit():
+def unknown_codes(net: Net, how: str) -> None:
+    """Signed codes of which the file's constants do not tell how large they are."""
+    scale, signed = net.constant(np.float32(0.1)), net.constant(np.int8(0))
+    floats, small = net.weight(4, 8), net.constant(np.full((4, 8), 60, np.int8))
+    match how:
+        case "rounded at load":
+            codes = net.node("QuantizeLinear", floats, scale, signed)
+        case "cast":
+            codes = net.node("Cast", floats, to=onnx.TensorProto.INT8)
+        case "added":
+            codes = net.node("Add", small, small)
+        case "multiplied":
+            net.node("MatMulInteger", net.constant(np.ones((2, 4), np.uint8)), small)
+            return
+        case _:
+            raise AssertionError(how)
+    net.node("DequantizeLinear", codes, scale, signed)
+
+
+@pytest.mark.parametrize("how", ["rounded at load", "cast", "added", "multiplied"])
+def test_codes_that_no_constant_shows_are_not_known_to_fit(how):
     net = Net()
-    scale, zero = net.constant(np.float32(0.1)), net.constant(np.int8(0))
-    net.node("QuantizeLinear", net.weight(4, 8), scale, zero)
+    unknown_codes(net, how)
     assert not products_fit(net.model(net.head(net.x, 3)), LARGEST_CODE_WITHOUT_SATURATION)
+
+
+@pytest.mark.parametrize(
+    ("bits", "device", "fits"),
+    [(4, "x86-vnni", True), (8, "x86-avx2", True), (8, "x86-vnni", False)],
+)
+def test_of_our_own_files_it_is_known(net, images, bits, device, fits):
+    file, _, _ = quantized(net, images, bits=bits, device=device, rounding=Nearest())
+    assert products_fit(file.onnx, LARGEST_CODE_WITHOUT_SATURATION) is fits
 
 
 @pytest.mark.parametrize(("name", "saturates"), [

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from qdeploy.graph.nodes import constant_tensors
-from qdeploy.graph.tensors import all_tensors, values
+from qdeploy.graph.nodes import STANDARD_DOMAINS, constant_tensors
+from qdeploy.graph.tensors import all_nodes, all_tensors, values
 from qdeploy.model import Finding
 
 RULES = {
@@ -72,21 +72,38 @@ def integer_weights(proto: onnx.ModelProto) -> Iterator[Finding]:
 
 
 def products_fit(data: bytes, largest: int) -> bool:
-    """Whether no signed 8-bit constant of a well-formed file holds a code beyond `largest`.
+    """Whether no product of a well-formed file has a signed 8-bit code beyond `largest` in it.
 
-    With one that the runtime rounds when it loads the file, it is not known, and False.
+    Known only of pairs: integers are constants of the file, or what a QuantizeLinear to uint8
+    makes, and DequantizeLinear alone reads them. Of all else it is not known, and False: of codes
+    that are computed, cast, or rounded when the file is loaded.
     """
     proto = onnx.ModelProto.FromString(data)
     constants = constant_tensors(proto)
-    rounds = (n for n in proto.graph.node if n.op_type == "QuantizeLinear")
-    if any(node.input[0] in constants for node in rounds):
+    nodes = list(all_nodes(proto))
+    unsigned = {node.output[0] for node in nodes if _to_uint8(node, constants)}
+    for node in nodes:
+        if node.op_type == "DequantizeLinear":
+            known = node.input[0] in unsigned or node.input[0] in constants
+        elif node.op_type == "QuantizeLinear":
+            known = node.output[0] in unsigned
+        else:
+            known = not node.op_type.startswith("QLinear") and "Integer" not in node.op_type
+        if not known or node.domain not in STANDARD_DOMAINS:
+            return False
+    return all(
+        (codes := values(tensor)) is not None and not np.any((codes > largest) | (codes < -largest))
+        for tensor in all_tensors(proto)
+        if tensor.data_type == onnx.TensorProto.INT8
+    )
+
+
+def _to_uint8(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether it is a QuantizeLinear whose zero point says so."""
+    if node.op_type != "QuantizeLinear" or len(node.input) < 3 or not node.output:
         return False
-    for tensor in all_tensors(proto):
-        if tensor.data_type == onnx.TensorProto.INT8:
-            codes = values(tensor)
-            if codes is None or np.any(codes > largest) or np.any(codes < -largest):
-                return False
-    return True
+    zero = constants.get(node.input[2])
+    return zero is not None and zero.data_type == onnx.TensorProto.UINT8
 
 
 def bad_scales(proto: onnx.ModelProto) -> Iterator[Finding]:

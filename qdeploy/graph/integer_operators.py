@@ -92,11 +92,12 @@ class _Rewriting:
             node.domain = ""
             if node.op_type == "QuantizeLinear":
                 self.grids[node.outputs[0]] = self._grid(node, 1)
-        elif node.op_type in KEEP_VALUES and node.inputs and node.inputs[0] in self.grids:
-            assert node.inputs[0] is not None  # noqa: S101
-            grid = self.grids[node.inputs[0]]
-            floats = self._dequantized(node, node.inputs[0], grid)
-            self._replace(node, node.op_type, [floats, *node.inputs[1:]], grid)
+        elif node.domain == "" and node.op_type in KEEP_VALUES and node.inputs:
+            codes = node.inputs[0]
+            grid = self.grids.get(codes) if codes is not None else None
+            if codes is not None and grid is not None:
+                floats = self._dequantized(node, codes, grid)
+                self._replace(node, node.op_type, [floats, *node.inputs[1:]], grid)
 
     def _expand(self, node: ir.Node, signature: _Signature) -> None:
         if node.attributes.get_int("channels_last", 0):

@@ -46,4 +46,4 @@ def _inconclusive(check: Check, report: Report) -> bool:
 
 
 def _case(suite: ET.Element, name: str) -> ET.Element:
-    return ET.SubElement(suite, "testcase", classname="qdeploy.runs.gate", name=printable(name))
+    return ET.SubElement(suite, "testcase", classname="qdeploy.gate", name=printable(name))

@@ -148,7 +148,8 @@ def open_session(
         threads: Intra-op threads; 0 for one per core.
         spinning: Let idle threads wait busily: faster alone, slower beside other sessions.
         saturating: Let pairs of 8-bit products saturate where the processor's own instructions
-            do; otherwise kernels are chosen that are exact on every processor.
+            do; otherwise products with constant weights are exact on every processor. Products
+            of two activations are so if they are uint8.
 
     Raises:
         ProviderError: the provider is not installed, cannot start, or cannot run the whole model.

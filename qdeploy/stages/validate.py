@@ -72,7 +72,8 @@ def validate(
         ProviderError: a runtime of the profile is not there, or cannot run the file.
         InputError: a file is no classifier, or not of what it should be.
     """
-    exact = all(products_fit(d, LARGEST_CODE_WITHOUT_SATURATION) for d in trial.files.values())
+    fit = all(products_fit(d, LARGEST_CODE_WITHOUT_SATURATION) for d in trial.files.values())
+    saturating = device.saturates or fit  # if they fit, none does, and these kernels are faster
     files = tuple(_file(variant, data) for variant, data in trial.files.items())
     first = device.runtimes[0]
     latencies = measure_latency(
@@ -80,9 +81,9 @@ def validate(
         trial.interface.input_shape,
         provider=first.provider,
         runs=trial.latency_runs,
-        saturating=device.saturates or exact,
+        saturating=saturating,
     )
-    sessions = _sessions(trial, device)
+    sessions = _sessions(trial, device, saturating=saturating)
     _check_interface(sessions, trial.interface)
     batches = _batch_invariance(trial, sessions, progress)
     if trial.images is None:
@@ -127,7 +128,7 @@ def _probes(trial: Trial, seed: int) -> Float32[np.ndarray, "probes channels hei
     return found
 
 
-def _sessions(trial: Trial, device: DeviceProfile) -> dict[Arm, Session]:
+def _sessions(trial: Trial, device: DeviceProfile, *, saturating: bool) -> dict[Arm, Session]:
     """The references on the first runtime, the result on all of them."""
     sessions: dict[Arm, Session] = {}
     for variant, data in trial.files.items():
@@ -137,7 +138,7 @@ def _sessions(trial: Trial, device: DeviceProfile) -> dict[Arm, Session]:
                 runtime.provider,
                 optimizations=runtime.optimizations,
                 spinning=False,
-                saturating=device.saturates or products_fit(data, LARGEST_CODE_WITHOUT_SATURATION),
+                saturating=saturating,
             )
     return sessions
 
