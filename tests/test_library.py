@@ -119,6 +119,18 @@ def test_what_is_asked_wrongly_is_an_error(lab):
     assert not Path("o.onnx").exists()
 
 
+@pytest.mark.slow
+def test_a_cleaned_model_is_handed_back_and_can_be_opened(lab):
+    student = qdeploy.clean(
+        "model.pt", "digits-train.npz", "student.pt", sanitizer="kd", epochs=1, image_count=200,
+        seed=0,
+    )  # fmt: skip
+    assert student.path == Path("student.pt")
+    assert student.images.images == 200
+    cleaned = qdeploy.export("student.pt", "student.onnx")
+    assert cleaned.input_shape == qdeploy.export("model.pt", "before.onnx").input_shape
+
+
 def test_fewer_cores_are_used_while_that_is_asked_for():
     before = cores()
     with limited_to(1):
