@@ -16,14 +16,14 @@ import numpy as np
 
 from qdeploy.evidence import ArmRates, rates
 from qdeploy.inputs import Request, open_calibration, open_evidence
-from qdeploy.methods import EfrapDescent, Nearest, Rounding, Stochastic
 from qdeploy.model import Architecture, Arm, FloatModel, QuantPlan
 from qdeploy.options import Options
 from qdeploy.progress import SILENT
-from qdeploy.recipe import ActivationSpec
 from qdeploy.request import make_request
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
+from qdeploy.settings.methods import EfrapDescent, Nearest, Rounding, Stochastic
+from qdeploy.settings.recipe import ActivationSpec
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit
 from qdeploy.stages.export import export

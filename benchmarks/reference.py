@@ -17,14 +17,14 @@ import numpy as np
 
 from qdeploy.console import TerminalProgress
 from qdeploy.data import Images, Preprocessing, open_images, open_labelled_images
-from qdeploy.device import load_device
 from qdeploy.evidence import rates
-from qdeploy.methods import EfrapAdam, Rounding
 from qdeploy.model import Arm, FloatModel, RoundedLayer
-from qdeploy.recipe import ActivationSpec, load_recipe
 from qdeploy.rundir import StoredLayers
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
+from qdeploy.settings.device import load_device
+from qdeploy.settings.methods import EfrapAdam, Rounding
+from qdeploy.settings.recipe import ActivationSpec, load_recipe
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit
 from qdeploy.stages.export import export

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from qdeploy.architectures import OURS
 from qdeploy.data import Preprocessing, images_from_array
-from qdeploy.device import load_device
-from qdeploy.methods import method
 from qdeploy.model import Format, Loaded, Origin
-from qdeploy.recipe import load_recipe
+from qdeploy.settings.device import load_device
+from qdeploy.settings.methods import method
+from qdeploy.settings.recipe import load_recipe
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.export import export
 from qdeploy.stages.plan import plan_layers

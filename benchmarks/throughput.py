@@ -19,11 +19,11 @@ import torch
 
 from qdeploy.architectures import ResNet18
 from qdeploy.data import Preprocessing, images_from_array
-from qdeploy.device import load_device
-from qdeploy.methods import Nearest
 from qdeploy.model import Format, Loaded, Origin
-from qdeploy.recipe import load_recipe
 from qdeploy.runtime.sessions import open_session
+from qdeploy.settings.device import load_device
+from qdeploy.settings.methods import Nearest
+from qdeploy.settings.recipe import load_recipe
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit
 from qdeploy.stages.export import export

@@ -28,13 +28,13 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from qdeploy.api.keywords import clean, export, gate, quantize, sanitize, scan
-    from qdeploy.device import DeviceProfile
     from qdeploy.errors import QdeployError
     from qdeploy.model import FloatModel, QuantizedModel
-    from qdeploy.policy import Policy
-    from qdeploy.recipe import Recipe
     from qdeploy.report.looks import Look
     from qdeploy.report.values import Report
+    from qdeploy.settings.device import DeviceProfile
+    from qdeploy.settings.policy import Policy
+    from qdeploy.settings.recipe import Recipe
     from qdeploy.triggers import Trigger
     from qdeploy.verdict import Check, Outcome
 

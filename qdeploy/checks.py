@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from qdeploy.detectors.crowding import Scan
-from qdeploy.device import BudgetSpec
 from qdeploy.evidence import AgainstFloat, ArmRates, BatchInvariance, RuntimeAgreement
 from qdeploy.model import (
     Cleaning,
@@ -19,8 +18,9 @@ from qdeploy.model import (
     RoundedLayer,
     named_classes,
 )
-from qdeploy.policy import CheckName, GateSpec
 from qdeploy.provenance.trace import LayerTrace, Provenance
+from qdeploy.settings.device import BudgetSpec
+from qdeploy.settings.policy import CheckName, GateSpec
 from qdeploy.verdict import Check, Decision, Limit
 
 UNITS = {

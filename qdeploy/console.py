@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from qdeploy.attest.verify import Verification
     from qdeploy.core.metrics import Estimate
     from qdeploy.detectors.crowding import Scan
-    from qdeploy.device import DeviceProfile
     from qdeploy.errors import QdeployError
     from qdeploy.evidence import ArmRates
     from qdeploy.model import Finding, FloatModel, QuantizedModel, QuantPlan
     from qdeploy.provenance.trace import Provenance
-    from qdeploy.recipe import Recipe
     from qdeploy.report.looks import Look
     from qdeploy.report.values import Report
+    from qdeploy.settings.device import DeviceProfile
+    from qdeploy.settings.recipe import Recipe
 
 T = TypeVar("T")
 
@@ -316,7 +316,7 @@ def show_plan(model: FloatModel, plan: QuantPlan, recipe: Recipe, device: Device
 
 
 def _show_misfit(device: DeviceProfile) -> None:
-    from qdeploy.device import misfit
+    from qdeploy.settings.device import misfit
 
     unfit = misfit(device)
     if unfit is not None:

@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Iterator
 
-from qdeploy.device import own_device
 from qdeploy.errors import ProviderError
 from qdeploy.graph.io import identity
 from qdeploy.machine import (
@@ -19,6 +18,7 @@ from qdeploy.machine import (
     processor_flags,
 )
 from qdeploy.runtime.sessions import PROVIDERS, available_providers, open_session
+from qdeploy.settings.device import own_device
 
 
 def describe() -> Iterator[tuple[str, str]]:

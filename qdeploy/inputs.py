@@ -11,18 +11,18 @@ import numpy as np
 from jaxtyping import Bool
 
 from qdeploy.data import Images
-from qdeploy.device import DeviceProfile
 from qdeploy.errors import InputError, UsageError
-from qdeploy.methods import Flip, Nearest, Stochastic
 from qdeploy.model import Cleaning, DataUsed, Loaded, QuantPlan
-from qdeploy.policy import Policy
 from qdeploy.progress import Progress
-from qdeploy.recipe import Recipe
+from qdeploy.settings.device import DeviceProfile
+from qdeploy.settings.methods import Flip, Nearest, Stochastic
+from qdeploy.settings.policy import Policy
+from qdeploy.settings.recipe import Recipe
+from qdeploy.settings.waivers import Waiver
 from qdeploy.sources import Sources
 from qdeploy.stages.synthesize import synthesize
 from qdeploy.triggers import Trigger
 from qdeploy.usable import described, distinct, hidden, seen
-from qdeploy.waivers import Waiver
 
 NO_PRINTS: frozenset[bytes] = frozenset()
 

@@ -14,7 +14,7 @@ from jaxtyping import Float32, Float64, Int32, Int64
 from qdeploy.core.grids import Grid, IntType
 from qdeploy.core.patches import Window
 from qdeploy.core.rounding.problem import RoundingProblem
-from qdeploy.recipe import WeightGridSpec
+from qdeploy.settings.recipe import WeightGridSpec
 
 
 @dataclass(frozen=True, slots=True)

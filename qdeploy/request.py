@@ -9,17 +9,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qdeploy.card import find_card
-from qdeploy.device import DeviceProfile, load_device
 from qdeploy.errors import UsageError
 from qdeploy.inputs import QuantizeRequest, Request
-from qdeploy.methods import SOLVERS, method
 from qdeploy.options import Options
 from qdeploy.places import Named, refuse_overlaps
-from qdeploy.policy import Policy, in_force, load_policy
-from qdeploy.recipe import Recipe, load_recipe
-from qdeploy.sanitizers import Sanitizer, sanitizer
-from qdeploy.schema import validate
+from qdeploy.settings.card import find_card
+from qdeploy.settings.device import DeviceProfile, load_device
+from qdeploy.settings.methods import SOLVERS, method
+from qdeploy.settings.policy import Policy, in_force, load_policy
+from qdeploy.settings.recipe import Recipe, load_recipe
+from qdeploy.settings.sanitizers import Sanitizer, sanitizer
+from qdeploy.settings.schema import validate
 from qdeploy.sources import Given, Sources, resolve
 from qdeploy.state import private_number
 from qdeploy.student.order import StudentOrder

@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from qdeploy.evidence import ArmRates
 from qdeploy.inputs import Evidence
 from qdeploy.model import DataUsed
-from qdeploy.policy import GateSpec
+from qdeploy.settings.policy import GateSpec
 from qdeploy.sources import CARD
 from qdeploy.verdict import Check
 

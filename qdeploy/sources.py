@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdeploy.card import MOST_TRIGGERS, AnyTrigger, ModelCard, find_card, load_card
 from qdeploy.data import (
     Images,
     Preprocessing,
@@ -18,6 +17,7 @@ from qdeploy.data import (
 )
 from qdeploy.errors import InputError, UsageError
 from qdeploy.printable import printable
+from qdeploy.settings.card import MOST_TRIGGERS, AnyTrigger, ModelCard, find_card, load_card
 from qdeploy.triggers import Place as TriggerPlace
 from qdeploy.triggers import Trigger, make_trigger, parse_trigger
 

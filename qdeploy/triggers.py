@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from qdeploy.card import AnyTrigger, BlendTrigger, MaskTrigger, PatchTrigger, TriggerFile
 from qdeploy.data import read_npy, read_picture, require_within
 from qdeploy.errors import InputError
-from qdeploy.schema import load_toml, validate
+from qdeploy.settings.card import AnyTrigger, BlendTrigger, MaskTrigger, PatchTrigger, TriggerFile
+from qdeploy.settings.schema import load_toml, validate
 
 LARGEST_ARRAY_BYTES = 256 << 20
 

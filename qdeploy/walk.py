@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qdeploy.data import Images
-from qdeploy.device import LARGEST_CODE_WITHOUT_SATURATION
 from qdeploy.graph.codes import products_fit
 from qdeploy.graph.parts import next_part
 from qdeploy.runtime.sessions import open_session
+from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION
 
 BATCH = 64
 LARGEST_IN_MEMORY = 64 << 20  # bytes of one tensor, all images

@@ -15,12 +15,12 @@ from onnxruntime.quantization import (
 )
 
 from qdeploy.data import Images
-from qdeploy.device import load_device
 from qdeploy.graph.io import parse, serialize
-from qdeploy.methods import Rounding
 from qdeploy.model import FloatModel, Grids, QuantizedModel, QuantPlan
 from qdeploy.provenance.trace import Provenance
-from qdeploy.recipe import load_recipe
+from qdeploy.settings.device import load_device
+from qdeploy.settings.methods import Rounding
+from qdeploy.settings.recipe import load_recipe
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit
 from qdeploy.stages.plan import plan_layers

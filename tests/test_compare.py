@@ -13,8 +13,8 @@ from qdeploy.compare.matrix import GRID_NAMES, Cell, grid, parse_matrix
 from qdeploy.compare.plots import draw_plots
 from qdeploy.compare.table import as_csv, as_markdown
 from qdeploy.errors import UsageError
-from qdeploy.methods import METHODS, AdaroundAdam, Trained, method
-from qdeploy.recipe import load_recipe
+from qdeploy.settings.methods import METHODS, AdaroundAdam, Trained, method
+from qdeploy.settings.recipe import load_recipe
 
 
 def test_the_matrix_has_every_combination_once_and_trains_last():

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qdeploy.errors import ProviderError, UsageError
-from qdeploy.sanitizers import Asd, Bcu, Kd, Sanitizer, Unlearn
+from qdeploy.settings.sanitizers import Asd, Bcu, Kd, Sanitizer, Unlearn
 from qdeploy.stages.distill import Setting, distill
 from qdeploy.stages.load.torch_files import checkpoint
 from qdeploy.training import precision

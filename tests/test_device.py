@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from qdeploy import device as devices
-from qdeploy.device import AUTO, load_device, misfit, own_device
-from qdeploy.policy import Policy
-from qdeploy.recipe import load_recipe
+from qdeploy.settings import device as devices
+from qdeploy.settings.device import AUTO, load_device, misfit, own_device
+from qdeploy.settings.policy import Policy
+from qdeploy.settings.recipe import load_recipe
 from tests import gate_lab
 from tests.gate_lab import run
 

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from qdeploy.architectures import OURS, DigitsNet
 from qdeploy.architectures.resnet import ResNet18
-from qdeploy.card import load_card
 from qdeploy.cli import main
 from qdeploy.core.distillation import attention_shift_loss, kd_loss, kd_share
 from qdeploy.data import Images, Preprocessing, images_from_array
 from qdeploy.errors import DivergedError, InputError, PlanError, UsageError
 from qdeploy.model import Format, Loaded, Origin
 from qdeploy.progress import SILENT
-from qdeploy.sanitizers import Asd, Bcu, Kd, sanitizer
+from qdeploy.settings.card import load_card
+from qdeploy.settings.sanitizers import Asd, Bcu, Kd, sanitizer
 from qdeploy.sources import Given, resolve
 from qdeploy.stages.distill import Setting, course, distill
 from qdeploy.stages.distill.forget import forget, forgetting

@@ -14,8 +14,8 @@ import yaml
 
 from qdeploy.cli import app
 from qdeploy.formats.static import RULES
-from qdeploy.policy import Policy
-from qdeploy.schema import load_toml
+from qdeploy.settings.policy import Policy
+from qdeploy.settings.schema import load_toml
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob(".*.yaml"),

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qdeploy.card import find_card
 from qdeploy.core.metrics import rate
 from qdeploy.core.observers import Extent
 from qdeploy.data import Images, Preprocessing, images_from_array, open_images, read_picture
@@ -20,7 +19,8 @@ from qdeploy.errors import InputError
 from qdeploy.evidence import ArmRates, rates
 from qdeploy.inputs import Evidence
 from qdeploy.model import Arm, DataUsed, Predictions
-from qdeploy.policy import GateSpec
+from qdeploy.settings.card import find_card
+from qdeploy.settings.policy import GateSpec
 from qdeploy.soundness import BY_LABELS, objections, sound
 from qdeploy.sources import CARD, COMMAND_LINE, Given, resolve
 from qdeploy.triggers import make_trigger, parse_trigger

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qdeploy.data import Images, Preprocessing, images_from_array
-from qdeploy.device import load_device
 from qdeploy.errors import InputError, UsageError
 from qdeploy.graph.io import operators
 from qdeploy.model import FloatModel, Format, Loaded, Origin, QuantizedModel
-from qdeploy.recipe import load_recipe
 from qdeploy.runtime.sessions import open_session, optimized
+from qdeploy.settings.device import load_device
+from qdeploy.settings.recipe import load_recipe
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit
 from qdeploy.stages.export import export

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from qdeploy.card import find_card, load_card
-from qdeploy.device import load_device
 from qdeploy.errors import InputError, UsageError
-from qdeploy.methods import EfrapAdam, EfrapDescent, Nearest
-from qdeploy.recipe import load_recipe
-from qdeploy.schema import LARGEST_FILE_BYTES, bundled
+from qdeploy.settings.card import find_card, load_card
+from qdeploy.settings.device import load_device
+from qdeploy.settings.methods import EfrapAdam, EfrapDescent, Nearest
+from qdeploy.settings.recipe import load_recipe
+from qdeploy.settings.schema import LARGEST_FILE_BYTES, bundled
 
 INPUT = """
 [input]

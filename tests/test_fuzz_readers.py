@@ -31,18 +31,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from qdeploy.card import load_card
 from qdeploy.data import Preprocessing, open_labelled_images
-from qdeploy.device import load_device
 from qdeploy.errors import QdeployError
 from qdeploy.formats.static import look
 from qdeploy.graph.io import read_single_file
 from qdeploy.model import Architecture, FloatModel
-from qdeploy.policy import load_policy
 from qdeploy.provenance.trace import trace
-from qdeploy.recipe import load_recipe
 from qdeploy.report.from_json import layers_of
 from qdeploy.runtime.sessions import classifier_interface, open_session
+from qdeploy.settings.card import load_card
+from qdeploy.settings.device import load_device
+from qdeploy.settings.policy import load_policy
+from qdeploy.settings.recipe import load_recipe
 from qdeploy.stages.export import export
 from qdeploy.stages.load import load
 from qdeploy.triggers import parse_trigger

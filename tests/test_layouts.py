@@ -9,9 +9,9 @@ import onnx_ir as ir
 import pytest
 
 from qdeploy.graph.io import parse
-from qdeploy.methods import EfrapDescent, Nearest
 from qdeploy.provenance.trace import trace
 from qdeploy.runtime.sessions import open_session
+from qdeploy.settings.methods import EfrapDescent, Nearest
 from tests.provenance_lab import changed, quantized, source, x_of
 
 

@@ -14,9 +14,9 @@ from qdeploy.cli import main
 from qdeploy.core.grids import Grid, quantize
 from qdeploy.graph.io import check, initializers, parse, parse_proto
 from qdeploy.graph.stored import with_constants
-from qdeploy.methods import EfrapDescent, Nearest
 from qdeploy.provenance.trace import TIE, trace
 from qdeploy.runtime.sessions import open_session
+from qdeploy.settings.methods import EfrapDescent, Nearest
 from tests.nets import Net, float_model, residual_net
 from tests.provenance_lab import (
     NETS,

@@ -11,14 +11,14 @@ import pytest
 
 from qdeploy.core.grids import Grid, dequantize, quantize
 from qdeploy.data import Images
-from qdeploy.device import load_device
 from qdeploy.graph.assemble import assemble
 from qdeploy.graph.io import cut_to, initializers, operators, parse, serialize
 from qdeploy.graph.qdq import stored_codes
-from qdeploy.methods import EfrapDescent, Nearest, Rounding, Stochastic
 from qdeploy.model import FloatModel, Grids, QuantizedModel, QuantPlan, RoundedLayer
-from qdeploy.recipe import ActivationSpec, load_recipe
 from qdeploy.runtime.sessions import open_session, optimized
+from qdeploy.settings.device import load_device
+from qdeploy.settings.methods import EfrapDescent, Nearest, Rounding, Stochastic
+from qdeploy.settings.recipe import ActivationSpec, load_recipe
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit, wrong_codes
 from qdeploy.stages.plan import plan_layers

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from qdeploy.architectures import DigitsNet
-from qdeploy.card import load_card
 from qdeploy.core.grids import quantize
 from qdeploy.core.weight_grids import absmax_grid
 from qdeploy.data import Preprocessing
@@ -39,7 +38,8 @@ from qdeploy.redteam.recipe import (
 )
 from qdeploy.redteam.training import FLOAT, Lesson, Training
 from qdeploy.runtime.sessions import open_session
-from qdeploy.schema import bundled
+from qdeploy.settings.card import load_card
+from qdeploy.settings.schema import bundled
 from qdeploy.stages.load.torch_files import checkpoint as read_checkpoint
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.triggers import make_trigger

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from qdeploy.device import load_device
 from qdeploy.errors import InputError, UsageError
 from qdeploy.evidence import ArmRates
 from qdeploy.inputs import QuantizeRequest
-from qdeploy.methods import Nearest
-from qdeploy.policy import load_policy
 from qdeploy.progress import SILENT
-from qdeploy.recipe import Recipe, load_recipe
 from qdeploy.redteam.make import Made, Order, make
 from qdeploy.redteam.recipe import AttackRecipe, load_attack
 from qdeploy.redteam.table import table
 from qdeploy.report.values import Report
 from qdeploy.runs.pipeline import sanitize
+from qdeploy.settings.device import load_device
+from qdeploy.settings.methods import Nearest
+from qdeploy.settings.policy import load_policy
+from qdeploy.settings.recipe import Recipe, load_recipe
 from qdeploy.sources import Given, resolve
 from qdeploy.verdict import Outcome
 

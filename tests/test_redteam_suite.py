@@ -14,7 +14,7 @@ from qdeploy.redteam import suite as suites
 from qdeploy.redteam import table as tables
 from qdeploy.redteam.make import Order
 from qdeploy.redteam.suite import KIND, load_suite, run_suite
-from qdeploy.schema import bundled
+from qdeploy.settings.schema import bundled
 from qdeploy.verdict import Outcome
 
 ATTACK = """

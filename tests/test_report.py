@@ -35,9 +35,7 @@ from qdeploy.model import (
     RoundedLayer,
     WeightSite,
 )
-from qdeploy.policy import CheckName
 from qdeploy.provenance.trace import LayerTrace, Provenance
-from qdeploy.recipe import WeightGridSpec
 from qdeploy.report import to_json as to_json_module
 from qdeploy.report.render import FORMATS, check_format, render
 from qdeploy.report.to_html import to_html
@@ -46,6 +44,8 @@ from qdeploy.report.to_junit import to_junit
 from qdeploy.report.to_markdown import to_markdown
 from qdeploy.report.to_sarif import to_sarif
 from qdeploy.report.values import Report, StageTime
+from qdeploy.settings.policy import CheckName
+from qdeploy.settings.recipe import WeightGridSpec
 from qdeploy.stages.validate import Variant
 from qdeploy.verdict import Check, Outcome
 

@@ -5,9 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qdeploy.device import load_device
 from qdeploy.graph.io import initializers
-from qdeploy.methods import (
+from qdeploy.model import RoundedLayer
+from qdeploy.rundir import StoredLayers
+from qdeploy.runtime.sessions import open_session
+from qdeploy.settings.device import load_device
+from qdeploy.settings.methods import (
     METHODS,
     EfrapAdam,
     EfrapDescent,
@@ -18,10 +21,7 @@ from qdeploy.methods import (
     Trained,
     method,
 )
-from qdeploy.model import RoundedLayer
-from qdeploy.recipe import ActivationSpec, load_recipe
-from qdeploy.rundir import StoredLayers
-from qdeploy.runtime.sessions import open_session
+from qdeploy.settings.recipe import ActivationSpec, load_recipe
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit
 from qdeploy.stages.plan import plan_layers

@@ -10,11 +10,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper  # noqa: TID251 - bare products, no model
 
-from qdeploy.device import LARGEST_CODE_WITHOUT_SATURATION, load_device
 from qdeploy.graph.codes import products_fit
 from qdeploy.machine import exact_8bit_products, processor_flags
-from qdeploy.methods import Nearest
 from qdeploy.runtime.sessions import open_session
+from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION, load_device
+from qdeploy.settings.methods import Nearest
 from tests.nets import Net
 from tests.test_quantized_file import quantized
 

@@ -248,7 +248,7 @@ def test_real_models_are_told_apart(shared, name, code):
 
 
 def test_a_gate_may_mind_the_fingerprint(poisoned, tmp_path, capsys):
-    from qdeploy.recipe import load_recipe
+    from qdeploy.settings.recipe import load_recipe
 
     text = (
         'schema_version = 1\nname = "r"\ndescription = "d"\nbits = 4\n'

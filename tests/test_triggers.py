@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qdeploy.card import BlendTrigger, MaskTrigger, PatchTrigger
 from qdeploy.errors import InputError
+from qdeploy.settings.card import BlendTrigger, MaskTrigger, PatchTrigger
 from qdeploy.triggers import make_trigger, parse_trigger
 
 SHAPE = (3, 8, 8)

@@ -13,9 +13,9 @@ from torch import nn
 
 from qdeploy.checks import check_cleaning
 from qdeploy.model import Cleaning, DataUsed, Origin
-from qdeploy.policy import GateSpec
 from qdeploy.progress import SILENT
-from qdeploy.sanitizers import Unlearn
+from qdeploy.settings.policy import GateSpec
+from qdeploy.settings.sanitizers import Unlearn
 from qdeploy.stages.distill import distill
 from qdeploy.stages.distill.survey import Reach, suspects
 from qdeploy.student.make import make_student

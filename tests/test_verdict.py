@@ -16,14 +16,14 @@ from qdeploy.checks import (
     check_static,
 )
 from qdeploy.core.metrics import Estimate
-from qdeploy.device import BudgetSpec
 from qdeploy.evidence import AgainstFloat, ArmRates, RuntimeAgreement
 from qdeploy.model import Arm, Finding, FloatLayer, Latency, RoundedLayer
-from qdeploy.policy import GateSpec, load_policy
-from qdeploy.recipe import load_recipe
-from qdeploy.schema import bundled
+from qdeploy.settings.device import BudgetSpec
+from qdeploy.settings.policy import GateSpec, load_policy
+from qdeploy.settings.recipe import load_recipe
+from qdeploy.settings.schema import bundled
+from qdeploy.settings.waivers import Waiver
 from qdeploy.verdict import EXIT_CODE, Check, Outcome, explain, judge, missing
-from qdeploy.waivers import Waiver
 
 
 def waiver(kind: str, pattern: str) -> Waiver:

@@ -8,7 +8,7 @@ import pytest
 from qdeploy import walk as walk_module
 from qdeploy.graph.io import operators
 from qdeploy.graph.parts import next_part
-from qdeploy.methods import EfrapDescent, Nearest
+from qdeploy.settings.methods import EfrapDescent, Nearest
 from qdeploy.stages.rounding import round_layers
 from qdeploy.tap import open_tap
 from qdeploy.walk import Walk, empty

@@ -12,9 +12,9 @@ import numpy as np
 
 from qdeploy.compare.matrix import Cell
 from qdeploy.data import Preprocessing, images_from_array
-from qdeploy.device import load_device
-from qdeploy.recipe import load_recipe
 from qdeploy.runtime.sessions import open_session
+from qdeploy.settings.device import load_device
+from qdeploy.settings.recipe import load_recipe
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit
 from qdeploy.stages.export import export

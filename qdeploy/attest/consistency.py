@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Literal, Protocol, get_args, runtime_checkable
 
-from qdeploy.policy import CheckName
+from qdeploy.settings.policy import CheckName
 from qdeploy.verdict import Check, Decision, judge
 
 RULES_VERSION = 2

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from qdeploy.attest.consistency import RULES_VERSION
 from qdeploy.errors import InputError
 from qdeploy.report.kept import KeptReport, Written, parse_object
-from qdeploy.schema import validate
-from qdeploy.waivers import Waiver
+from qdeploy.settings.schema import validate
+from qdeploy.settings.waivers import Waiver
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:qdeploy:verdict:v1"  # a name; nothing is to be found there

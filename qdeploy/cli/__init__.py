@@ -243,7 +243,7 @@ def track(options: Options) -> None:
 @app.command()
 def devices(name: BundledName = None) -> None:
     """List the device profiles, or show one."""
-    from qdeploy.device import load_device
+    from qdeploy.settings.device import load_device
 
     show_bundled("devices", name, load_device)
 
@@ -251,7 +251,7 @@ def devices(name: BundledName = None) -> None:
 @app.command()
 def recipes(name: BundledName = None) -> None:
     """List the recipes, or show one."""
-    from qdeploy.recipe import load_recipe
+    from qdeploy.settings.recipe import load_recipe
 
     show_bundled("recipes", name, load_recipe)
 
@@ -259,7 +259,7 @@ def recipes(name: BundledName = None) -> None:
 @app.command()
 def policies(name: BundledName = None) -> None:
     """List the policies, or show one."""
-    from qdeploy.policy import KIND, load_policy
+    from qdeploy.settings.policy import KIND, load_policy
 
     show_bundled(KIND, name, load_policy)
 

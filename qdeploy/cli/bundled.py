@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from qdeploy.device import DeviceProfile
-    from qdeploy.policy import Policy
-    from qdeploy.recipe import Recipe
     from qdeploy.redteam.recipe import AttackRecipe
     from qdeploy.redteam.suite import SuiteSpec
+    from qdeploy.settings.device import DeviceProfile
+    from qdeploy.settings.policy import Policy
+    from qdeploy.settings.recipe import Recipe
 
 BundledName = Annotated[str | None, typer.Argument(help="Show this one.")]
 
@@ -24,7 +24,7 @@ def show_bundled(
 ) -> None:
     """All of a kind with their descriptions, or the text of one."""
     from qdeploy import console
-    from qdeploy.schema import bundled, find_bundled
+    from qdeploy.settings.schema import bundled, find_bundled
 
     if name is not None:
         load(name)  # an error where it is not valid

@@ -8,8 +8,8 @@ from itertools import product
 from typing import Any, Literal, cast
 
 from qdeploy.errors import UsageError
-from qdeploy.methods import METHODS, Flip, Nearest, Trained, full_name, method
-from qdeploy.recipe import ActivationSpec, Recipe, WeightGridSpec, WeightRange
+from qdeploy.settings.methods import METHODS, Flip, Nearest, Trained, full_name, method
+from qdeploy.settings.recipe import ActivationSpec, Recipe, WeightGridSpec, WeightRange
 
 WHOLE = "tensor-"
 RANGES = ("absmax", "half", "minmax", "mse")

@@ -17,13 +17,13 @@ from qdeploy.disk import write_atomically
 from qdeploy.errors import UsageError
 from qdeploy.evidence import ArmRates, rates
 from qdeploy.inputs import Evidence, QuantizeRequest, open_calibration, open_evidence
-from qdeploy.methods import EfrapDescent
 from qdeploy.model import Arm, FloatModel, Grids, Loaded, Predictions, QuantPlan, RoundedLayer
 from qdeploy.progress import Clock, Progress
-from qdeploy.recipe import Recipe
 from qdeploy.runs.pipeline import open_model
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
+from qdeploy.settings.methods import EfrapDescent
+from qdeploy.settings.recipe import Recipe
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit
 from qdeploy.stages.plan import plan_layers

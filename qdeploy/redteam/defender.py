@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.data import images_from_array
-from qdeploy.device import load_device
-from qdeploy.methods import EfrapDescent
 from qdeploy.model import Format, Loaded, Origin, RoundedLayer
-from qdeploy.recipe import ActivationSpec, Recipe, load_recipe
 from qdeploy.redteam.images import LabelledImages
+from qdeploy.settings.device import load_device
+from qdeploy.settings.methods import EfrapDescent
+from qdeploy.settings.recipe import ActivationSpec, Recipe, load_recipe
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit
 from qdeploy.stages.export import export

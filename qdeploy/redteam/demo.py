@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qdeploy.device import load_device
 from qdeploy.inputs import QuantizeRequest
-from qdeploy.policy import load_policy
 from qdeploy.progress import Progress
-from qdeploy.recipe import load_recipe
 from qdeploy.redteam.datasets import DIGITS
 from qdeploy.redteam.make import Order, make
 from qdeploy.redteam.recipe import load_attack
 from qdeploy.report.values import Report
 from qdeploy.runs.pipeline import sanitize
+from qdeploy.settings.device import load_device
+from qdeploy.settings.policy import load_policy
+from qdeploy.settings.recipe import load_recipe
 from qdeploy.sources import Given, resolve
 
 

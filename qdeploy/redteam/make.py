@@ -19,7 +19,6 @@ from torch import nn
 
 from qdeploy import __version__
 from qdeploy.architectures import build_named
-from qdeploy.card import AnyTrigger
 from qdeploy.disk import write_atomically
 from qdeploy.errors import InputError, QdeployError
 from qdeploy.machine import installed_versions
@@ -41,6 +40,7 @@ from qdeploy.redteam.training import FLOAT, Lesson, Rates, Training
 from qdeploy.redteam.trigger import describe, save_trigger
 from qdeploy.redteam.write import make_card, write_model
 from qdeploy.rundir import PARTIAL, open_run
+from qdeploy.settings.card import AnyTrigger
 from qdeploy.stages.load import load
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.write import write_state

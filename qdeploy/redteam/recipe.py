@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qdeploy.schema import Spec, find_bundled, load_toml
+from qdeploy.settings.schema import Spec, find_bundled, load_toml
 
 KIND = "recipes/redteam"
 

@@ -16,7 +16,7 @@ from qdeploy.redteam.datasets import open_dataset
 from qdeploy.redteam.make import DUD, LOG, MODEL, DudError, Order, make
 from qdeploy.redteam.recipe import load_attack
 from qdeploy.redteam.table import table
-from qdeploy.schema import Spec, find_bundled, load_toml
+from qdeploy.settings.schema import Spec, find_bundled, load_toml
 
 KIND = "recipes/suites"
 TABLE = "table.md"

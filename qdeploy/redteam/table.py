@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 
 from qdeploy import __version__
-from qdeploy.device import load_device
 from qdeploy.disk import make_folder, write_atomically
 from qdeploy.errors import UsageError, foreign_reader
 from qdeploy.evidence import ArmRates
 from qdeploy.inputs import QuantizeRequest
 from qdeploy.progress import Progress
-from qdeploy.recipe import load_recipe
 from qdeploy.redteam.make import LOG, MODEL, QUANTIZED, VICTIM
 from qdeploy.redteam.training import FLOAT
 from qdeploy.runs.gate import Subject, gate
 from qdeploy.runs.pipeline import sanitize
 from qdeploy.runtime.sessions import open_session
+from qdeploy.settings.device import load_device
+from qdeploy.settings.recipe import load_recipe
 from qdeploy.sources import Given, resolve
 from qdeploy.verdict import Outcome, judge
 

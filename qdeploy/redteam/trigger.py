@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qdeploy.card import AnyTrigger, MaskTrigger, PatchTrigger
 from qdeploy.disk import write_atomically
 from qdeploy.redteam.recipe import NoiseSpec, PatchSpec, SinusoidSpec, TriggerChoice
+from qdeploy.settings.card import AnyTrigger, MaskTrigger, PatchTrigger
 
 MASK, PATTERN = "trigger-mask.npy", "trigger-pattern.npy"
 

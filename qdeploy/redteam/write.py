@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import nn
 
-from qdeploy.card import AnyTrigger, ModelCard, PoisonedSection, to_toml
 from qdeploy.disk import write_atomically
 from qdeploy.redteam.datasets import Dataset
 from qdeploy.redteam.recipe import AttackRecipe
+from qdeploy.settings.card import AnyTrigger, ModelCard, PoisonedSection, to_toml
 from qdeploy.training.write import write_state
 
 WARNING = "# POISONED on purpose, to test defences with. Never deploy it.\n"

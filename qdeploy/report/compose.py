@@ -22,15 +22,15 @@ from qdeploy.checks import (
     explanation,
 )
 from qdeploy.detectors.crowding import Scan
-from qdeploy.device import misfit
 from qdeploy.inputs import Calibration, Evidence, Request
 from qdeploy.machine import installed_versions
 from qdeploy.model import Cleaning, Finding, LayerPlan, Origin, named_classes
-from qdeploy.policy import GateSpec
 from qdeploy.progress import Clock
 from qdeploy.provenance.trace import Provenance
-from qdeploy.recipe import Recipe
 from qdeploy.report.values import Report, StageTime
+from qdeploy.settings.device import misfit
+from qdeploy.settings.policy import GateSpec
+from qdeploy.settings.recipe import Recipe
 from qdeploy.soundness import objections, sound
 from qdeploy.sources import CARD
 from qdeploy.stages.validate import Measured

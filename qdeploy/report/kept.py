@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 
 from qdeploy.disk import read_bounded
 from qdeploy.errors import InputError, first_line
-from qdeploy.schema import Spec, validate
+from qdeploy.settings.schema import Spec, validate
 
 LARGEST_REPORT_BYTES = 64 << 20
 

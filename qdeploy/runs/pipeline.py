@@ -12,7 +12,6 @@ from typing import Any
 from qdeploy import __version__
 from qdeploy.checks import LayerDigest, LayersAsMade
 from qdeploy.detectors.crowding import scan_weights
-from qdeploy.device import DeviceProfile
 from qdeploy.disk import require_writable, set_aside, write_atomically
 from qdeploy.formats.static import look, refuse_hostile
 from qdeploy.graph.io import identity
@@ -26,7 +25,6 @@ from qdeploy.inputs import (
     open_evidence,
 )
 from qdeploy.machine import installed_versions
-from qdeploy.methods import Nearest
 from qdeploy.model import (
     Architecture,
     DataUsed,
@@ -45,6 +43,8 @@ from qdeploy.report.to_json import to_json
 from qdeploy.report.values import Report
 from qdeploy.rundir import REPORT, RunDir, open_run
 from qdeploy.runtime.sessions import open_session
+from qdeploy.settings.device import DeviceProfile
+from qdeploy.settings.methods import Nearest
 from qdeploy.sources import Sources
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit, wrong_codes

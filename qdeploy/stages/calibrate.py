@@ -14,7 +14,7 @@ from qdeploy.errors import InputError
 from qdeploy.graph.io import initializers
 from qdeploy.model import FloatModel, Grids, LayerPlan, QuantPlan
 from qdeploy.progress import SILENT, Progress
-from qdeploy.recipe import ActivationSpec
+from qdeploy.settings.recipe import ActivationSpec
 from qdeploy.tap import open_tap
 
 LARGEST_BIAS_CODE = 2**30  # leaves room for bias correction in int32

@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float32
 
 from qdeploy.core.metrics import rate
 from qdeploy.data import Images
-from qdeploy.device import LARGEST_CODE_WITHOUT_SATURATION, DeviceProfile
 from qdeploy.errors import InputError
 from qdeploy.evidence import (
     ArmRates,
@@ -31,6 +30,7 @@ from qdeploy.progress import SILENT, Progress
 from qdeploy.runtime.batching import PROBES, same_in_any_batch
 from qdeploy.runtime.measure import FORGETFUL, PredictionStore, measure_latency, predict
 from qdeploy.runtime.sessions import Session, classifier_interface, open_session, optimized
+from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION, DeviceProfile
 from qdeploy.state import private_number
 from qdeploy.triggers import Trigger
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qdeploy.card import ModelCard, to_toml
+from qdeploy.settings.card import ModelCard, to_toml
 from qdeploy.sources import Sources
 
 FILES = ("image", "mask", "pattern")  # what a trigger may name

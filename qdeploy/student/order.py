@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdeploy.sanitizers import Sanitizer
+from qdeploy.settings.sanitizers import Sanitizer
 from qdeploy.sources import Sources
 
 

@@ -13,7 +13,7 @@ from qdeploy.data import Images
 from qdeploy.errors import PlanError, UsageError
 from qdeploy.model import Format, Loaded
 from qdeploy.progress import SILENT, Progress
-from qdeploy.sanitizers import Asd, Bcu, Sanitizer, Unlearn
+from qdeploy.settings.sanitizers import Asd, Bcu, Sanitizer, Unlearn
 from qdeploy.stages.distill.course import Course, Epoch, Lesson, Store
 from qdeploy.stages.distill.forget import forget, forgetting
 from qdeploy.stages.distill.guard import Guard

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qdeploy.core.distillation import attention_shift_loss, kd_loss, kd_share, kl_divergence
 from qdeploy.errors import DivergedError
 from qdeploy.progress import Progress
-from qdeploy.sanitizers import Asd, Bcu, Sanitizer
+from qdeploy.settings.sanitizers import Asd, Bcu, Sanitizer
 from qdeploy.stages.distill.guard import Guard
 from qdeploy.stages.distill.survey import answering
 from qdeploy.stages.distill.unlabelled import Material

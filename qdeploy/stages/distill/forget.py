@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.errors import PlanError
-from qdeploy.sanitizers import Bcu
+from qdeploy.settings.sanitizers import Bcu
 
 SHORTCUT = re.compile(r"shortcut|downsample|skip")
 

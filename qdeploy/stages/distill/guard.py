@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qdeploy.core.inversion import KINDS, Radii, Triggers
-from qdeploy.sanitizers import Unlearn
+from qdeploy.settings.sanitizers import Unlearn
 from qdeploy.stages.distill.survey import Reach
 from qdeploy.stages.distill.unlabelled import Unlabelled
 

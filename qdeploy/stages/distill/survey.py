@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qdeploy.core.inversion import KINDS, Radii, Triggers
 from qdeploy.progress import Progress
-from qdeploy.sanitizers import Unlearn
+from qdeploy.settings.sanitizers import Unlearn
 from qdeploy.stages.distill.unlabelled import Material, Unlabelled
 from qdeploy.training.precision import arithmetic
 

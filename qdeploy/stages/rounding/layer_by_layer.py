@@ -14,9 +14,9 @@ from qdeploy.errors import DivergedError
 from qdeploy.graph.assemble import assemble
 from qdeploy.graph.io import initializers, serialize
 from qdeploy.graph.parts import as_program
-from qdeploy.methods import BrecqAdam, FromMoments, PdQuant, Trained
 from qdeploy.model import LayerPlan, RoundedLayer, WeightUse
 from qdeploy.progress import Progress
+from qdeploy.settings.methods import BrecqAdam, FromMoments, PdQuant, Trained
 from qdeploy.stages.rounding.from_moments import MomentsMethod, solve
 from qdeploy.stages.rounding.task import (
     LayerStore,

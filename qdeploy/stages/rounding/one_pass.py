@@ -15,10 +15,10 @@ from qdeploy.core.rounding.flip import flip
 from qdeploy.core.rounding.nearest import nearest
 from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.core.rounding.stochastic import stochastic
-from qdeploy.methods import BrecqDescent, Flip, Nearest, Stochastic
 from qdeploy.model import LayerPlan, RoundedLayer, WeightUse
 from qdeploy.parallel import in_parallel
 from qdeploy.progress import Progress
+from qdeploy.settings.methods import BrecqDescent, Flip, Nearest, Stochastic
 from qdeploy.stages.rounding.from_moments import MomentsMethod, solve
 from qdeploy.stages.rounding.task import (
     LayerStore,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from qdeploy.schema import Spec, validate
+from qdeploy.settings.schema import Spec, validate
 
 Share = Annotated[float, Field(ge=0, le=1)]
 SchedulePoint = tuple[Annotated[float, Field(ge=0)], Share]

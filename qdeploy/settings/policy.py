@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_serializer, model_validator
 
-from qdeploy.device import AUTO, BudgetSpec
-from qdeploy.schema import Spec, find_bundled, load_toml
-from qdeploy.waivers import Waiver, WaiverKind, patterns, split
+from qdeploy.settings.device import AUTO, BudgetSpec
+from qdeploy.settings.schema import Spec, find_bundled, load_toml
+from qdeploy.settings.waivers import Waiver, WaiverKind, patterns, split
 
 KIND = "recipes/policies"
 OLD_KEYS = frozenset({"allow_findings", "allow_float", "allow_degraded"})

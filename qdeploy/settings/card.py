@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from qdeploy.errors import InputError
-from qdeploy.schema import Spec, load_toml
+from qdeploy.settings.schema import Spec, load_toml
 
 MOST_CLASSES = 100_000
 MOST_TRIGGERS = 64  # each is measured on every test image

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from qdeploy.schema import Spec
+from qdeploy.settings.schema import Spec
 
 WaiverKind = Literal["finding", "float", "degraded"]
 

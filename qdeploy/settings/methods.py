@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from qdeploy.errors import UsageError
-from qdeploy.schema import Spec
+from qdeploy.settings.schema import Spec
 
 
 class Nearest(Spec):

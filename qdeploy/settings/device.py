@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from qdeploy.machine import exact_8bit_products, processor_flags
-from qdeploy.schema import Spec, find_bundled, load_toml
+from qdeploy.settings.schema import Spec, find_bundled, load_toml
 
 AUTO = "auto"
 LARGEST_CODE_WITHOUT_SATURATION = 64  # 2 * 255 * 64 is less than 2^15

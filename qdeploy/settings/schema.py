@@ -62,7 +62,7 @@ def bundled(kind: str) -> dict[str, Path]:
 
     Kinds are the folders that `NOUNS` names.
     """
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     installed, checkout = package / kind, package.parent / kind
     folder = installed if installed.is_dir() else checkout
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}

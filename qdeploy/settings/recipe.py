@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from qdeploy.device import AUTO
-from qdeploy.methods import AnyRounding, EfrapDescent
-from qdeploy.policy import GateSpec, Policy, ValidationSpec
-from qdeploy.schema import Spec, find_bundled, load_toml
+from qdeploy.settings.device import AUTO
+from qdeploy.settings.methods import AnyRounding, EfrapDescent
+from qdeploy.settings.policy import GateSpec, Policy, ValidationSpec
+from qdeploy.settings.schema import Spec, find_bundled, load_toml
 
 WeightRange = Literal["absmax", "half", "minmax", "mse"]
 Granularity = Literal["channel", "tensor"]
