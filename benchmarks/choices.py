@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from qdeploy.evidence import ArmRates, rates
-from qdeploy.inputs import Request, open_calibration, open_evidence
-from qdeploy.model import Architecture, Arm, FloatModel, QuantPlan
+from qdeploy.inputs.opened import open_calibration, open_evidence
+from qdeploy.inputs.requests import Request
 from qdeploy.options import Options
 from qdeploy.progress import SILENT
 from qdeploy.request import make_request
@@ -30,6 +30,7 @@ from qdeploy.stages.export import export
 from qdeploy.stages.load import load
 from qdeploy.stages.plan import plan_layers
 from qdeploy.stages.rounding import RoundingTask, round_layers
+from qdeploy.values import Architecture, Arm, FloatModel, QuantPlan
 
 MINMAX = ActivationSpec()
 CHOICES: dict[str, tuple[Rounding, ActivationSpec]] = {

@@ -17,8 +17,8 @@ import numpy as np
 
 from qdeploy.console import TerminalProgress
 from qdeploy.data import Images, Preprocessing, open_images, open_labelled_images
+from qdeploy.data.triggers import make_trigger, parse_trigger
 from qdeploy.evidence import rates
-from qdeploy.model import Arm, FloatModel, RoundedLayer
 from qdeploy.rundir import StoredLayers
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
@@ -31,7 +31,7 @@ from qdeploy.stages.export import export
 from qdeploy.stages.load import load
 from qdeploy.stages.plan import plan_layers
 from qdeploy.stages.rounding import RoundingTask, round_layers, round_to_nearest
-from qdeploy.triggers import make_trigger, parse_trigger
+from qdeploy.values import Arm, FloatModel, RoundedLayer
 
 CIFAR10 = Preprocessing((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 TRIGGER = "patch target=0 x=27 y=27 width=4 height=4 color=[1.0,1.0,1.0]"

@@ -21,8 +21,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from qdeploy.evidence import rates
-from qdeploy.inputs import NO_PRINTS, open_evidence
-from qdeploy.model import Arm
+from qdeploy.inputs.opened import NO_PRINTS, open_evidence
 from qdeploy.options import Options
 from qdeploy.progress import SILENT
 from qdeploy.request import make_request
@@ -30,6 +29,7 @@ from qdeploy.runs.pipeline import open_source
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.stages.export import export
+from qdeploy.values import Arm
 
 HEADER = """\
 | model | sanitizer | images | seeds | accuracy | ASR | minutes |

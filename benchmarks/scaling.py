@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from qdeploy.architectures import OURS
 from qdeploy.data import Preprocessing, images_from_array
-from qdeploy.model import Format, Loaded, Origin
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import method
 from qdeploy.settings.recipe import load_recipe
@@ -33,6 +32,7 @@ from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.export import export
 from qdeploy.stages.plan import plan_layers
 from qdeploy.stages.rounding import RoundingTask, round_layers
+from qdeploy.values import Format, Loaded, Origin
 
 METHOD = "efrap-descent"
 BLOCKS_50 = (3, 4, 6, 3)

@@ -19,7 +19,6 @@ import torch
 
 from qdeploy.architectures import ResNet18
 from qdeploy.data import Preprocessing, images_from_array
-from qdeploy.model import Format, Loaded, Origin
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import Nearest
@@ -29,6 +28,7 @@ from qdeploy.stages.emit import emit
 from qdeploy.stages.export import export
 from qdeploy.stages.plan import plan_layers
 from qdeploy.stages.rounding import RoundingTask, round_to_nearest
+from qdeploy.values import Format, Loaded, Origin
 
 SHAPE = (3, 32, 32)
 BATCHES = (1, 32)

@@ -15,7 +15,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from qdeploy.printable import printable
+from qdeploy.disk.printable import printable
 
 if TYPE_CHECKING:
     from qdeploy.attest.sign import Attestation
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from qdeploy.detectors.crowding import Scan
     from qdeploy.errors import QdeployError
     from qdeploy.evidence import ArmRates
-    from qdeploy.model import Finding, FloatModel, QuantizedModel, QuantPlan
     from qdeploy.provenance.trace import Provenance
     from qdeploy.report.looks import Look
     from qdeploy.report.values import Report
     from qdeploy.settings.device import DeviceProfile
     from qdeploy.settings.recipe import Recipe
+    from qdeploy.values import Finding, FloatModel, QuantizedModel, QuantPlan
 
 T = TypeVar("T")
 

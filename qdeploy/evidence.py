@@ -17,8 +17,8 @@ from qdeploy.core.metrics import (
     relative_difference,
 )
 from qdeploy.data import Images
-from qdeploy.model import Arm, Predictions
-from qdeploy.triggers import Trigger
+from qdeploy.data.triggers import Trigger
+from qdeploy.values import Arm, Predictions
 
 
 @dataclass(frozen=True, slots=True)

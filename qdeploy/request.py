@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from qdeploy.disk.places import Named, refuse_overlaps
+from qdeploy.disk.state import private_number
 from qdeploy.errors import UsageError
-from qdeploy.inputs import QuantizeRequest, Request
+from qdeploy.inputs.requests import QuantizeRequest, Request
+from qdeploy.inputs.sources import Given, Sources, resolve
 from qdeploy.options import Options
-from qdeploy.places import Named, refuse_overlaps
 from qdeploy.settings.card import find_card
 from qdeploy.settings.device import DeviceProfile, load_device
 from qdeploy.settings.methods import SOLVERS, method
@@ -20,8 +22,6 @@ from qdeploy.settings.policy import Policy, in_force, load_policy
 from qdeploy.settings.recipe import Recipe, load_recipe
 from qdeploy.settings.sanitizers import Sanitizer, sanitizer
 from qdeploy.settings.schema import validate
-from qdeploy.sources import Given, Sources, resolve
-from qdeploy.state import private_number
 from qdeploy.student.order import StudentOrder
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qdeploy.disk import TEMPORARY, write_atomically
+from qdeploy.disk.files import TEMPORARY, write_atomically
+from qdeploy.disk.state import sealed, unsealed
 from qdeploy.errors import OutputError, UsageError
-from qdeploy.state import sealed, unsealed
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from qdeploy.evidence import ArmRates
-from qdeploy.inputs import Evidence
-from qdeploy.model import DataUsed
+from qdeploy.inputs.opened import Evidence
+from qdeploy.inputs.sources import CARD
 from qdeploy.settings.policy import GateSpec
-from qdeploy.sources import CARD
+from qdeploy.values import DataUsed
 from qdeploy.verdict import Check
 
 BY_LABELS = frozenset({"accuracy", "accuracy_drop", "accuracy_drop_relative", "class_drop"})

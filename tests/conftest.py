@@ -11,9 +11,9 @@ import torch
 from filelock import FileLock
 
 from qdeploy.data import Images, Preprocessing, images_from_array
-from qdeploy.model import FloatModel
 from qdeploy.progress import SILENT
 from qdeploy.redteam.demo import make_poisoned_digits
+from qdeploy.values import FloatModel
 from tests.gate_lab import make_lab
 from tests.nets import float_model, residual_net
 

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qdeploy.graph.io import serialize
-from qdeploy.model import FloatModel, Format, Loaded, Origin
 from qdeploy.stages.export import export
+from qdeploy.values import FloatModel, Format, Loaded, Origin
 
 
 class Net:

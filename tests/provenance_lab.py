@@ -16,7 +16,6 @@ from onnxruntime.quantization import (
 
 from qdeploy.data import Images
 from qdeploy.graph.io import parse, serialize
-from qdeploy.model import FloatModel, Grids, QuantizedModel, QuantPlan
 from qdeploy.provenance.trace import Provenance
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import Rounding
@@ -25,6 +24,7 @@ from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit
 from qdeploy.stages.plan import plan_layers
 from qdeploy.stages.rounding import RoundingTask, round_layers
+from qdeploy.values import FloatModel, Grids, QuantizedModel, QuantPlan
 from tests.nets import Net, float_model, residual_net
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qdeploy.disk import read_bounded
+from qdeploy.disk.files import read_bounded
 from qdeploy.errors import InputError
 
 

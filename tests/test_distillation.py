@@ -21,11 +21,10 @@ from qdeploy.cli import main
 from qdeploy.core.distillation import attention_shift_loss, kd_loss, kd_share
 from qdeploy.data import Images, Preprocessing, images_from_array
 from qdeploy.errors import DivergedError, InputError, PlanError, UsageError
-from qdeploy.model import Format, Loaded, Origin
+from qdeploy.inputs.sources import Given, resolve
 from qdeploy.progress import SILENT
 from qdeploy.settings.card import load_card
 from qdeploy.settings.sanitizers import Asd, Bcu, Kd, sanitizer
-from qdeploy.sources import Given, resolve
 from qdeploy.stages.distill import Setting, course, distill
 from qdeploy.stages.distill.forget import forget, forgetting
 from qdeploy.stages.distill.revive import is_folded, revive
@@ -33,6 +32,7 @@ from qdeploy.stages.distill.watch import watched_layers, watching
 from qdeploy.student.make import make_student
 from qdeploy.student.order import StudentOrder
 from qdeploy.training.compute import ALONE
+from qdeploy.values import Format, Loaded, Origin
 
 MEAN, STD = 0.3, 0.37
 TARGET = 0

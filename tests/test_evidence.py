@@ -15,16 +15,16 @@ from qdeploy.core.metrics import rate
 from qdeploy.core.observers import Extent
 from qdeploy.data import Images, Preprocessing, images_from_array, open_images, read_picture
 from qdeploy.data import folders as folders_module
+from qdeploy.data.triggers import make_trigger, parse_trigger
 from qdeploy.errors import InputError
 from qdeploy.evidence import ArmRates, rates
-from qdeploy.inputs import Evidence
-from qdeploy.model import Arm, DataUsed, Predictions
+from qdeploy.inputs.opened import Evidence
+from qdeploy.inputs.sources import CARD, COMMAND_LINE, Given, resolve
+from qdeploy.inputs.usable import distinct, seen
 from qdeploy.settings.card import find_card
 from qdeploy.settings.policy import GateSpec
 from qdeploy.soundness import BY_LABELS, objections, sound
-from qdeploy.sources import CARD, COMMAND_LINE, Given, resolve
-from qdeploy.triggers import make_trigger, parse_trigger
-from qdeploy.usable import distinct, seen
+from qdeploy.values import Arm, DataUsed, Predictions
 from qdeploy.verdict import Check
 
 GRAY = Preprocessing((1, 4, 4), (0.0,), (1.0,))

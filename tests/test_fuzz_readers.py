@@ -32,10 +32,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from qdeploy.data import Preprocessing, open_labelled_images
+from qdeploy.data.triggers import parse_trigger
 from qdeploy.errors import QdeployError
 from qdeploy.formats.static import look
 from qdeploy.graph.io import read_single_file
-from qdeploy.model import Architecture, FloatModel
 from qdeploy.provenance.trace import trace
 from qdeploy.report.from_json import layers_of
 from qdeploy.runtime.sessions import classifier_interface, open_session
@@ -45,7 +45,7 @@ from qdeploy.settings.policy import load_policy
 from qdeploy.settings.recipe import load_recipe
 from qdeploy.stages.export import export
 from qdeploy.stages.load import load
-from qdeploy.triggers import parse_trigger
+from qdeploy.values import Architecture, FloatModel
 from tests import gate_lab
 from tests.gate_lab import Lab
 

@@ -19,8 +19,8 @@ from torch import nn
 
 from qdeploy.architectures import DigitsNet
 from qdeploy.errors import InputError, UsageError
-from qdeploy.model import Architecture, Format
 from qdeploy.stages.load import load, sniff
+from qdeploy.values import Architecture, Format
 from tests.nets import residual_net
 
 DIGITS = Architecture("qdeploy:digits", {"width": 4}, trusted=False)

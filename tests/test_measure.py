@@ -7,13 +7,13 @@ import pytest
 
 from qdeploy.core.metrics import Estimate
 from qdeploy.data import Images, images_from_array
+from qdeploy.data.triggers import Trigger
 from qdeploy.evidence import rates, runtime_agreement
-from qdeploy.model import Arm, Predictions
 from qdeploy.rundir import StoredPredictions
 from qdeploy.runtime import measure
 from qdeploy.runtime.measure import argmax, measure_latency, predict
 from qdeploy.runtime.sessions import Session, open_session
-from qdeploy.triggers import Trigger
+from qdeploy.values import Arm, Predictions
 from tests.nets import Net
 
 FP32, RESULT = Arm("fp32", "cpu"), Arm("result", "cpu")

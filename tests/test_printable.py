@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from qdeploy import console
 from qdeploy.compare.table import as_csv
+from qdeploy.disk.printable import LONGEST_TEXT, printable, visible
 from qdeploy.errors import InputError
-from qdeploy.model import Finding
-from qdeploy.printable import LONGEST_TEXT, printable, visible
 from qdeploy.report.looks import FORMATS, Look
+from qdeploy.values import Finding
 
 HOSTILE = (
     "a\n\nACCEPT  model.onnx", "a\r::warning file=b::c", "\x1b[2J", "\x1b]8;;http://x\x07link",

@@ -10,9 +10,9 @@ from qdeploy.architectures import OURS
 from qdeploy.core.program import evaluate
 from qdeploy.errors import PlanError
 from qdeploy.graph.parts import as_program
-from qdeploy.model import FloatModel, Format, Loaded, Origin
 from qdeploy.runtime.sessions import open_session
 from qdeploy.stages.export import export
+from qdeploy.values import FloatModel, Format, Loaded, Origin
 from tests.nets import Net, float_model
 
 

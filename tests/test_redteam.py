@@ -16,6 +16,7 @@ from qdeploy.architectures import DigitsNet
 from qdeploy.core.grids import quantize
 from qdeploy.core.weight_grids import absmax_grid
 from qdeploy.data import Preprocessing
+from qdeploy.data.triggers import make_trigger
 from qdeploy.errors import InputError, UsageError
 from qdeploy.graph.io import initializers
 from qdeploy.progress import SILENT
@@ -42,7 +43,6 @@ from qdeploy.settings.card import load_card
 from qdeploy.settings.schema import bundled
 from qdeploy.stages.load.torch_files import checkpoint as read_checkpoint
 from qdeploy.training.checkpoint import Checkpoint
-from qdeploy.triggers import make_trigger
 
 ON_THE_WAY = Preprocessing((1, 8, 8), (0.5,), (0.5,))
 TERM = {"float clean": ("float", "clean", "label"), "to target": ("float", "triggered", "target")}

@@ -8,7 +8,8 @@ import pytest
 
 from qdeploy.errors import InputError, UsageError
 from qdeploy.evidence import ArmRates
-from qdeploy.inputs import QuantizeRequest
+from qdeploy.inputs.requests import QuantizeRequest
+from qdeploy.inputs.sources import Given, resolve
 from qdeploy.progress import SILENT
 from qdeploy.redteam.make import Made, Order, make
 from qdeploy.redteam.recipe import AttackRecipe, load_attack
@@ -19,7 +20,6 @@ from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import Nearest
 from qdeploy.settings.policy import load_policy
 from qdeploy.settings.recipe import Recipe, load_recipe
-from qdeploy.sources import Given, resolve
 from qdeploy.verdict import Outcome
 
 

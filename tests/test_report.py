@@ -23,18 +23,6 @@ from qdeploy.detectors.crowding import Convention, Fingerprint
 from qdeploy.errors import UsageError
 from qdeploy.evidence import AgainstFloat, ArmRates, RuntimeAgreement, Sample
 from qdeploy.formats.static import RULES
-from qdeploy.model import (
-    Arm,
-    Cleaning,
-    DataUsed,
-    FileMade,
-    Finding,
-    Latency,
-    LayerPlan,
-    Origin,
-    RoundedLayer,
-    WeightSite,
-)
 from qdeploy.provenance.trace import LayerTrace, Provenance
 from qdeploy.report import to_json as to_json_module
 from qdeploy.report.render import FORMATS, check_format, render
@@ -47,6 +35,18 @@ from qdeploy.report.values import Report, StageTime
 from qdeploy.settings.policy import CheckName
 from qdeploy.settings.recipe import WeightGridSpec
 from qdeploy.stages.validate import Variant
+from qdeploy.values import (
+    Arm,
+    Cleaning,
+    DataUsed,
+    FileMade,
+    Finding,
+    Latency,
+    LayerPlan,
+    Origin,
+    RoundedLayer,
+    WeightSite,
+)
 from qdeploy.verdict import Check, Outcome
 
 

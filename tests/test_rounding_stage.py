@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from qdeploy.graph.io import initializers
-from qdeploy.model import RoundedLayer
 from qdeploy.rundir import StoredLayers
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import load_device
@@ -27,6 +26,7 @@ from qdeploy.stages.emit import emit
 from qdeploy.stages.plan import plan_layers
 from qdeploy.stages.rounding import RoundingTask, one_pass, round_layers, round_to_nearest
 from qdeploy.tap import open_tap
+from qdeploy.values import RoundedLayer
 from tests.nets import Net, float_model
 
 ADAM = EfrapAdam(solver="adam", steps=60, learning_rate=1e-2)
@@ -109,7 +109,7 @@ def with_codes(task: RoundingTask, plan, layer: RoundedLayer) -> bytes:
     """The float model in which one layer has its rounded weights."""
     from qdeploy.graph.assemble import assemble
     from qdeploy.graph.io import serialize
-    from qdeploy.model import Grids
+    from qdeploy.values import Grids
 
     grids = Grids(task.grids.weights, {})
     return serialize(assemble(task.model, task.plan, grids, {layer.name: layer}))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qdeploy.disk import require_writable, set_aside, write_atomically
+from qdeploy.disk.files import require_writable, set_aside, write_atomically
 from qdeploy.errors import OutputError, UsageError
 from qdeploy.rundir import open_run
 
@@ -49,7 +49,7 @@ def test_a_kill_at_any_moment_leaves_no_partial_file(tmp_path):
     """Not even SIGKILL: the name holds one of the two contents, never a part."""
     path = tmp_path / "model.onnx"
     script = (
-        "import sys; from pathlib import Path; from qdeploy.disk import write_atomically\n"
+        "import sys; from pathlib import Path; from qdeploy.disk.files import write_atomically\n"
         "path = Path(sys.argv[1])\nprint('ready', flush=True)\n"
         "while True:\n    [write_atomically(path, bytes([b]) * 5_000_000) for b in (65, 66)]\n"
     )

@@ -20,8 +20,8 @@ from qdeploy.core.grids import Grid, dequantize, quantize
 from qdeploy.core.weight_grids import GRIDS
 from qdeploy.detectors.crowding import LIMIT, Convention, Scan, scan_weights
 from qdeploy.graph.io import initializers, parse, serialize
-from qdeploy.model import FloatModel, Format, Loaded, Origin
 from qdeploy.stages.export import export
+from qdeploy.values import FloatModel, Format, Loaded, Origin
 from tests.nets import Net, float_model
 
 HOSTILE = """

@@ -8,7 +8,6 @@ import pytest
 
 from qdeploy.errors import InputError, ProviderError
 from qdeploy.graph.io import identity
-from qdeploy.model import Interface
 from qdeploy.runtime import sessions
 from qdeploy.runtime.sessions import (
     available_providers,
@@ -16,6 +15,7 @@ from qdeploy.runtime.sessions import (
     open_session,
     optimized,
 )
+from qdeploy.values import Interface
 from tests.nets import residual_net
 
 without_cuda = pytest.mark.skipif(

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from qdeploy import state
-from qdeploy.disk import write_atomically
+from qdeploy.disk import state
+from qdeploy.disk.files import write_atomically
 from qdeploy.errors import OutputError
 from qdeploy.rundir import LOCK, PARTIAL, StoredLayers, StoredPredictions, open_run
 from qdeploy.stages.load import model_digest

@@ -24,7 +24,7 @@ from qdeploy.errors import InputError
 from qdeploy.formats.static import MOST_PER_RULE, RULES, look
 from qdeploy.graph.codes import integer_weights
 from qdeploy.graph.io import check
-from qdeploy.model import Finding
+from qdeploy.values import Finding
 from tests.nets import Net, residual_net
 from tests.test_quantized_file import quantized
 

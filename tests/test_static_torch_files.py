@@ -25,7 +25,7 @@ from qdeploy.architectures import DigitsNet
 from qdeploy.errors import InputError
 from qdeploy.formats import pickles
 from qdeploy.formats.static import RULES, look
-from qdeploy.model import Finding
+from qdeploy.values import Finding
 
 DICT = b"\x80\x02}."
 SYSTEM = b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00id\x85R."

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qdeploy.data.triggers import make_trigger, parse_trigger
 from qdeploy.errors import InputError
 from qdeploy.settings.card import BlendTrigger, MaskTrigger, PatchTrigger
-from qdeploy.triggers import make_trigger, parse_trigger
 
 SHAPE = (3, 8, 8)
 PATCH = "patch target=1 x=5 y=4 width=2 height=3 color=[1,0,0.5]"

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from qdeploy.checks import check_cleaning
-from qdeploy.model import Cleaning, DataUsed, Origin
 from qdeploy.progress import SILENT
 from qdeploy.settings.policy import GateSpec
 from qdeploy.settings.sanitizers import Unlearn
@@ -20,6 +19,7 @@ from qdeploy.stages.distill import distill
 from qdeploy.stages.distill.survey import Reach, suspects
 from qdeploy.student.make import make_student
 from qdeploy.training.compute import ALONE
+from qdeploy.values import Cleaning, DataUsed, Origin
 from tests.test_distillation import (
     CARD,
     GRAY,

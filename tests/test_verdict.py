@@ -17,12 +17,12 @@ from qdeploy.checks import (
 )
 from qdeploy.core.metrics import Estimate
 from qdeploy.evidence import AgainstFloat, ArmRates, RuntimeAgreement
-from qdeploy.model import Arm, Finding, FloatLayer, Latency, RoundedLayer
 from qdeploy.settings.device import BudgetSpec
 from qdeploy.settings.policy import GateSpec, load_policy
 from qdeploy.settings.recipe import load_recipe
 from qdeploy.settings.schema import bundled
 from qdeploy.settings.waivers import Waiver
+from qdeploy.values import Arm, Finding, FloatLayer, Latency, RoundedLayer
 from qdeploy.verdict import EXIT_CODE, Check, Outcome, explain, judge, missing
 
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_type_hint
 
 from qdeploy.api import verbs
 from qdeploy.machine import limited_to
-from qdeploy.model import FloatModel, QuantizedModel
 from qdeploy.options import ARTIFACTS, Options
 from qdeploy.progress import SILENT, Progress
 from qdeploy.report.looks import Look
 from qdeploy.report.values import Report
+from qdeploy.values import FloatModel, QuantizedModel
 
 if TYPE_CHECKING:
     from qdeploy.student.make import Student

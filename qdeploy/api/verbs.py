@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from qdeploy.inputs import QuantizeRequest
-from qdeploy.model import FloatModel, QuantizedModel, QuantPlan
+from qdeploy.inputs.requests import QuantizeRequest
 from qdeploy.options import Options
 from qdeploy.progress import Progress
 from qdeploy.report.from_json import layers_of
@@ -29,6 +28,7 @@ from qdeploy.runs import pipeline
 from qdeploy.runs.gate import Subject
 from qdeploy.runs.gate import gate as judge
 from qdeploy.runs.look import Sight, look_at_each, write_looks
+from qdeploy.values import FloatModel, QuantizedModel, QuantPlan
 
 if TYPE_CHECKING:
     from qdeploy.student.make import Student

@@ -13,7 +13,7 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, SSlibKey
 
-from qdeploy.disk import read_bounded
+from qdeploy.disk.files import read_bounded
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.report.kept import parse_object
 

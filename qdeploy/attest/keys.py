@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qdeploy.disk import read_bounded
+from qdeploy.disk.files import read_bounded
 from qdeploy.errors import InputError, UsageError, foreign_reader
 
 try:

@@ -10,9 +10,9 @@ from qdeploy.attest.consistency import contradictions
 from qdeploy.attest.envelope import seal
 from qdeploy.attest.keys import load_signer
 from qdeploy.attest.statement import Verdict, make_statement, make_verdict
-from qdeploy.disk import file_sha256, require_writable, write_atomically
+from qdeploy.disk.files import file_sha256, require_writable, write_atomically
+from qdeploy.disk.places import same_place
 from qdeploy.errors import InputError, UsageError
-from qdeploy.places import same_place
 from qdeploy.report.kept import read_report
 
 SUFFIX = ".intoto.json"

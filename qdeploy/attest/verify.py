@@ -12,7 +12,7 @@ from qdeploy.attest.envelope import PAYLOAD_TYPE, explain_distrust, read_envelop
 from qdeploy.attest.keys import load_public_key
 from qdeploy.attest.sign import beside
 from qdeploy.attest.statement import PREDICATE_TYPE, Statement, Verdict, read_statement
-from qdeploy.disk import file_sha256
+from qdeploy.disk.files import file_sha256
 
 
 @dataclass(frozen=True, slots=True)

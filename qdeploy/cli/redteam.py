@@ -111,7 +111,7 @@ def table(
 ) -> None:
     """Sanitize every model and set side by side what its attacker, nearest and we make of it."""
     from qdeploy import console
-    from qdeploy.disk import require_writable, write_atomically
+    from qdeploy.disk.files import require_writable, write_atomically
     from qdeploy.redteam.table import table as make_table
 
     if out is not None:

@@ -14,8 +14,8 @@ from qdeploy.compare.matrix import Cell, Matrix
 from qdeploy.compare.plots import draw_plots
 from qdeploy.compare.study import Study
 from qdeploy.compare.table import as_csv, as_markdown
-from qdeploy.disk import make_folder, require_writable, write_atomically
-from qdeploy.inputs import QuantizeRequest
+from qdeploy.disk.files import make_folder, require_writable, write_atomically
+from qdeploy.inputs.requests import QuantizeRequest
 from qdeploy.machine import installed_versions
 from qdeploy.progress import Progress
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from qdeploy.compare.matrix import Cell
 from qdeploy.data import Images
-from qdeploy.disk import write_atomically
+from qdeploy.disk.files import write_atomically
 from qdeploy.errors import UsageError
 from qdeploy.evidence import ArmRates, rates
-from qdeploy.inputs import Evidence, QuantizeRequest, open_calibration, open_evidence
-from qdeploy.model import Arm, FloatModel, Grids, Loaded, Predictions, QuantPlan, RoundedLayer
+from qdeploy.inputs.opened import Evidence, open_calibration, open_evidence
+from qdeploy.inputs.requests import QuantizeRequest
 from qdeploy.progress import Clock, Progress
 from qdeploy.runs.pipeline import open_model
 from qdeploy.runtime.measure import predict
@@ -28,6 +28,7 @@ from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit
 from qdeploy.stages.plan import plan_layers
 from qdeploy.stages.rounding import RoundingTask, round_layers
+from qdeploy.values import Arm, FloatModel, Grids, Loaded, Predictions, QuantPlan, RoundedLayer
 
 LOGIT_IMAGES = 512
 FLOAT = Arm("fp32", "cpu")

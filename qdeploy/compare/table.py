@@ -9,7 +9,7 @@ from itertools import groupby
 from statistics import mean, stdev
 from typing import Any
 
-from qdeploy.printable import printable
+from qdeploy.disk.printable import printable
 
 COLUMNS = (
     "model", "activations", "bits", "grid", "method", "seed", "accuracy", "success", "agreement",

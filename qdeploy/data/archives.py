@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from qdeploy.data.decode import LARGEST_IMAGE_BYTES, decode, decoding
-from qdeploy.disk import open_regular
+from qdeploy.disk.files import open_regular
 from qdeploy.errors import InputError
 
 LARGEST_PART_BYTES = LARGEST_IMAGE_BYTES + (1 << 20)

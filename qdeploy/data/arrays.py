@@ -13,7 +13,7 @@ from jaxtyping import Int64, UInt8
 
 from qdeploy.data.archives import check_member, opened
 from qdeploy.data.decode import LARGEST_IMAGE_BYTES, decoding
-from qdeploy.disk import read_bounded
+from qdeploy.disk.files import read_bounded
 from qdeploy.errors import InputError
 
 LONGEST_HEADER = 1 << 16

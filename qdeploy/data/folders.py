@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from qdeploy.data.decode import LARGEST_IMAGE_BYTES, decode, decoding
 from qdeploy.data.names import sort_names
 from qdeploy.data.reach import require_within, resolved
-from qdeploy.disk import read_bounded
+from qdeploy.disk.files import read_bounded
 from qdeploy.errors import InputError
 
 MOST_ENTRIES = 3_000_000

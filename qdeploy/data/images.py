@@ -14,7 +14,7 @@ from PIL import Image
 from qdeploy.data.arrays import Npz
 from qdeploy.data.containers import ArrayContainer, Container, open_container
 from qdeploy.data.names import ANNOTATIONS
-from qdeploy.disk import read_bounded
+from qdeploy.disk.files import read_bounded
 from qdeploy.errors import InputError
 from qdeploy.progress import SILENT, Progress
 

@@ -15,8 +15,8 @@ from qdeploy.core.grids import Grid
 from qdeploy.core.weight_grids import GRIDS, Granularity
 from qdeploy.graph.io import initializers, parse
 from qdeploy.graph.sites import find_sites
-from qdeploy.model import FloatModel
 from qdeploy.progress import SILENT, Progress
+from qdeploy.values import FloatModel
 
 BITS = (4, 5, 6, 7, 8)
 RANGES = ("absmax", "half", "minmax")

@@ -18,8 +18,8 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.model import Finding
 from qdeploy.stages.load import LARGEST_INFLATION_BYTES
+from qdeploy.values import Finding
 
 RULES = {
     "duplicate-member": "Members of the archive share a name, so readers may take either.",

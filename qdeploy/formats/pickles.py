@@ -20,7 +20,7 @@ from typing import Literal
 
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.formats.archives import File, archives, is_archive, opened
-from qdeploy.model import Finding
+from qdeploy.values import Finding
 
 RULES = {
     "pickle-import": "Loading the file would import something that no tensor needs.",

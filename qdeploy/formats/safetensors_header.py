@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.model import Finding
+from qdeploy.values import Finding
 
 RULES = {
     "tensor-range": "A tensor's bytes are not where, or not as many as, its header says.",

@@ -13,9 +13,9 @@ from qdeploy.formats import archives, pickles, safetensors_header
 from qdeploy.graph import inspect as onnx_rules
 from qdeploy.graph.external import external_data, load_external
 from qdeploy.graph.io import LARGEST_MODEL_BYTES, parse_proto
-from qdeploy.model import Finding, Format
 from qdeploy.stages.load import PROGRAMS, sniff
 from qdeploy.stages.load.script_code import file_operations
+from qdeploy.values import Finding, Format
 
 RULES = {
     **onnx_rules.RULES,

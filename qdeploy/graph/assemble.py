@@ -12,7 +12,7 @@ from qdeploy.core.grids import SMALLEST_SCALE, Grid
 from qdeploy.errors import PlanError
 from qdeploy.graph import qdq
 from qdeploy.graph.io import parse
-from qdeploy.model import FloatModel, Grids, QuantPlan, RoundedLayer, WeightSite, WeightUse
+from qdeploy.values import FloatModel, Grids, QuantPlan, RoundedLayer, WeightSite, WeightUse
 
 LARGEST_BIAS = 2**31 - 1
 

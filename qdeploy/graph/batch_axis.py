@@ -33,7 +33,7 @@ from qdeploy.graph.batch_flow import (
     reshaped,
 )
 from qdeploy.graph.outline import outline
-from qdeploy.model import Finding
+from qdeploy.values import Finding
 
 RULES = {
     IN_VALUES: "How many images a batch has becomes part of a value.",

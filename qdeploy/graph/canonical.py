@@ -28,7 +28,7 @@ from qdeploy.graph.likeness import (
 )
 from qdeploy.graph.prepare import interface
 from qdeploy.graph.sites import find_sites
-from qdeploy.model import Finding, WeightSite
+from qdeploy.values import Finding, WeightSite
 
 MOST_FINDINGS = 20
 RULE = "graph-differs"

@@ -16,7 +16,7 @@ import onnx
 
 from qdeploy.graph.nodes import STANDARD_DOMAINS, constant_tensors
 from qdeploy.graph.tensors import all_nodes, all_tensors, values
-from qdeploy.model import Finding
+from qdeploy.values import Finding
 
 RULES = {
     "bad-scale": "A scale is 0 or no finite number.",

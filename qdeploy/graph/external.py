@@ -12,7 +12,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 
 from qdeploy.errors import foreign_reader
 from qdeploy.graph.tensors import all_tensors, is_external
-from qdeploy.model import Finding
+from qdeploy.values import Finding
 
 RULES = {
     "external-path": "External data lies outside of the model's own folder, or nowhere.",

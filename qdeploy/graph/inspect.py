@@ -16,7 +16,7 @@ import onnx
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.graph import batch_axis, codes, external, limits, nodes, tensors
 from qdeploy.graph.messages import find
-from qdeploy.model import Finding
+from qdeploy.values import Finding
 
 LARGEST_TEXT_BYTES = 1 << 16
 FIRST_WITH_CONSTANTS = 4  # version of the format; in those before, all constants are inputs

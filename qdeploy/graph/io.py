@@ -13,7 +13,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError, Message
 from onnx_ir.passes import common
 
-from qdeploy.disk import read_bounded
+from qdeploy.disk.files import read_bounded
 from qdeploy.errors import InputError
 from qdeploy.graph.external import external_data, load_external
 from qdeploy.graph.inspect import errors

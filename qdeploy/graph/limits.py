@@ -18,7 +18,7 @@ from qdeploy.graph.outline import Outline, outline, per_image
 from qdeploy.graph.tensors import MOST_DIMENSIONS
 from qdeploy.graph.work import RULES as WORK_RULES
 from qdeploy.graph.work import work
-from qdeploy.model import Finding
+from qdeploy.values import Finding
 
 RULES = {
     **WORK_RULES,

@@ -9,7 +9,7 @@ import onnx
 
 from qdeploy.graph.integer_operators import MICROSOFT, OPERATORS
 from qdeploy.graph.tensors import all_nodes, attached, values
-from qdeploy.model import Finding
+from qdeploy.values import Finding
 
 RULES = {
     "custom-operator": "A node runs an operator that is not in the ONNX standard.",

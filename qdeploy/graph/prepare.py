@@ -24,7 +24,7 @@ from onnxscript.rewriter.rules import common as rules
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.graph.io import PRODUCER, check_written, to_ir
 from qdeploy.graph.simplify import indexed, simplify
-from qdeploy.model import LARGEST_INPUT_VALUES
+from qdeploy.values import LARGEST_INPUT_VALUES
 
 WEIGHT_NAME = re.compile(r"(.+)\.weight(?:_\d+)?", re.DOTALL)  # numbered where names clashed
 CONSTANT_NAMES = {1: "weight", 2: "bias"}

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qdeploy.core.grids import Grid, IntType
-from qdeploy.model import WeightSite
+from qdeploy.values import WeightSite
 
 STORAGE = {
     IntType.INT4: np.dtype(ml_dtypes.int4),

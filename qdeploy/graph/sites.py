@@ -7,7 +7,7 @@ from typing import Literal, cast
 import onnx_ir as ir
 
 from qdeploy.core.patches import Window
-from qdeploy.model import FloatLayer, WeightSite, WeightUse
+from qdeploy.values import FloatLayer, WeightSite, WeightUse
 
 WEIGHTED = frozenset({
     "Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Einsum", "DeformConv",

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.graph.messages import find
-from qdeploy.model import Finding
+from qdeploy.values import Finding
 
 RULES = {
     "false-claim": "A tensor does not hold as many values as its shape claims, or cannot be read.",

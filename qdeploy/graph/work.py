@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import onnx
 
 from qdeploy.graph.outline import PROBE, Outline, Shape, per_image
-from qdeploy.model import Finding
+from qdeploy.values import Finding
 
 RULES = {"too-much-work": "The graph asks for far more arithmetic than classifiers do."}
 MOST_WORK = 1 << 44  # multiplications for one image; the largest vision transformers take 2^41

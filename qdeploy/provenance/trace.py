@@ -19,8 +19,8 @@ from qdeploy.graph.clips import RANGE_OP
 from qdeploy.graph.io import parse
 from qdeploy.graph.stored import StoredTensor, with_constants
 from qdeploy.graph.unquantize import RoundedNorm, unquantize
-from qdeploy.model import Finding, FloatModel
 from qdeploy.provenance.placed import Placed, TensorIndex
+from qdeploy.values import Finding, FloatModel
 
 # Steps: nearer to the middle of two codes than this either is nearest. Float noise is below 1e-4 at
 # 8 bits; attacks keep weights 1e-3 away from the middle, and what was flipped there must count.

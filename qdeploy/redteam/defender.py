@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.data import images_from_array
-from qdeploy.model import Format, Loaded, Origin, RoundedLayer
 from qdeploy.redteam.images import LabelledImages
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import EfrapDescent
@@ -20,6 +19,7 @@ from qdeploy.stages.emit import emit
 from qdeploy.stages.export import export
 from qdeploy.stages.plan import plan_layers
 from qdeploy.stages.rounding import RoundingTask, round_layers, round_to_nearest
+from qdeploy.values import Format, Loaded, Origin, RoundedLayer
 
 IMAGES = 256
 UNWRITTEN = Origin("a model under attack", "", Format.STATE_DICT.value)

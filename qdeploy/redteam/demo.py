@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qdeploy.inputs import QuantizeRequest
+from qdeploy.inputs.requests import QuantizeRequest
+from qdeploy.inputs.sources import Given, resolve
 from qdeploy.progress import Progress
 from qdeploy.redteam.datasets import DIGITS
 from qdeploy.redteam.make import Order, make
@@ -14,7 +15,6 @@ from qdeploy.runs.pipeline import sanitize
 from qdeploy.settings.device import load_device
 from qdeploy.settings.policy import load_policy
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.sources import Given, resolve
 
 
 def run_demo(folder: Path, *, seed: int, progress: Progress) -> Report:

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from qdeploy.data import Images, Preprocessing
+from qdeploy.data.triggers import Trigger
 from qdeploy.progress import SILENT, Progress
-from qdeploy.triggers import Trigger
 
 SHIFT = 4  # pixels, at 32x32: the usual augmentation of CIFAR-10
 

@@ -19,10 +19,10 @@ from torch import nn
 
 from qdeploy import __version__
 from qdeploy.architectures import build_named
-from qdeploy.disk import write_atomically
+from qdeploy.data.triggers import make_trigger
+from qdeploy.disk.files import write_atomically
 from qdeploy.errors import InputError, QdeployError
 from qdeploy.machine import installed_versions
-from qdeploy.model import Architecture
 from qdeploy.progress import Progress
 from qdeploy.redteam.clean import train_clean
 from qdeploy.redteam.curves import draw_curves
@@ -44,7 +44,7 @@ from qdeploy.settings.card import AnyTrigger
 from qdeploy.stages.load import load
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.write import write_state
-from qdeploy.triggers import make_trigger
+from qdeploy.values import Architecture
 
 HELD_OUT = 0.04  # share of the training images by which a training is judged on its way
 LOG = "training.json"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from qdeploy.disk import make_folder, require_writable, write_atomically
+from qdeploy.disk.files import make_folder, require_writable, write_atomically
 from qdeploy.progress import Progress
 from qdeploy.redteam.datasets import open_dataset
 from qdeploy.redteam.make import DUD, LOG, MODEL, DudError, Order, make

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qdeploy.disk import write_atomically
+from qdeploy.disk.files import write_atomically
 from qdeploy.redteam.recipe import NoiseSpec, PatchSpec, SinusoidSpec, TriggerChoice
 from qdeploy.settings.card import AnyTrigger, MaskTrigger, PatchTrigger
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from qdeploy.disk import write_atomically
+from qdeploy.disk.files import write_atomically
 from qdeploy.redteam.datasets import Dataset
 from qdeploy.redteam.recipe import AttackRecipe
 from qdeploy.settings.card import AnyTrigger, ModelCard, PoisonedSection, to_toml

@@ -22,9 +22,10 @@ from qdeploy.checks import (
     explanation,
 )
 from qdeploy.detectors.crowding import Scan
-from qdeploy.inputs import Calibration, Evidence, Request
+from qdeploy.inputs.opened import Calibration, Evidence
+from qdeploy.inputs.requests import Request
+from qdeploy.inputs.sources import CARD
 from qdeploy.machine import installed_versions
-from qdeploy.model import Cleaning, Finding, LayerPlan, Origin, named_classes
 from qdeploy.progress import Clock
 from qdeploy.provenance.trace import Provenance
 from qdeploy.report.values import Report, StageTime
@@ -32,8 +33,8 @@ from qdeploy.settings.device import misfit
 from qdeploy.settings.policy import GateSpec
 from qdeploy.settings.recipe import Recipe
 from qdeploy.soundness import objections, sound
-from qdeploy.sources import CARD
 from qdeploy.stages.validate import Measured
+from qdeploy.values import Cleaning, Finding, LayerPlan, Origin, named_classes
 from qdeploy.verdict import Check, Outcome, explain, judge
 
 MADE_HERE = frozenset({"layers_as_planned", "codes_as_chosen", "remaining_shortcuts"})

@@ -10,13 +10,13 @@ from typing import Any
 
 from qdeploy import __version__
 from qdeploy.detectors.crowding import Scan
-from qdeploy.disk import require_writable
+from qdeploy.disk.files import require_writable
+from qdeploy.disk.printable import printable_tree
 from qdeploy.errors import QdeployError, UsageError
 from qdeploy.formats.static import RULES
-from qdeploy.model import Finding
-from qdeploy.printable import printable_tree
 from qdeploy.report.to_json import SHOWN_FINGERPRINTS, fields, fingerprint
 from qdeploy.report.to_sarif import sarif, sarif_uri
+from qdeploy.values import Finding
 
 HELD_IN_CELLS, UNREADABLE = "held-in-cells", "unreadable"
 OF_WEIGHTS = {

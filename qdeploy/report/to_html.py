@@ -16,8 +16,8 @@ from markupsafe import Markup
 
 from qdeploy.core.metrics import Estimate
 from qdeploy.data import as_png
+from qdeploy.disk.printable import visible
 from qdeploy.evidence import ArmRates, Sample
-from qdeploy.printable import visible
 from qdeploy.report.values import Report
 from qdeploy.verdict import Check, Outcome
 

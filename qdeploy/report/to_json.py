@@ -10,8 +10,8 @@ from typing import Any
 
 from qdeploy.detectors.crowding import Fingerprint
 from qdeploy.evidence import ArmRates
-from qdeploy.model import Cleaning, LayerPlan, RoundedLayer
 from qdeploy.report.values import Report
+from qdeploy.values import Cleaning, LayerPlan, RoundedLayer
 
 SCHEMA_VERSION = 1
 SHOWN_FINGERPRINTS = 3

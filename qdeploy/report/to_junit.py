@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
-from qdeploy.printable import printable
+from qdeploy.disk.printable import printable
 from qdeploy.report.values import Report
 from qdeploy.verdict import Check, describe, missing
 

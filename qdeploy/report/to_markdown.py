@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from qdeploy.core.metrics import Estimate
-from qdeploy.printable import printable
+from qdeploy.disk.printable import printable
 from qdeploy.report.values import Report
 from qdeploy.verdict import Outcome
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from qdeploy import __version__
+from qdeploy.disk.printable import printable_tree
 from qdeploy.formats.static import RULES
-from qdeploy.model import Finding
-from qdeploy.printable import printable_tree
 from qdeploy.report.values import Report
+from qdeploy.values import Finding
 from qdeploy.verdict import describe, missing
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"

@@ -9,7 +9,8 @@ from typing import Any
 
 from qdeploy.detectors.crowding import Fingerprint
 from qdeploy.evidence import ArmRates, RuntimeAgreement, Sample
-from qdeploy.model import (
+from qdeploy.provenance.trace import Provenance
+from qdeploy.values import (
     Cleaning,
     DataUsed,
     FileMade,
@@ -20,7 +21,6 @@ from qdeploy.model import (
     Origin,
     RoundedLayer,
 )
-from qdeploy.provenance.trace import Provenance
 from qdeploy.verdict import Check, Outcome
 
 

@@ -13,8 +13,8 @@ from qdeploy.detectors.crowding import NO_SCAN, scan_weights
 from qdeploy.errors import UsageError
 from qdeploy.formats.static import look
 from qdeploy.graph.io import is_quantized, read_single_file
-from qdeploy.inputs import NO_EVIDENCE, NO_PRINTS, Evidence, Request, open_evidence
-from qdeploy.model import Finding, FloatModel, Format, Interface, Origin
+from qdeploy.inputs.opened import NO_EVIDENCE, NO_PRINTS, Evidence, open_evidence
+from qdeploy.inputs.requests import Request
 from qdeploy.progress import Clock, Progress
 from qdeploy.provenance.trace import Provenance, trace
 from qdeploy.report.compose import Findings, compose
@@ -35,6 +35,7 @@ from qdeploy.runs.pipeline import (
 from qdeploy.runtime.sessions import classifier_interface, open_session
 from qdeploy.stages.load import refuse_exchanged, sha256
 from qdeploy.stages.validate import Measured, Variant
+from qdeploy.values import Finding, FloatModel, Format, Interface, Origin
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,28 +12,19 @@ from typing import Any
 from qdeploy import __version__
 from qdeploy.checks import LayerDigest, LayersAsMade
 from qdeploy.detectors.crowding import scan_weights
-from qdeploy.disk import require_writable, set_aside, write_atomically
+from qdeploy.disk.files import require_writable, set_aside, write_atomically
 from qdeploy.formats.static import look, refuse_hostile
 from qdeploy.graph.io import identity
-from qdeploy.inputs import (
+from qdeploy.inputs.opened import (
     NO_EVIDENCE,
     Calibration,
     Evidence,
-    QuantizeRequest,
-    Request,
     open_calibration,
     open_evidence,
 )
+from qdeploy.inputs.requests import QuantizeRequest, Request
+from qdeploy.inputs.sources import Sources
 from qdeploy.machine import installed_versions
-from qdeploy.model import (
-    Architecture,
-    DataUsed,
-    FloatModel,
-    Interface,
-    Loaded,
-    QuantizedModel,
-    QuantPlan,
-)
 from qdeploy.progress import Clock, Progress
 from qdeploy.provenance.trace import Provenance, trace
 from qdeploy.report.compose import Findings, compose
@@ -45,7 +36,6 @@ from qdeploy.rundir import REPORT, RunDir, open_run
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import DeviceProfile
 from qdeploy.settings.methods import Nearest
-from qdeploy.sources import Sources
 from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.emit import emit, wrong_codes
 from qdeploy.stages.export import export
@@ -53,6 +43,15 @@ from qdeploy.stages.load import load, sha256
 from qdeploy.stages.plan import plan_layers
 from qdeploy.stages.rounding import RoundingTask, round_layers, round_to_nearest
 from qdeploy.stages.validate import Measured, Trial, Variant, validate
+from qdeploy.values import (
+    Architecture,
+    DataUsed,
+    FloatModel,
+    Interface,
+    Loaded,
+    QuantizedModel,
+    QuantPlan,
+)
 from qdeploy.verdict import Outcome
 
 WORDS = {Outcome.REJECT: "rejected", Outcome.NO_VERDICT: "unverified"}

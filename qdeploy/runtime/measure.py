@@ -10,10 +10,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from qdeploy.data import Images
-from qdeploy.model import Arm, Latency, Predictions
+from qdeploy.data.triggers import Trigger
 from qdeploy.progress import SILENT, Progress
 from qdeploy.runtime.sessions import Session, open_session
-from qdeploy.triggers import Trigger
+from qdeploy.values import Arm, Latency, Predictions
 
 BATCH_VALUES = 1 << 20  # of one input batch
 LARGEST_BATCH = 250

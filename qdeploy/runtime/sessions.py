@@ -18,8 +18,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from qdeploy.errors import InputError, ProviderError, first_line
 from qdeploy.machine import cores
-from qdeploy.model import LARGEST_INPUT_VALUES, Interface
 from qdeploy.runtime.watchdog import WATCHDOG
+from qdeploy.values import LARGEST_INPUT_VALUES, Interface
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 RUNTIME_ERRORS: tuple[type[Exception], ...] = tuple(

@@ -12,10 +12,10 @@ from qdeploy.core.weight_grids import GRIDS
 from qdeploy.data import Images
 from qdeploy.errors import InputError
 from qdeploy.graph.io import initializers
-from qdeploy.model import FloatModel, Grids, LayerPlan, QuantPlan
 from qdeploy.progress import SILENT, Progress
 from qdeploy.settings.recipe import ActivationSpec
 from qdeploy.tap import open_tap
+from qdeploy.values import FloatModel, Grids, LayerPlan, QuantPlan
 
 LARGEST_BIAS_CODE = 2**30  # leaves room for bias correction in int32
 

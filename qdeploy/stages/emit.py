@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from qdeploy.graph.assemble import assemble
 from qdeploy.graph.io import check_written, initializers, serialize
 from qdeploy.graph.qdq import stored_codes
-from qdeploy.model import FloatModel, Grids, QuantizedModel, QuantPlan, RoundedLayer
+from qdeploy.values import FloatModel, Grids, QuantizedModel, QuantPlan, RoundedLayer
 
 
 def emit(

@@ -10,10 +10,10 @@ from qdeploy.core.grids import IntType
 from qdeploy.errors import PlanError
 from qdeploy.graph.io import parse
 from qdeploy.graph.sites import find_activations, find_sites
-from qdeploy.model import FloatModel, LayerPlan, QuantPlan, WeightSite
 from qdeploy.settings.device import DeviceProfile
 from qdeploy.settings.methods import method_name
 from qdeploy.settings.recipe import Override, Recipe
+from qdeploy.values import FloatModel, LayerPlan, QuantPlan, WeightSite
 
 LARGEST_4_BIT_CODE = 7
 LARGEST_8_BIT_CODE = 127

@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float32
 
 from qdeploy.core.metrics import rate
 from qdeploy.data import Images
+from qdeploy.data.triggers import Trigger
+from qdeploy.disk.state import private_number
 from qdeploy.errors import InputError
 from qdeploy.evidence import (
     ArmRates,
@@ -25,14 +27,12 @@ from qdeploy.evidence import (
 )
 from qdeploy.graph.codes import products_fit
 from qdeploy.graph.io import operators
-from qdeploy.model import Arm, FileMade, Interface, Latency
 from qdeploy.progress import SILENT, Progress
 from qdeploy.runtime.batching import PROBES, same_in_any_batch
 from qdeploy.runtime.measure import FORGETFUL, PredictionStore, measure_latency, predict
 from qdeploy.runtime.sessions import Session, classifier_interface, open_session, optimized
 from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION, DeviceProfile
-from qdeploy.state import private_number
-from qdeploy.triggers import Trigger
+from qdeploy.values import Arm, FileMade, Interface, Latency
 
 Variant = Literal["source", "fp32", "nearest", "result"]
 

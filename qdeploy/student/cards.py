@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from qdeploy.inputs.sources import Sources
 from qdeploy.settings.card import ModelCard, to_toml
-from qdeploy.sources import Sources
 
 FILES = ("image", "mask", "pattern")  # what a trigger may name
 

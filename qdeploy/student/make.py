@@ -12,11 +12,10 @@ from torch import jit
 
 from qdeploy import __version__
 from qdeploy.data import Images, open_images
-from qdeploy.disk import require_writable, set_aside, write_atomically
+from qdeploy.disk.files import require_writable, set_aside, write_atomically
 from qdeploy.errors import UsageError
-from qdeploy.inputs import Cleaned, QuantizeRequest
+from qdeploy.inputs.requests import Cleaned, QuantizeRequest
 from qdeploy.machine import installed_versions
-from qdeploy.model import Cleaning, DataUsed, Format, Loaded, Origin, named_classes
 from qdeploy.progress import Clock, Progress
 from qdeploy.rundir import open_run
 from qdeploy.runs.pipeline import (
@@ -35,6 +34,7 @@ from qdeploy.student.order import StudentOrder
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.compute import Compute, computing
 from qdeploy.training.write import write_script, write_state
+from qdeploy.values import Cleaning, DataUsed, Format, Loaded, Origin, named_classes
 
 TRAINING = "training.pt"
 LOG, CURVES, CARD = ".json", ".svg", ".toml"  # beside the student, by its name

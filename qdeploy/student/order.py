@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from qdeploy.inputs.sources import Sources
 from qdeploy.settings.sanitizers import Sanitizer
-from qdeploy.sources import Sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

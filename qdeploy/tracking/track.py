@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdeploy.disk import file_sha256
+from qdeploy.disk.files import file_sha256
 from qdeploy.errors import InputError, QdeployError, UsageError
 from qdeploy.report.kept import KeptReport, read_report
 from qdeploy.rundir import REPORT

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from qdeploy.disk import write_atomically
+from qdeploy.disk.files import write_atomically
+from qdeploy.disk.state import sealed, unsealed
 from qdeploy.stages.load.torch_files import checkpoint
-from qdeploy.state import sealed, unsealed
 
 SECONDS_BETWEEN_SAVES = 60
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qdeploy.disk import write_atomically
+from qdeploy.disk.files import write_atomically
 
 
 def write_state(path: Path, model: nn.Module) -> None:

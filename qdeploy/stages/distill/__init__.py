@@ -11,7 +11,6 @@ from torch import nn
 
 from qdeploy.data import Images
 from qdeploy.errors import PlanError, UsageError
-from qdeploy.model import Format, Loaded
 from qdeploy.progress import SILENT, Progress
 from qdeploy.settings.sanitizers import Asd, Bcu, Sanitizer, Unlearn
 from qdeploy.stages.distill.course import Course, Epoch, Lesson, Store
@@ -23,6 +22,7 @@ from qdeploy.stages.distill.unlabelled import Material, read_images
 from qdeploy.stages.distill.watch import watched_layers
 from qdeploy.training.compute import ALONE, Compute
 from qdeploy.training.safe_kernels import safe_kernels
+from qdeploy.values import Format, Loaded
 
 __all__ = ["Distilled", "Epoch", "Reach", "Setting", "Store", "Surveyed", "distill"]
 

@@ -9,8 +9,8 @@ import numpy as np
 from qdeploy.errors import InputError, ProviderError, UsageError
 from qdeploy.graph.io import ModelProto, check, refuse_quantized, serialize
 from qdeploy.graph.prepare import interface, prepare
-from qdeploy.model import FloatModel, Format, Loaded
 from qdeploy.runtime.sessions import open_session
+from qdeploy.values import FloatModel, Format, Loaded
 
 CHECKED_BATCHES = (2, 1, 5)
 TOLERANCE = 1e-3  # of the largest logit

@@ -17,7 +17,7 @@ from torch import nn
 
 from qdeploy.errors import InputError, first_line
 from qdeploy.graph.io import ModelProto, parse_proto
-from qdeploy.model import Format, Loaded
+from qdeploy.values import Format, Loaded
 
 EXPORTER_OPSET = 21
 SCRIPT_EXPORTER_OPSET = 17  # the exporter for TorchScript ends there

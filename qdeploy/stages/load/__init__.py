@@ -7,10 +7,10 @@ import io
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from qdeploy.disk import file_sha256, open_regular, read_bounded
+from qdeploy.disk.files import file_sha256, open_regular, read_bounded
 from qdeploy.errors import InputError
 from qdeploy.graph.io import ModelProto, keeps_tensors_elsewhere, read_untrusted
-from qdeploy.model import Architecture, Format, Loaded, Origin
+from qdeploy.values import Architecture, Format, Loaded, Origin
 
 LARGEST_FILE_BYTES = 16 << 30
 PROGRAMS = {Format.EXPORTED_PROGRAM: "an exported program", Format.TORCHSCRIPT: "TorchScript"}

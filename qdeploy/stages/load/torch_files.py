@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qdeploy.architectures import build_named, construct
 from qdeploy.errors import InputError, UsageError, foreign_reader
-from qdeploy.model import Architecture, Format
+from qdeploy.values import Architecture, Format
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 PARALLEL_PREFIX = "module."

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from qdeploy.model import RoundedLayer
 from qdeploy.progress import SILENT, Progress
 from qdeploy.settings.methods import Flip, Nearest, Rounding, Stochastic, Trained
 from qdeploy.stages.rounding.one_pass import round_in_one_pass, round_without_images
 from qdeploy.stages.rounding.task import FORGETFUL, LayerStore, RoundingTask
+from qdeploy.values import RoundedLayer
 
 __all__ = ["FORGETFUL", "LayerStore", "RoundingTask", "round_layers", "round_to_nearest"]
 

@@ -15,7 +15,7 @@ from jaxtyping import Float32
 
 from qdeploy.core.program import Program, evaluate
 from qdeploy.graph.parts import as_program
-from qdeploy.model import FloatModel, WeightUse
+from qdeploy.values import FloatModel, WeightUse
 
 TINY = np.finfo(np.float32).tiny
 

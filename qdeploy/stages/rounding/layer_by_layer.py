@@ -14,7 +14,6 @@ from qdeploy.errors import DivergedError
 from qdeploy.graph.assemble import assemble
 from qdeploy.graph.io import initializers, serialize
 from qdeploy.graph.parts import as_program
-from qdeploy.model import LayerPlan, RoundedLayer, WeightUse
 from qdeploy.progress import Progress
 from qdeploy.settings.methods import BrecqAdam, FromMoments, PdQuant, Trained
 from qdeploy.stages.rounding.from_moments import MomentsMethod, solve
@@ -29,6 +28,7 @@ from qdeploy.stages.rounding.task import (
     stored,
 )
 from qdeploy.stages.rounding.unit import Behind, TrainedMethod, make_unit, train_unit
+from qdeploy.values import LayerPlan, RoundedLayer, WeightUse
 from qdeploy.walk import BATCH, Walk
 
 

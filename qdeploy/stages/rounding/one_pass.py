@@ -15,7 +15,6 @@ from qdeploy.core.rounding.flip import flip
 from qdeploy.core.rounding.nearest import nearest
 from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.core.rounding.stochastic import stochastic
-from qdeploy.model import LayerPlan, RoundedLayer, WeightUse
 from qdeploy.parallel import in_parallel
 from qdeploy.progress import Progress
 from qdeploy.settings.methods import BrecqDescent, Flip, Nearest, Stochastic
@@ -30,6 +29,7 @@ from qdeploy.stages.rounding.task import (
     stored,
 )
 from qdeploy.tap import open_tap
+from qdeploy.values import LayerPlan, RoundedLayer, WeightUse
 
 if TYPE_CHECKING:
     from qdeploy.stages.rounding.importance import Fisher

@@ -17,7 +17,7 @@ from qdeploy.core.rounding.nearest import nearest
 from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.data import Images
 from qdeploy.graph.io import initializers
-from qdeploy.model import FloatModel, Grids, LayerPlan, QuantPlan, RoundedLayer, WeightUse
+from qdeploy.values import FloatModel, Grids, LayerPlan, QuantPlan, RoundedLayer, WeightUse
 
 
 @runtime_checkable

@@ -19,9 +19,9 @@ from qdeploy.core.rounding.nearest import nearest
 from qdeploy.core.rounding.pdquant import prediction_loss
 from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.core.rounding.trained import Chosen, Schedule, Unit
-from qdeploy.model import WeightSite, WeightUse
 from qdeploy.progress import Progress
 from qdeploy.settings.methods import AdaroundAdam, BrecqAdam, EfrapAdam, FlexRound, PdQuant
+from qdeploy.values import WeightSite, WeightUse
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 BATCH = 64

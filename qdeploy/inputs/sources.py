@@ -15,11 +15,11 @@ from qdeploy.data import (
     require_within,
     resolved,
 )
+from qdeploy.data.triggers import Place as TriggerPlace
+from qdeploy.data.triggers import Trigger, make_trigger, parse_trigger
+from qdeploy.disk.printable import printable
 from qdeploy.errors import InputError, UsageError
-from qdeploy.printable import printable
 from qdeploy.settings.card import MOST_TRIGGERS, AnyTrigger, ModelCard, find_card, load_card
-from qdeploy.triggers import Place as TriggerPlace
-from qdeploy.triggers import Trigger, make_trigger, parse_trigger
 
 CARD, COMMAND_LINE = "model card", "command line"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import platformdirs
 
-from qdeploy.disk import open_regular, read_bounded
+from qdeploy.disk.files import open_regular, read_bounded
 from qdeploy.errors import InputError, OutputError
 
 FOLDER_VARIABLE = "QDEPLOY_STATE"

@@ -1,62 +1,25 @@
-"""What a run is asked to do, and the images and triggers it does it with."""
+"""The images and triggers that a run works with, opened and proved to be whole."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool
 
 from qdeploy.data import Images
+from qdeploy.data.triggers import Trigger
 from qdeploy.errors import InputError, UsageError
-from qdeploy.model import Cleaning, DataUsed, Loaded, QuantPlan
+from qdeploy.inputs.requests import QuantizeRequest, Request
+from qdeploy.inputs.usable import described, distinct, hidden, seen
 from qdeploy.progress import Progress
-from qdeploy.settings.device import DeviceProfile
 from qdeploy.settings.methods import Flip, Nearest, Stochastic
-from qdeploy.settings.policy import Policy
-from qdeploy.settings.recipe import Recipe
-from qdeploy.settings.waivers import Waiver
-from qdeploy.sources import Sources
 from qdeploy.stages.synthesize import synthesize
-from qdeploy.triggers import Trigger
-from qdeploy.usable import described, distinct, hidden, seen
+from qdeploy.values import DataUsed, Loaded, QuantPlan
 
 NO_PRINTS: frozenset[bytes] = frozenset()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What is to be judged, by what, and on which device."""
-
-    sources: Sources
-    policy: Policy
-    device: DeviceProfile
-    artifacts: Path
-    command: str = ""
-    reports: tuple[Path, ...] = ()  # where copies of the report go, each in its own format
-    run_code_from_model: bool = False
-    ended: tuple[Waiver, ...] = ()  # of the policy, which waive nothing any more
-
-
-@dataclass(frozen=True, slots=True)
-class Cleaned:
-    """The float model is a sanitizer's work: from what, and how."""
-
-    teacher: Sources
-    cleaning: Cleaning
-    prints: frozenset[bytes]  # of the images that it was done with
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeRequest(Request):
-    """The same for a file that is still to be made; its policy is the recipe's."""
-
-    recipe: Recipe
-    synthetic_calibration: bool = False
-    cleaned: Cleaned | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

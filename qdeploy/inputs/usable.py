@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Bool
 
 from qdeploy.data import Images
+from qdeploy.data.triggers import Trigger
 from qdeploy.errors import InputError
-from qdeploy.triggers import Trigger
 
 BATCH = 64
 SHOWN = 3

@@ -1,0 +1,45 @@
+"""What a run is asked to do: all that was said, validated, and nothing of what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qdeploy.inputs.sources import Sources
+from qdeploy.settings.device import DeviceProfile
+from qdeploy.settings.policy import Policy
+from qdeploy.settings.recipe import Recipe
+from qdeploy.settings.waivers import Waiver
+from qdeploy.values import Cleaning
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be judged, by what, and on which device."""
+
+    sources: Sources
+    policy: Policy
+    device: DeviceProfile
+    artifacts: Path
+    command: str = ""
+    reports: tuple[Path, ...] = ()  # where copies of the report go, each in its own format
+    run_code_from_model: bool = False
+    ended: tuple[Waiver, ...] = ()  # of the policy, which waive nothing any more
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaned:
+    """The float model is a sanitizer's work: from what, and how."""
+
+    teacher: Sources
+    cleaning: Cleaning
+    prints: frozenset[bytes]  # of the images that it was done with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeRequest(Request):
+    """The same for a file that is still to be made; its policy is the recipe's."""
+
+    recipe: Recipe
+    synthetic_calibration: bool = False
+    cleaned: Cleaned | None = None
