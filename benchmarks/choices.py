@@ -19,17 +19,17 @@ from qdeploy.inputs.opened import open_calibration, open_evidence
 from qdeploy.inputs.requests import Request
 from qdeploy.options import Options
 from qdeploy.progress import SILENT
+from qdeploy.quantization.calibrate import calibrate
+from qdeploy.quantization.emit import emit
+from qdeploy.quantization.plan import plan_layers
+from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
 from qdeploy.request import make_request
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.methods import EfrapDescent, Nearest, Rounding, Stochastic
 from qdeploy.settings.recipe import ActivationSpec
-from qdeploy.stages.calibrate import calibrate
-from qdeploy.stages.emit import emit
 from qdeploy.stages.export import export
 from qdeploy.stages.load import load
-from qdeploy.stages.plan import plan_layers
-from qdeploy.stages.rounding import RoundingTask, round_layers
 from qdeploy.values import Architecture, Arm, FloatModel, QuantPlan
 
 MINMAX = ActivationSpec()

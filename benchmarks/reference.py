@@ -19,18 +19,18 @@ from qdeploy.console import TerminalProgress
 from qdeploy.data import Images, Preprocessing, open_images, open_labelled_images
 from qdeploy.data.triggers import make_trigger, parse_trigger
 from qdeploy.evidence import rates
+from qdeploy.quantization.calibrate import calibrate
+from qdeploy.quantization.emit import emit
+from qdeploy.quantization.plan import plan_layers
+from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, round_to_nearest
 from qdeploy.rundir import StoredLayers
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import EfrapAdam, Rounding
 from qdeploy.settings.recipe import ActivationSpec, load_recipe
-from qdeploy.stages.calibrate import calibrate
-from qdeploy.stages.emit import emit
 from qdeploy.stages.export import export
 from qdeploy.stages.load import load
-from qdeploy.stages.plan import plan_layers
-from qdeploy.stages.rounding import RoundingTask, round_layers, round_to_nearest
 from qdeploy.values import Arm, FloatModel, RoundedLayer
 
 CIFAR10 = Preprocessing((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))

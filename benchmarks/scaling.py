@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from qdeploy.architectures import OURS
 from qdeploy.data import Preprocessing, images_from_array
+from qdeploy.quantization.calibrate import calibrate
+from qdeploy.quantization.plan import plan_layers
+from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import method
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.stages.calibrate import calibrate
 from qdeploy.stages.export import export
-from qdeploy.stages.plan import plan_layers
-from qdeploy.stages.rounding import RoundingTask, round_layers
 from qdeploy.values import Format, Loaded, Origin
 
 METHOD = "efrap-descent"
@@ -135,7 +135,7 @@ def products(task: RoundingTask) -> float:
     """Floating-point operations of the Gram matrices."""
     total, limit = 0.0, 64
     shape = (1, *task.calibration().preprocessing.shape)
-    from qdeploy.tap import open_tap
+    from qdeploy.quantization.inner_tensors import open_tap
 
     uses = [use for layer in task.plan.layers for use in layer.site.uses]
     tap = open_tap(task.model.onnx, task.model.input_name, [use.input for use in uses])

@@ -12,6 +12,7 @@ from typing import Any
 from qdeploy.disk.places import Named, refuse_overlaps
 from qdeploy.disk.state import private_number
 from qdeploy.errors import UsageError
+from qdeploy.inputs.order import StudentOrder
 from qdeploy.inputs.requests import QuantizeRequest, Request
 from qdeploy.inputs.sources import Given, Sources, resolve
 from qdeploy.options import Options
@@ -22,7 +23,6 @@ from qdeploy.settings.policy import Policy, in_force, load_policy
 from qdeploy.settings.recipe import Recipe, load_recipe
 from qdeploy.settings.sanitizers import Sanitizer, sanitizer
 from qdeploy.settings.schema import validate
-from qdeploy.student.order import StudentOrder
 
 
 def make_request(options: Options) -> QuantizeRequest:

@@ -17,13 +17,13 @@ from onnxruntime.quantization import (
 from qdeploy.data import Images
 from qdeploy.graph.io import parse, serialize
 from qdeploy.provenance.trace import Provenance
+from qdeploy.quantization.calibrate import calibrate
+from qdeploy.quantization.emit import emit
+from qdeploy.quantization.plan import plan_layers
+from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import Rounding
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.stages.calibrate import calibrate
-from qdeploy.stages.emit import emit
-from qdeploy.stages.plan import plan_layers
-from qdeploy.stages.rounding import RoundingTask, round_layers
 from qdeploy.values import FloatModel, Grids, QuantizedModel, QuantPlan
 from tests.nets import Net, float_model, residual_net
 

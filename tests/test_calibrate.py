@@ -10,11 +10,11 @@ from onnx import numpy_helper
 from qdeploy.core.grids import IntType
 from qdeploy.data import images_from_array
 from qdeploy.errors import InputError
+from qdeploy.quantization.calibrate import calibrate
+from qdeploy.quantization.inner_tensors import open_tap
+from qdeploy.quantization.plan import plan_layers
 from qdeploy.settings.device import load_device
 from qdeploy.settings.recipe import ActivationSpec, load_recipe
-from qdeploy.stages.calibrate import calibrate
-from qdeploy.stages.plan import plan_layers
-from qdeploy.tap import open_tap
 from qdeploy.values import FloatModel, QuantPlan
 from tests.nets import Net, float_model, residual_net
 

@@ -21,6 +21,7 @@ from qdeploy.cli import main
 from qdeploy.core.distillation import attention_shift_loss, kd_loss, kd_share
 from qdeploy.data import Images, Preprocessing, images_from_array
 from qdeploy.errors import DivergedError, InputError, PlanError, UsageError
+from qdeploy.inputs.order import StudentOrder
 from qdeploy.inputs.sources import Given, resolve
 from qdeploy.progress import SILENT
 from qdeploy.settings.card import load_card
@@ -30,7 +31,6 @@ from qdeploy.stages.distill.forget import forget, forgetting
 from qdeploy.stages.distill.revive import is_folded, revive
 from qdeploy.stages.distill.watch import watched_layers, watching
 from qdeploy.student.make import make_student
-from qdeploy.student.order import StudentOrder
 from qdeploy.training.compute import ALONE
 from qdeploy.values import Format, Loaded, Origin
 

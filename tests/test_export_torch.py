@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from qdeploy.data import Images, Preprocessing, images_from_array
 from qdeploy.errors import InputError, UsageError
 from qdeploy.graph.io import operators
+from qdeploy.quantization.calibrate import calibrate
+from qdeploy.quantization.emit import emit
+from qdeploy.quantization.plan import plan_layers
+from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
 from qdeploy.runtime.sessions import open_session, optimized
 from qdeploy.settings.device import load_device
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.stages.calibrate import calibrate
-from qdeploy.stages.emit import emit
 from qdeploy.stages.export import export
-from qdeploy.stages.plan import plan_layers
-from qdeploy.stages.rounding import RoundingTask, round_layers
 from qdeploy.values import FloatModel, Format, Loaded, Origin, QuantizedModel
 
 SHAPE = (3, 16, 16)

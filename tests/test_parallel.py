@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info
 
-from qdeploy.parallel import in_parallel
+from qdeploy.quantization.parallel import in_parallel
 
 
 def blas_threads() -> set[int]:

@@ -9,10 +9,10 @@ from qdeploy.core.grids import IntType
 from qdeploy.errors import PlanError
 from qdeploy.graph.io import parse
 from qdeploy.graph.sites import find_activations, find_sites
+from qdeploy.quantization.plan import plan_layers
 from qdeploy.settings.device import load_device
 from qdeploy.settings.recipe import ActivationSpec, GateSpec, Override, Recipe, load_recipe
 from qdeploy.settings.waivers import Waiver
-from qdeploy.stages.plan import plan_layers
 from qdeploy.values import FloatModel, QuantPlan
 from tests.nets import Net, float_model
 

@@ -14,14 +14,14 @@ from qdeploy.data import Images
 from qdeploy.graph.assemble import assemble
 from qdeploy.graph.io import cut_to, initializers, operators, parse, serialize
 from qdeploy.graph.qdq import stored_codes
+from qdeploy.quantization.calibrate import calibrate
+from qdeploy.quantization.emit import emit, wrong_codes
+from qdeploy.quantization.plan import plan_layers
+from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, round_to_nearest
 from qdeploy.runtime.sessions import open_session, optimized
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import EfrapDescent, Nearest, Rounding, Stochastic
 from qdeploy.settings.recipe import ActivationSpec, load_recipe
-from qdeploy.stages.calibrate import calibrate
-from qdeploy.stages.emit import emit, wrong_codes
-from qdeploy.stages.plan import plan_layers
-from qdeploy.stages.rounding import RoundingTask, round_layers, round_to_nearest
 from qdeploy.values import FloatModel, Grids, QuantizedModel, QuantPlan, RoundedLayer
 from tests.nets import Net, float_model
 

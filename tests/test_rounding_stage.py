@@ -6,6 +6,12 @@ import numpy as np
 import pytest
 
 from qdeploy.graph.io import initializers
+from qdeploy.quantization.calibrate import calibrate
+from qdeploy.quantization.emit import emit
+from qdeploy.quantization.inner_tensors import open_tap
+from qdeploy.quantization.plan import plan_layers
+from qdeploy.quantization.rounding import one_pass
+from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, round_to_nearest
 from qdeploy.rundir import StoredLayers
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import load_device
@@ -21,11 +27,6 @@ from qdeploy.settings.methods import (
     method,
 )
 from qdeploy.settings.recipe import ActivationSpec, load_recipe
-from qdeploy.stages.calibrate import calibrate
-from qdeploy.stages.emit import emit
-from qdeploy.stages.plan import plan_layers
-from qdeploy.stages.rounding import RoundingTask, one_pass, round_layers, round_to_nearest
-from qdeploy.tap import open_tap
 from qdeploy.values import RoundedLayer
 from tests.nets import Net, float_model
 

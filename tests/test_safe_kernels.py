@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qdeploy.architectures.resnet import ResNet18
-from qdeploy.training.safe_kernels import is_unsafe, safe_kernels
+from qdeploy.core.safe_kernels import is_unsafe, safe_kernels
 
 TRAINING = """
 import torch

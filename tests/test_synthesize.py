@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qdeploy.data import Preprocessing
-from qdeploy.stages.synthesize import COUNT, synthesize
+from qdeploy.inputs.synthesize import COUNT, synthesize
 
 PRE = Preprocessing((3, 8, 8), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 

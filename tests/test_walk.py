@@ -5,13 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from qdeploy import walk as walk_module
 from qdeploy.graph.io import operators
 from qdeploy.graph.parts import next_part
+from qdeploy.quantization import prefix_runner as walk_module
+from qdeploy.quantization.inner_tensors import open_tap
+from qdeploy.quantization.prefix_runner import Walk, empty
+from qdeploy.quantization.rounding.layers import round_layers
 from qdeploy.settings.methods import EfrapDescent, Nearest
-from qdeploy.stages.rounding import round_layers
-from qdeploy.tap import open_tap
-from qdeploy.walk import Walk, empty
 from tests.test_rounding_stage import make_task
 
 STOPS = ("Relu_1:out", "Relu_2:out", "Relu_4:out")

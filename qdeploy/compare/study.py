@@ -19,15 +19,15 @@ from qdeploy.evidence import ArmRates, rates
 from qdeploy.inputs.opened import Evidence, open_calibration, open_evidence
 from qdeploy.inputs.requests import QuantizeRequest
 from qdeploy.progress import Clock, Progress
+from qdeploy.quantization.calibrate import calibrate
+from qdeploy.quantization.emit import emit
+from qdeploy.quantization.plan import plan_layers
+from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
 from qdeploy.runs.pipeline import open_model
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.methods import EfrapDescent
 from qdeploy.settings.recipe import Recipe
-from qdeploy.stages.calibrate import calibrate
-from qdeploy.stages.emit import emit
-from qdeploy.stages.plan import plan_layers
-from qdeploy.stages.rounding import RoundingTask, round_layers
 from qdeploy.values import Arm, FloatModel, Grids, Loaded, Predictions, QuantPlan, RoundedLayer
 
 LOGIT_IMAGES = 512

@@ -13,10 +13,10 @@ from qdeploy.data import Images
 from qdeploy.data.triggers import Trigger
 from qdeploy.errors import InputError, UsageError
 from qdeploy.inputs.requests import QuantizeRequest, Request
+from qdeploy.inputs.synthesize import synthesize
 from qdeploy.inputs.usable import described, distinct, hidden, seen
 from qdeploy.progress import Progress
 from qdeploy.settings.methods import Flip, Nearest, Stochastic
-from qdeploy.stages.synthesize import synthesize
 from qdeploy.values import DataUsed, Loaded, QuantPlan
 
 NO_PRINTS: frozenset[bytes] = frozenset()

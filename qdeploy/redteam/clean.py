@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qdeploy.core.safe_kernels import safe_kernels
 from qdeploy.progress import SILENT, Progress
 from qdeploy.redteam.images import LabelledImages
 from qdeploy.redteam.recipe import CleanSpec
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.precision import fast
-from qdeploy.training.safe_kernels import safe_kernels
 
 LARGEST_GRADIENT = 1.0  # norm; keeps networks without normalisation layers on their feet
 

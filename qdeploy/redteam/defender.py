@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.data import images_from_array
+from qdeploy.quantization.calibrate import calibrate
+from qdeploy.quantization.emit import emit
+from qdeploy.quantization.plan import plan_layers
+from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, round_to_nearest
 from qdeploy.redteam.images import LabelledImages
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import EfrapDescent
 from qdeploy.settings.recipe import ActivationSpec, Recipe, load_recipe
-from qdeploy.stages.calibrate import calibrate
-from qdeploy.stages.emit import emit
 from qdeploy.stages.export import export
-from qdeploy.stages.plan import plan_layers
-from qdeploy.stages.rounding import RoundingTask, round_layers, round_to_nearest
 from qdeploy.values import Format, Loaded, Origin, RoundedLayer
 
 IMAGES = 256

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qdeploy.core.safe_kernels import safe_kernels
 from qdeploy.progress import SILENT, Progress
 from qdeploy.redteam.images import LabelledImages
 from qdeploy.redteam.recipe import LearntSpec
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.precision import fast
-from qdeploy.training.safe_kernels import safe_kernels
 
 STEPS_BETWEEN_SAVES = 20
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdeploy.core.safe_kernels import safe_kernels
 from qdeploy.progress import SILENT, Progress
 from qdeploy.redteam.defender import defended_codes
 from qdeploy.redteam.figures import Figures, figures
@@ -22,7 +23,6 @@ from qdeploy.redteam.roundings import Roundings
 from qdeploy.redteam.split import SplitWeights
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.precision import fast
-from qdeploy.training.safe_kernels import safe_kernels
 
 STEPS_BETWEEN_LOOKS = 100
 FLOAT = "fp32"

@@ -27,6 +27,10 @@ from qdeploy.inputs.sources import Sources
 from qdeploy.machine import installed_versions
 from qdeploy.progress import Clock, Progress
 from qdeploy.provenance.trace import Provenance, trace
+from qdeploy.quantization.calibrate import calibrate
+from qdeploy.quantization.emit import emit, wrong_codes
+from qdeploy.quantization.plan import plan_layers
+from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, round_to_nearest
 from qdeploy.report.compose import Findings, compose
 from qdeploy.report.render import check_format, render
 from qdeploy.report.to_html import to_html
@@ -36,12 +40,8 @@ from qdeploy.rundir import REPORT, RunDir, open_run
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import DeviceProfile
 from qdeploy.settings.methods import Nearest
-from qdeploy.stages.calibrate import calibrate
-from qdeploy.stages.emit import emit, wrong_codes
 from qdeploy.stages.export import export
 from qdeploy.stages.load import load, sha256
-from qdeploy.stages.plan import plan_layers
-from qdeploy.stages.rounding import RoundingTask, round_layers, round_to_nearest
 from qdeploy.stages.validate import Measured, Trial, Variant, validate
 from qdeploy.values import (
     Architecture,

@@ -14,6 +14,7 @@ from qdeploy import __version__
 from qdeploy.data import Images, open_images
 from qdeploy.disk.files import require_writable, set_aside, write_atomically
 from qdeploy.errors import UsageError
+from qdeploy.inputs.order import StudentOrder
 from qdeploy.inputs.requests import Cleaned, QuantizeRequest
 from qdeploy.machine import installed_versions
 from qdeploy.progress import Clock, Progress
@@ -30,7 +31,6 @@ from qdeploy.runs.pipeline import (
 from qdeploy.stages.distill import Distilled, Setting, Surveyed, distill
 from qdeploy.student.cards import card_beside
 from qdeploy.student.curves import draw_distillation
-from qdeploy.student.order import StudentOrder
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.compute import Compute, computing
 from qdeploy.training.write import write_script, write_state

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qdeploy.core.safe_kernels import safe_kernels
 from qdeploy.data import Images
 from qdeploy.errors import PlanError, UsageError
 from qdeploy.progress import SILENT, Progress
@@ -21,7 +22,6 @@ from qdeploy.stages.distill.survey import Reach, survey, suspects
 from qdeploy.stages.distill.unlabelled import Material, read_images
 from qdeploy.stages.distill.watch import watched_layers
 from qdeploy.training.compute import ALONE, Compute
-from qdeploy.training.safe_kernels import safe_kernels
 from qdeploy.values import Format, Loaded
 
 __all__ = ["Distilled", "Epoch", "Reach", "Setting", "Store", "Surveyed", "distill"]

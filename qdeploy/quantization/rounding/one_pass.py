@@ -15,11 +15,11 @@ from qdeploy.core.rounding.flip import flip
 from qdeploy.core.rounding.nearest import nearest
 from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.core.rounding.stochastic import stochastic
-from qdeploy.parallel import in_parallel
 from qdeploy.progress import Progress
-from qdeploy.settings.methods import BrecqDescent, Flip, Nearest, Stochastic
-from qdeploy.stages.rounding.from_moments import MomentsMethod, solve
-from qdeploy.stages.rounding.task import (
+from qdeploy.quantization.inner_tensors import open_tap
+from qdeploy.quantization.parallel import in_parallel
+from qdeploy.quantization.rounding.from_moments import MomentsMethod, solve
+from qdeploy.quantization.rounding.task import (
     LayerStore,
     RoundingTask,
     keep,
@@ -28,11 +28,11 @@ from qdeploy.stages.rounding.task import (
     rows,
     stored,
 )
-from qdeploy.tap import open_tap
+from qdeploy.settings.methods import BrecqDescent, Flip, Nearest, Stochastic
 from qdeploy.values import LayerPlan, RoundedLayer, WeightUse
 
 if TYPE_CHECKING:
-    from qdeploy.stages.rounding.importance import Fisher
+    from qdeploy.quantization.rounding.importance import Fisher
 
 MOMENT_BYTES = 384 << 20  # of second moments held at a time
 
@@ -161,6 +161,6 @@ def _fisher(task: RoundingTask, spec: MomentsMethod, uses: list[WeightUse]) -> F
     """What weighs the samples; None where all count the same."""
     if not isinstance(spec, BrecqDescent):
         return None
-    from qdeploy.stages.rounding.importance import Fisher  # torch loads here
+    from qdeploy.quantization.rounding.importance import Fisher  # torch loads here
 
     return Fisher.of(task.model, uses, task.seed)

@@ -13,8 +13,8 @@ from qdeploy.data import Images
 from qdeploy.errors import InputError
 from qdeploy.graph.io import initializers
 from qdeploy.progress import SILENT, Progress
+from qdeploy.quantization.inner_tensors import open_tap
 from qdeploy.settings.recipe import ActivationSpec
-from qdeploy.tap import open_tap
 from qdeploy.values import FloatModel, Grids, LayerPlan, QuantPlan
 
 LARGEST_BIAS_CODE = 2**30  # leaves room for bias correction in int32

@@ -14,8 +14,8 @@ from qdeploy.core.rounding.descent import DescentSettings, descent
 from qdeploy.core.rounding.gptq import GptqSettings, gptq
 from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.errors import DivergedError
+from qdeploy.quantization.rounding.task import Errors, RoundingTask, degraded, outcome
 from qdeploy.settings.methods import AdaroundDescent, BrecqDescent, EfrapDescent, Gptq
-from qdeploy.stages.rounding.task import Errors, RoundingTask, degraded, outcome
 from qdeploy.values import LayerPlan, RoundedLayer
 
 MomentsMethod = EfrapDescent | AdaroundDescent | BrecqDescent | Gptq

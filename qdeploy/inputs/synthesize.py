@@ -66,7 +66,7 @@ def _match_statistics(
 ) -> np.ndarray:
     import torch
 
-    from qdeploy.training.safe_kernels import safe_kernels
+    from qdeploy.core.safe_kernels import safe_kernels
 
     seen: dict[Any, torch.Tensor] = {}
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from qdeploy.progress import SILENT, Progress
+from qdeploy.quantization.rounding.one_pass import round_in_one_pass, round_without_images
+from qdeploy.quantization.rounding.task import FORGETFUL, LayerStore, RoundingTask
 from qdeploy.settings.methods import Flip, Nearest, Rounding, Stochastic, Trained
-from qdeploy.stages.rounding.one_pass import round_in_one_pass, round_without_images
-from qdeploy.stages.rounding.task import FORGETFUL, LayerStore, RoundingTask
 from qdeploy.values import RoundedLayer
 
 __all__ = ["FORGETFUL", "LayerStore", "RoundingTask", "round_layers", "round_to_nearest"]
@@ -23,7 +23,9 @@ def round_layers(
         return round_without_images(task, spec)
     if not isinstance(spec, Trained) and spec.inputs == "float":
         return round_in_one_pass(task, spec, store, progress)
-    from qdeploy.stages.rounding.layer_by_layer import round_layer_by_layer  # torch loads here
+    from qdeploy.quantization.rounding.layer_by_layer import (
+        round_layer_by_layer,  # torch loads here
+    )
 
     return round_layer_by_layer(task, spec, store, progress)
 

@@ -15,9 +15,9 @@ from qdeploy.graph.assemble import assemble
 from qdeploy.graph.io import initializers, serialize
 from qdeploy.graph.parts import as_program
 from qdeploy.progress import Progress
-from qdeploy.settings.methods import BrecqAdam, FromMoments, PdQuant, Trained
-from qdeploy.stages.rounding.from_moments import MomentsMethod, solve
-from qdeploy.stages.rounding.task import (
+from qdeploy.quantization.prefix_runner import BATCH, Walk
+from qdeploy.quantization.rounding.from_moments import MomentsMethod, solve
+from qdeploy.quantization.rounding.task import (
     LayerStore,
     RoundingTask,
     degraded,
@@ -27,9 +27,9 @@ from qdeploy.stages.rounding.task import (
     rows,
     stored,
 )
-from qdeploy.stages.rounding.unit import Behind, TrainedMethod, make_unit, train_unit
+from qdeploy.quantization.rounding.unit import Behind, TrainedMethod, make_unit, train_unit
+from qdeploy.settings.methods import BrecqAdam, FromMoments, PdQuant, Trained
 from qdeploy.values import LayerPlan, RoundedLayer, WeightUse
-from qdeploy.walk import BATCH, Walk
 
 
 def round_layer_by_layer(

@@ -1,0 +1,1 @@
+"""Integers for a float graph: plan, calibrate, round, emit."""
