@@ -19,6 +19,7 @@ from qdeploy.console import TerminalProgress
 from qdeploy.data import Images, Preprocessing, open_images, open_labelled_images
 from qdeploy.data.triggers import make_trigger, parse_trigger
 from qdeploy.evidence import rates
+from qdeploy.exporting.exporter import export
 from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers
@@ -29,7 +30,6 @@ from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import EfrapAdam, Rounding
 from qdeploy.settings.recipe import ActivationSpec, load_recipe
-from qdeploy.stages.export import export
 from qdeploy.stages.load import load
 from qdeploy.values import Arm, FloatModel, RoundedLayer
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from qdeploy.evidence import rates
+from qdeploy.exporting.exporter import export
 from qdeploy.inputs.opened import NO_PRINTS, open_evidence
 from qdeploy.options import Options
 from qdeploy.progress import SILENT
@@ -28,7 +29,6 @@ from qdeploy.request import make_request
 from qdeploy.runs.pipeline import open_source
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
-from qdeploy.stages.export import export
 from qdeploy.values import Arm
 
 HEADER = """\

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from qdeploy.architectures import OURS
 from qdeploy.data import Preprocessing, images_from_array
+from qdeploy.exporting.exporter import export
 from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import method
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.stages.export import export
 from qdeploy.values import Format, Loaded, Origin
 
 METHOD = "efrap-descent"

@@ -19,6 +19,7 @@ import torch
 
 from qdeploy.architectures import ResNet18
 from qdeploy.data import Preprocessing, images_from_array
+from qdeploy.exporting.exporter import export
 from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers
@@ -27,7 +28,6 @@ from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import Nearest
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.stages.export import export
 from qdeploy.values import Format, Loaded, Origin
 
 SHAPE = (3, 32, 32)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qdeploy.exporting.exporter import export
 from qdeploy.graph.io import serialize
-from qdeploy.stages.export import export
 from qdeploy.values import FloatModel, Format, Loaded, Origin
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qdeploy.data import Images, Preprocessing, images_from_array
 from qdeploy.errors import InputError, UsageError
+from qdeploy.exporting.exporter import export
 from qdeploy.graph.io import operators
 from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit
@@ -20,7 +21,6 @@ from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
 from qdeploy.runtime.sessions import open_session, optimized
 from qdeploy.settings.device import load_device
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.stages.export import export
 from qdeploy.values import FloatModel, Format, Loaded, Origin, QuantizedModel
 
 SHAPE = (3, 16, 16)

@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from qdeploy.data import Preprocessing, open_labelled_images
 from qdeploy.data.triggers import parse_trigger
 from qdeploy.errors import QdeployError
+from qdeploy.exporting.exporter import export
 from qdeploy.formats.static import look
 from qdeploy.graph.io import read_single_file
 from qdeploy.provenance.trace import trace
@@ -43,7 +44,6 @@ from qdeploy.settings.card import load_card
 from qdeploy.settings.device import load_device
 from qdeploy.settings.policy import load_policy
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.stages.export import export
 from qdeploy.stages.load import load
 from qdeploy.values import Architecture, FloatModel
 from tests import gate_lab

@@ -6,9 +6,9 @@ import pytest
 from onnx import numpy_helper
 
 from qdeploy.errors import InputError, UsageError
+from qdeploy.exporting.exporter import export
 from qdeploy.graph.io import check, initializers, operators, parse
 from qdeploy.runtime.sessions import open_session
-from qdeploy.stages.export import export
 from qdeploy.values import Format, Loaded, Origin
 from tests.nets import Net, float_model, residual_net
 

@@ -9,9 +9,9 @@ import torch
 from qdeploy.architectures import OURS
 from qdeploy.core.program import evaluate
 from qdeploy.errors import PlanError
+from qdeploy.exporting.exporter import export
 from qdeploy.graph.parts import as_program
 from qdeploy.runtime.sessions import open_session
-from qdeploy.stages.export import export
 from qdeploy.values import FloatModel, Format, Loaded, Origin
 from tests.nets import Net, float_model
 

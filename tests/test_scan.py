@@ -19,8 +19,8 @@ from qdeploy.core.fingerprint import Crowding, crowding
 from qdeploy.core.grids import Grid, dequantize, quantize
 from qdeploy.core.weight_grids import GRIDS
 from qdeploy.detectors.crowding import LIMIT, Convention, Scan, scan_weights
+from qdeploy.exporting.exporter import export
 from qdeploy.graph.io import initializers, parse, serialize
-from qdeploy.stages.export import export
 from qdeploy.values import FloatModel, Format, Loaded, Origin
 from tests.nets import Net, float_model
 

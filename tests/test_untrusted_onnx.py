@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
 from qdeploy.errors import InputError, QdeployError
+from qdeploy.exporting.exporter import export
 from qdeploy.graph.io import (
     cut_to,
     initializers,
@@ -22,7 +23,6 @@ from qdeploy.graph.io import (
     refuse_quantized,
     serialize,
 )
-from qdeploy.stages.export import export
 from qdeploy.stages.load import load
 from tests.nets import Net, residual_net
 

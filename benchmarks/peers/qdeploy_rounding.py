@@ -12,6 +12,7 @@ import numpy as np
 
 from qdeploy.compare.matrix import Cell
 from qdeploy.data import Preprocessing, images_from_array
+from qdeploy.exporting.exporter import export
 from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers
@@ -19,7 +20,6 @@ from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import load_device
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.stages.export import export
 from qdeploy.stages.load import load
 
 

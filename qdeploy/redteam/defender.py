@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.data import images_from_array
+from qdeploy.exporting.exporter import export
 from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers
@@ -18,7 +19,6 @@ from qdeploy.redteam.images import LabelledImages
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import EfrapDescent
 from qdeploy.settings.recipe import ActivationSpec, Recipe, load_recipe
-from qdeploy.stages.export import export
 from qdeploy.values import Format, Loaded, Origin, RoundedLayer
 
 IMAGES = 256

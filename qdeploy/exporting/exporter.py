@@ -40,7 +40,7 @@ def export(
     if loaded.format is Format.ONNX:
         reference = _onnx_reference(loaded.content)  # before it is prepared, which changes it
     else:
-        from qdeploy.stages.export.from_torch import torch_reference
+        from qdeploy.exporting.from_torch import torch_reference
 
         reference = torch_reference(loaded.content)
     proto, exported = _prepared(loaded, shape, opset, ir_version)
@@ -73,7 +73,7 @@ def _prepared(
                 f"model {where}: the input shape is not known",
                 hint="give it in a model card ([input] shape), or with --input-shape 3,32,32",
             )
-        from qdeploy.stages.export.from_torch import to_onnx
+        from qdeploy.exporting.from_torch import to_onnx
 
         proto = to_onnx(loaded, shape)
         check(proto, where)
