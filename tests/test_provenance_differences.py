@@ -12,9 +12,9 @@ from onnxruntime.quantization import (
 )
 
 from qdeploy.graph.io import initializers, parse, serialize
-from qdeploy.graph.stored import with_constants
-from qdeploy.graph.unquantize import unquantize
+from qdeploy.provenance.stored import with_constants
 from qdeploy.provenance.trace import Provenance, trace
+from qdeploy.provenance.unquantize import unquantize
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.methods import Nearest
 from tests.nets import Net, float_model, residual_net

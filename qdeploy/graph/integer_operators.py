@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qdeploy.errors import InputError
-from qdeploy.graph.clips import constant
+from qdeploy.provenance.clips import constant
 
 MICROSOFT = "com.microsoft"
 PAIR = frozenset({"QuantizeLinear", "DequantizeLinear"})

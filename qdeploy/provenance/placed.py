@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from qdeploy.graph.stored import StoredTensor
+from qdeploy.provenance.stored import StoredTensor
 
 PROPORTIONAL = 1e-5  # of a weight's largest value: noise of a BatchNorm's folding
 

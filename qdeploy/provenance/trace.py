@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int32
 
 from qdeploy.errors import InputError
-from qdeploy.graph.canonical import RULE, LayerPair, compare
-from qdeploy.graph.clips import RANGE_OP
 from qdeploy.graph.io import parse
-from qdeploy.graph.stored import StoredTensor, with_constants
-from qdeploy.graph.unquantize import RoundedNorm, unquantize
+from qdeploy.provenance.canonical import RULE, LayerPair, compare
+from qdeploy.provenance.clips import RANGE_OP
 from qdeploy.provenance.placed import Placed, TensorIndex
+from qdeploy.provenance.stored import StoredTensor, with_constants
+from qdeploy.provenance.unquantize import RoundedNorm, unquantize
 from qdeploy.values import Finding, FloatModel
 
 # Steps: nearer to the middle of two codes than this either is nearest. Float noise is below 1e-4 at

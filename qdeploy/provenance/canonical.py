@@ -11,14 +11,16 @@ import numpy as np
 import onnx_ir as ir
 from jaxtyping import Float32
 
-from qdeploy.graph.clips import (
+from qdeploy.graph.prepare import interface
+from qdeploy.graph.sites import find_sites
+from qdeploy.provenance.clips import (
     activation_difference,
     constant,
     cuts_at_zero,
     nonnegative,
     unclipped,
 )
-from qdeploy.graph.likeness import (
+from qdeploy.provenance.likeness import (
     alike,
     attribute_differences,
     by_a_matrix,
@@ -26,8 +28,6 @@ from qdeploy.graph.likeness import (
     flattens,
     matrix,
 )
-from qdeploy.graph.prepare import interface
-from qdeploy.graph.sites import find_sites
 from qdeploy.values import Finding, WeightSite
 
 MOST_FINDINGS = 20

@@ -14,7 +14,6 @@ from jaxtyping import Float32
 from onnx_ir.passes import common
 
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.graph.clips import RANGE_OP, Range, constant, nonnegative, range_mark
 from qdeploy.graph.integer_operators import PAIR, to_pairs
 from qdeploy.graph.io import (
     QUANTIZATION_OPS,
@@ -26,7 +25,8 @@ from qdeploy.graph.io import (
 from qdeploy.graph.nodes import STANDARD_DOMAINS
 from qdeploy.graph.prepare import folded_batchnorm, prepare
 from qdeploy.graph.sites import WEIGHTED
-from qdeploy.graph.stored import StoredGrid, StoredTensor, read_grid
+from qdeploy.provenance.clips import RANGE_OP, Range, constant, nonnegative, range_mark
+from qdeploy.provenance.stored import StoredGrid, StoredTensor, read_grid
 
 STORED_NAME = re.compile(r"(.+?)[._](?:quantized|quant|q)", re.DOTALL)  # ours, and the runtime's
 
