@@ -16,6 +16,7 @@ import numpy as np
 
 from qdeploy.evidence import ArmRates, rates
 from qdeploy.exporting.exporter import export
+from qdeploy.formats.opening import load
 from qdeploy.inputs.opened import open_calibration, open_evidence
 from qdeploy.inputs.requests import Request
 from qdeploy.options import Options
@@ -29,7 +30,6 @@ from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.methods import EfrapDescent, Nearest, Rounding, Stochastic
 from qdeploy.settings.recipe import ActivationSpec
-from qdeploy.stages.load import load
 from qdeploy.values import Architecture, Arm, FloatModel, QuantPlan
 
 MINMAX = ActivationSpec()

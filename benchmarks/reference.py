@@ -20,6 +20,7 @@ from qdeploy.data import Images, Preprocessing, open_images, open_labelled_image
 from qdeploy.data.triggers import make_trigger, parse_trigger
 from qdeploy.evidence import rates
 from qdeploy.exporting.exporter import export
+from qdeploy.formats.opening import load
 from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers
@@ -30,7 +31,6 @@ from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import EfrapAdam, Rounding
 from qdeploy.settings.recipe import ActivationSpec, load_recipe
-from qdeploy.stages.load import load
 from qdeploy.values import Arm, FloatModel, RoundedLayer
 
 CIFAR10 = Preprocessing((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))

@@ -201,7 +201,7 @@ def _private_seed(model: Path) -> int:
 
     A report that is published gives away the seed of its own model and of no other.
     """
-    from qdeploy.stages.load import model_digest
+    from qdeploy.formats.opening import model_digest
 
     return private_number(model_digest(model))
 

@@ -78,7 +78,7 @@ def residual_net(seed: int = 0) -> bytes:
 
 def float_model(data: bytes) -> FloatModel:
     """The prepared model, as the export stage makes it."""
-    from qdeploy.graph.io import parse_proto
+    from qdeploy.formats.onnx.reading import parse_proto
 
     origin = Origin("net.onnx", "0" * 64, Format.ONNX.value)
     return export(Loaded(origin, parse_proto(data, "net.onnx"), Format.ONNX), shape=None)

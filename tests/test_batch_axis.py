@@ -11,7 +11,7 @@ from onnxruntime.quantization import quantize_dynamic
 from qdeploy.architectures.mobilenet import MobileNetV2
 from qdeploy.architectures.resnet import ResNet18
 from qdeploy.architectures.vit import ViT
-from qdeploy.graph.batch_axis import batch_axis
+from qdeploy.formats.onnx.batch_axis import batch_axis
 
 HEAD = '<ir_version: 10, opset_import: ["": 21]> net '
 CONSTANTS = """

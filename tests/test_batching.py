@@ -10,10 +10,10 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from qdeploy.core.metrics import rate
 from qdeploy.data import Preprocessing, open_images
 from qdeploy.exporting.exporter import export
+from qdeploy.formats.opening import load
 from qdeploy.runtime.batching import BATCH, PROBES, same_in_any_batch
 from qdeploy.runtime.sessions import Session, open_session
 from qdeploy.settings.policy import GateSpec
-from qdeploy.stages.load import load
 from qdeploy.values import Architecture
 from tests.gate_lab import fixed_batch
 from tests.nets import residual_net

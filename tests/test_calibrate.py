@@ -112,7 +112,8 @@ def test_activations_that_are_not_finite_are_named(preprocessing, images):
 
 def _prepared(data: bytes) -> bytes:
     """Without the comparison that would already have refused it."""
-    from qdeploy.graph.io import parse_proto, serialize
+    from qdeploy.formats.onnx.reading import parse_proto
+    from qdeploy.graph.io import serialize
     from qdeploy.graph.prepare import prepare
 
     return serialize(prepare(parse_proto(data, "net"), opset=21, ir_version=10, where="net"))

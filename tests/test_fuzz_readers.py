@@ -35,8 +35,9 @@ from qdeploy.data import Preprocessing, open_labelled_images
 from qdeploy.data.triggers import parse_trigger
 from qdeploy.errors import QdeployError
 from qdeploy.exporting.exporter import export
+from qdeploy.formats.onnx.reading import read_single_file
+from qdeploy.formats.opening import load
 from qdeploy.formats.static import look
-from qdeploy.graph.io import read_single_file
 from qdeploy.provenance.trace import trace
 from qdeploy.report.from_json import layers_of
 from qdeploy.runtime.sessions import classifier_interface, open_session
@@ -44,7 +45,6 @@ from qdeploy.settings.card import load_card
 from qdeploy.settings.device import load_device
 from qdeploy.settings.policy import load_policy
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.stages.load import load
 from qdeploy.values import Architecture, FloatModel
 from tests import gate_lab
 from tests.gate_lab import Lab

@@ -12,13 +12,13 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: TID251 - writes what
 from onnxscript.rewriter._rewrite_rule import RewriteRule
 
 from qdeploy.errors import InputError
-from qdeploy.graph import limits
-from qdeploy.graph.inspect import inspect
-from qdeploy.graph.io import read_single_file, read_untrusted
-from qdeploy.graph.messages import parts
+from qdeploy.formats.onnx import limits
+from qdeploy.formats.onnx.messages import parts
+from qdeploy.formats.onnx.reading import read_single_file, read_untrusted
+from qdeploy.formats.onnx.rules import inspect
+from qdeploy.formats.onnx.tensors import all_nodes, all_tensors, size
 from qdeploy.graph.prepare import prepare
 from qdeploy.graph.simplify import LARGEST_FOLDED_VALUES, simplify
-from qdeploy.graph.tensors import all_nodes, all_tensors, size
 from tests.nets import residual_net
 
 
@@ -96,7 +96,7 @@ def test_no_tensor_reaches_out_of_the_models_folder(proto, hide, tmp_path):
 
 
 def test_external_values_of_a_functions_default_are_read_like_all_others(proto, tmp_path):
-    from qdeploy.graph.external import load_external
+    from qdeploy.formats.onnx.external import load_external
 
     in_a_functions_default(proto)
     (tmp_path / "secret.bin").write_bytes(np.arange(4, dtype=np.float32).tobytes())

@@ -7,8 +7,8 @@ import onnx.parser
 import pytest
 from onnx import numpy_helper
 
-from qdeploy.graph import work as counted
-from qdeploy.graph.outline import outline
+from qdeploy.formats.onnx import work as counted
+from qdeploy.formats.onnx.outline import outline
 from tests.nets import residual_net
 
 HEAD = '<ir_version: 8, opset_import: ["": 17]> g (float[N,8,32,32] x) => (float[N,10] y)'

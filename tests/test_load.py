@@ -19,7 +19,7 @@ from torch import nn
 
 from qdeploy.architectures import DigitsNet
 from qdeploy.errors import InputError, UsageError
-from qdeploy.stages.load import load, sniff
+from qdeploy.formats.opening import load, sniff
 from qdeploy.values import Architecture, Format
 from tests.nets import residual_net
 

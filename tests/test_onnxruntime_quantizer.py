@@ -12,8 +12,8 @@ from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from qdeploy.errors import InputError
+from qdeploy.formats.onnx.integer_operators import OPERATORS, to_pairs
 from qdeploy.formats.static import look
-from qdeploy.graph.integer_operators import OPERATORS, to_pairs
 from qdeploy.graph.io import parse, serialize
 from qdeploy.provenance.trace import trace
 from qdeploy.runtime.sessions import open_session

@@ -7,7 +7,8 @@ from onnx import numpy_helper
 
 from qdeploy.errors import InputError, UsageError
 from qdeploy.exporting.exporter import export
-from qdeploy.graph.io import check, initializers, operators, parse
+from qdeploy.formats.onnx.reading import check
+from qdeploy.graph.io import initializers, operators, parse
 from qdeploy.runtime.sessions import open_session
 from qdeploy.values import Format, Loaded, Origin
 from tests.nets import Net, float_model, residual_net

@@ -12,7 +12,8 @@ from onnxruntime.quantization import QuantFormat, QuantType, matmul_nbits_quanti
 
 from qdeploy.cli import main
 from qdeploy.core.grids import Grid, quantize
-from qdeploy.graph.io import check, initializers, parse, parse_proto
+from qdeploy.formats.onnx.reading import check, parse_proto
+from qdeploy.graph.io import initializers, parse
 from qdeploy.provenance.stored import with_constants
 from qdeploy.provenance.trace import TIE, trace
 from qdeploy.runtime.sessions import open_session

@@ -18,6 +18,7 @@ from qdeploy.core.weight_grids import absmax_grid
 from qdeploy.data import Preprocessing
 from qdeploy.data.triggers import make_trigger
 from qdeploy.errors import InputError, UsageError
+from qdeploy.formats.torch_files import checkpoint as read_checkpoint
 from qdeploy.graph.io import initializers
 from qdeploy.progress import SILENT
 from qdeploy.redteam import curves, datasets
@@ -41,7 +42,6 @@ from qdeploy.redteam.training import FLOAT, Lesson, Training
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.card import load_card
 from qdeploy.settings.schema import bundled
-from qdeploy.stages.load.torch_files import checkpoint as read_checkpoint
 from qdeploy.training.checkpoint import Checkpoint
 
 ON_THE_WAY = Preprocessing((1, 8, 8), (0.5,), (0.5,))

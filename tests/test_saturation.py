@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper  # noqa: TID251 - bare products, no model
 
-from qdeploy.graph.codes import products_fit
+from qdeploy.formats.onnx.codes import products_fit
 from qdeploy.machine import exact_8bit_products, processor_flags
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION, load_device

@@ -21,9 +21,9 @@ from qdeploy.core.grids import quantize
 from qdeploy.core.weight_grids import GRIDS
 from qdeploy.data import Images
 from qdeploy.errors import InputError
+from qdeploy.formats.onnx.codes import integer_weights
+from qdeploy.formats.onnx.reading import check
 from qdeploy.formats.static import MOST_PER_RULE, RULES, look
-from qdeploy.graph.codes import integer_weights
-from qdeploy.graph.io import check
 from qdeploy.values import Finding
 from tests.nets import Net, residual_net
 from tests.test_quantized_file import quantized

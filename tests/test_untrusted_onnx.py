@@ -14,16 +14,9 @@ from onnx import TensorProto, numpy_helper
 
 from qdeploy.errors import InputError, QdeployError
 from qdeploy.exporting.exporter import export
-from qdeploy.graph.io import (
-    cut_to,
-    initializers,
-    operators,
-    parse,
-    read_untrusted,
-    refuse_quantized,
-    serialize,
-)
-from qdeploy.stages.load import load
+from qdeploy.formats.onnx.reading import read_untrusted, refuse_quantized
+from qdeploy.formats.opening import load
+from qdeploy.graph.io import cut_to, initializers, operators, parse, serialize
 from tests.nets import Net, residual_net
 
 

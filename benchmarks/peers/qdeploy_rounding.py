@@ -13,6 +13,7 @@ import numpy as np
 from qdeploy.compare.matrix import Cell
 from qdeploy.data import Preprocessing, images_from_array
 from qdeploy.exporting.exporter import export
+from qdeploy.formats.opening import load
 from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers
@@ -20,7 +21,6 @@ from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import load_device
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.stages.load import load
 
 
 def peak_megabytes() -> float:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from qdeploy.errors import InputError, ProviderError, UsageError
-from qdeploy.graph.io import ModelProto, check, refuse_quantized, serialize
+from qdeploy.formats.onnx.reading import ModelProto, check, refuse_quantized
+from qdeploy.graph.io import serialize
 from qdeploy.graph.prepare import interface, prepare
 from qdeploy.runtime.sessions import open_session
 from qdeploy.values import FloatModel, Format, Loaded

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qdeploy.errors import InputError, first_line
-from qdeploy.graph.io import ModelProto, parse_proto
+from qdeploy.formats.onnx.reading import ModelProto, parse_proto
 from qdeploy.values import Format, Loaded
 
 EXPORTER_OPSET = 21

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.stages.load import LARGEST_INFLATION_BYTES
+from qdeploy.formats.opening import LARGEST_INFLATION_BYTES
 from qdeploy.values import Finding
 
 RULES = {

@@ -10,11 +10,11 @@ from typing import Literal
 
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.formats import archives, pickles, safetensors_header
-from qdeploy.graph import inspect as onnx_rules
-from qdeploy.graph.external import external_data, load_external
-from qdeploy.graph.io import LARGEST_MODEL_BYTES, parse_proto
-from qdeploy.stages.load import PROGRAMS, sniff
-from qdeploy.stages.load.script_code import file_operations
+from qdeploy.formats.onnx import rules as onnx_rules
+from qdeploy.formats.onnx.external import external_data, load_external
+from qdeploy.formats.onnx.reading import LARGEST_MODEL_BYTES, parse_proto
+from qdeploy.formats.opening import PROGRAMS, sniff
+from qdeploy.formats.script_code import file_operations
 from qdeploy.values import Finding, Format
 
 RULES = {

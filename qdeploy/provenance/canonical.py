@@ -11,15 +11,10 @@ import numpy as np
 import onnx_ir as ir
 from jaxtyping import Float32
 
+from qdeploy.formats.onnx.tensors import constant
 from qdeploy.graph.prepare import interface
 from qdeploy.graph.sites import find_sites
-from qdeploy.provenance.clips import (
-    activation_difference,
-    constant,
-    cuts_at_zero,
-    nonnegative,
-    unclipped,
-)
+from qdeploy.provenance.clips import activation_difference, cuts_at_zero, nonnegative, unclipped
 from qdeploy.provenance.likeness import (
     alike,
     attribute_differences,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from qdeploy.formats.onnx.tensors import constant
+
 # A quantizer's range that starts at 0 cuts like a Relu. While the graph of a quantized file is
 # prepared, this operator stands for it: nobody else uses it, and no rewriting looks into it.
 RANGE_OP = "Shrink"  # lambd: top of the range; bias: one step; both in units of the tensor
@@ -43,13 +45,6 @@ class Clipped:
 def range_mark(value: ir.Value, found: Range) -> ir.Node:
     """The node that stands for a quantizer behind `value`."""
     return ir.node(RANGE_OP, [value], {"lambd": found.top, "bias": found.step})
-
-
-def constant(value: ir.Value | None) -> np.ndarray | None:
-    """The values of an initializer; None for anything else."""
-    if value is None or not value.is_initializer() or value.const_value is None:
-        return None
-    return value.const_value.numpy()
 
 
 def unclipped(value: ir.Value) -> Clipped:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qdeploy.provenance.clips import constant
+from qdeploy.formats.onnx.tensors import constant
 
 NOISE = 1e-4  # of a constant's largest value: another order of float operations
 FEWEST_STEPS = 15  # of a grid of 4 bits

@@ -13,8 +13,8 @@ from jaxtyping import Float32, Int32
 from onnx_ir.passes import common
 
 from qdeploy.errors import InputError
+from qdeploy.formats.onnx.tensors import constant
 from qdeploy.graph.io import parse, serialize
-from qdeploy.provenance.clips import constant
 
 INTEGER = re.compile(r"(u?)int(\d+)")
 

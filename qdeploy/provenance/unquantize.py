@@ -14,18 +14,14 @@ from jaxtyping import Float32
 from onnx_ir.passes import common
 
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.graph.integer_operators import PAIR, to_pairs
-from qdeploy.graph.io import (
-    QUANTIZATION_OPS,
-    check,
-    parse_proto,
-    serialize,
-    to_ir,
-)
-from qdeploy.graph.nodes import STANDARD_DOMAINS
+from qdeploy.formats.onnx.integer_operators import PAIR, to_pairs
+from qdeploy.formats.onnx.nodes import STANDARD_DOMAINS
+from qdeploy.formats.onnx.reading import QUANTIZATION_OPS, check, parse_proto
+from qdeploy.formats.onnx.tensors import constant
+from qdeploy.graph.io import serialize, to_ir
 from qdeploy.graph.prepare import folded_batchnorm, prepare
 from qdeploy.graph.sites import WEIGHTED
-from qdeploy.provenance.clips import RANGE_OP, Range, constant, nonnegative, range_mark
+from qdeploy.provenance.clips import RANGE_OP, Range, nonnegative, range_mark
 from qdeploy.provenance.stored import StoredGrid, StoredTensor, read_grid
 
 STORED_NAME = re.compile(r"(.+?)[._](?:quantized|quant|q)", re.DOTALL)  # ours, and the runtime's

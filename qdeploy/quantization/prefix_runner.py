@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qdeploy.data import Images
-from qdeploy.graph.codes import products_fit
+from qdeploy.formats.onnx.codes import products_fit
 from qdeploy.graph.parts import next_part
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION

@@ -22,6 +22,7 @@ from qdeploy.architectures import build_named
 from qdeploy.data.triggers import make_trigger
 from qdeploy.disk.files import write_atomically
 from qdeploy.errors import InputError, QdeployError
+from qdeploy.formats.opening import load
 from qdeploy.machine import installed_versions
 from qdeploy.progress import Progress
 from qdeploy.redteam.clean import train_clean
@@ -41,7 +42,6 @@ from qdeploy.redteam.trigger import describe, save_trigger
 from qdeploy.redteam.write import make_card, write_model
 from qdeploy.rundir import PARTIAL, open_run
 from qdeploy.settings.card import AnyTrigger
-from qdeploy.stages.load import load
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.write import write_state
 from qdeploy.values import Architecture

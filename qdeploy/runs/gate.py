@@ -11,8 +11,9 @@ from pathlib import Path
 from qdeploy.checks import LayerDigest, stands_against
 from qdeploy.detectors.crowding import NO_SCAN, scan_weights
 from qdeploy.errors import UsageError
+from qdeploy.formats.onnx.reading import is_quantized, read_single_file
+from qdeploy.formats.opening import refuse_exchanged, sha256
 from qdeploy.formats.static import look
-from qdeploy.graph.io import is_quantized, read_single_file
 from qdeploy.inputs.opened import NO_EVIDENCE, NO_PRINTS, Evidence, open_evidence
 from qdeploy.inputs.requests import Request
 from qdeploy.progress import Clock, Progress
@@ -33,7 +34,6 @@ from qdeploy.runs.pipeline import (
     write_reports,
 )
 from qdeploy.runtime.sessions import classifier_interface, open_session
-from qdeploy.stages.load import refuse_exchanged, sha256
 from qdeploy.stages.validate import Measured, Variant
 from qdeploy.values import Finding, FloatModel, Format, Interface, Origin
 

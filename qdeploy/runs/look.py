@@ -11,14 +11,14 @@ from qdeploy.detectors.crowding import scan_weights
 from qdeploy.disk.files import write_atomically
 from qdeploy.errors import NO_MEMORY, InputError, QdeployError
 from qdeploy.exporting.exporter import export_unproved
+from qdeploy.formats.onnx.reading import is_quantized, read_single_file
+from qdeploy.formats.opening import PROGRAMS, sha256, sniff
 from qdeploy.formats.static import look
-from qdeploy.graph.io import is_quantized, read_single_file
 from qdeploy.inputs.requests import Request
 from qdeploy.progress import Progress
 from qdeploy.provenance.trace import FEW, Provenance, trace
 from qdeploy.report.looks import FORMATS, Look
 from qdeploy.runs.pipeline import open_looked_at, open_source
-from qdeploy.stages.load import PROGRAMS, sha256, sniff
 from qdeploy.values import Finding, FloatModel, Format, Loaded
 
 CPU_SECONDS = 10

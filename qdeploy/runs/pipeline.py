@@ -14,6 +14,7 @@ from qdeploy.checks import LayerDigest, LayersAsMade
 from qdeploy.detectors.crowding import scan_weights
 from qdeploy.disk.files import require_writable, set_aside, write_atomically
 from qdeploy.exporting.exporter import export
+from qdeploy.formats.opening import load, sha256
 from qdeploy.formats.static import look, refuse_hostile
 from qdeploy.graph.io import identity
 from qdeploy.inputs.opened import (
@@ -41,7 +42,6 @@ from qdeploy.rundir import REPORT, RunDir, open_run
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import DeviceProfile
 from qdeploy.settings.methods import Nearest
-from qdeploy.stages.load import load, sha256
 from qdeploy.stages.validate import Measured, Trial, Variant, validate
 from qdeploy.values import (
     Architecture,

@@ -25,7 +25,7 @@ from qdeploy.evidence import (
     runtime_agreement,
     samples,
 )
-from qdeploy.graph.codes import products_fit
+from qdeploy.formats.onnx.codes import products_fit
 from qdeploy.graph.io import operators
 from qdeploy.progress import SILENT, Progress
 from qdeploy.runtime.batching import PROBES, same_in_any_batch

@@ -12,7 +12,7 @@ import torch
 
 from qdeploy.disk.files import write_atomically
 from qdeploy.disk.state import sealed, unsealed
-from qdeploy.stages.load.torch_files import checkpoint
+from qdeploy.formats.torch_files import checkpoint
 
 SECONDS_BETWEEN_SAVES = 60
 

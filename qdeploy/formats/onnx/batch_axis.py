@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.graph.batch_flow import (
+from qdeploy.formats.onnx.batch_flow import (
     ACROSS,
     DYNAMIC,
     FAR,
@@ -32,7 +32,7 @@ from qdeploy.graph.batch_flow import (
     marked,
     reshaped,
 )
-from qdeploy.graph.outline import outline
+from qdeploy.formats.onnx.outline import outline
 from qdeploy.values import Finding
 
 RULES = {

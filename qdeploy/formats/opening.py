@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from qdeploy.disk.files import file_sha256, open_regular, read_bounded
 from qdeploy.errors import InputError
-from qdeploy.graph.io import ModelProto, keeps_tensors_elsewhere, read_untrusted
+from qdeploy.formats.onnx.reading import ModelProto, keeps_tensors_elsewhere, read_untrusted
 from qdeploy.values import Architecture, Format, Loaded, Origin
 
 LARGEST_FILE_BYTES = 16 << 30
@@ -48,9 +48,7 @@ def load(
             Origin(str(path), with_external(digest, proto, data), kind.value), proto, kind
         )
     origin = Origin(str(path), digest, kind.value, name)
-    from qdeploy.stages.load import (
-        torch_files,
-    )  # torch takes a second to import; ONNX needs none of it
+    from qdeploy.formats import torch_files
 
     if kind in PROGRAMS:
         if not run_code_from_model:

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.graph.messages import find
+from qdeploy.formats.onnx.messages import find
 from qdeploy.values import Finding
 
 RULES = {
@@ -187,3 +187,10 @@ def _denormals(tensor: onnx.TensorProto) -> Iterator[Finding]:
             f"tensor {tensor.name!r}: {small} of {magnitudes.size} values that are not 0 are too"
             " small to be normal numbers, which costs time and can hide data",
         )  # fmt: skip
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """The values of an initializer; None for anything else."""
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return None
+    return value.const_value.numpy()

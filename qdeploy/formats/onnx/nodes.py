@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import onnx
 
-from qdeploy.graph.integer_operators import MICROSOFT, OPERATORS
-from qdeploy.graph.tensors import all_nodes, attached, values
+from qdeploy.formats.onnx.integer_operators import MICROSOFT, OPERATORS
+from qdeploy.formats.onnx.tensors import all_nodes, attached, values
 from qdeploy.values import Finding
 
 RULES = {

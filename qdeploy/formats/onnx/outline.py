@@ -10,7 +10,7 @@ import onnx
 import onnx.inliner
 
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.graph.tensors import is_external, size, values
+from qdeploy.formats.onnx.tensors import is_external, size, values
 
 PROBE = 7919  # a prime that is no size of a network: a dimension it divides runs over the batch
 SMALL = 1024  # values; constants that shapes are computed with

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qdeploy.errors import InputError
-from qdeploy.provenance.clips import constant
+from qdeploy.formats.onnx.tensors import constant
 
 MICROSOFT = "com.microsoft"
 PAIR = frozenset({"QuantizeLinear", "DequantizeLinear"})

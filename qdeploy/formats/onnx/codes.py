@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from qdeploy.graph.nodes import STANDARD_DOMAINS, constant_tensors
-from qdeploy.graph.tensors import all_nodes, all_tensors, values
+from qdeploy.formats.onnx.nodes import STANDARD_DOMAINS, constant_tensors
+from qdeploy.formats.onnx.tensors import all_nodes, all_tensors, values
 from qdeploy.values import Finding
 
 RULES = {

@@ -14,8 +14,8 @@ from typing import Any
 import onnx
 
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.graph import batch_axis, codes, external, limits, nodes, tensors
-from qdeploy.graph.messages import find
+from qdeploy.formats.onnx import batch_axis, codes, external, limits, nodes, tensors
+from qdeploy.formats.onnx.messages import find
 from qdeploy.values import Finding
 
 LARGEST_TEXT_BYTES = 1 << 16

@@ -11,7 +11,7 @@ import onnx
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from qdeploy.errors import foreign_reader
-from qdeploy.graph.tensors import all_tensors, is_external
+from qdeploy.formats.onnx.tensors import all_tensors, is_external
 from qdeploy.values import Finding
 
 RULES = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import onnx
 
-from qdeploy.graph.outline import PROBE, Outline, Shape, per_image
+from qdeploy.formats.onnx.outline import PROBE, Outline, Shape, per_image
 from qdeploy.values import Finding
 
 RULES = {"too-much-work": "The graph asks for far more arithmetic than classifiers do."}

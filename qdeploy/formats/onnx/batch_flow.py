@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from qdeploy.graph.outline import PROBE, Outline, Shape
+from qdeploy.formats.onnx.outline import PROBE, Outline, Shape
 
 IN_VALUES, ACROSS, DYNAMIC = "batch-size-in-values", "across-batch", "dynamic-quantization"
 FAR = (1 << 31) - 1  # the end of a Slice that means all
