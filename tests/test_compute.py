@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
+from qdeploy.cleaning.distil import Setting, distill
 from qdeploy.errors import ProviderError, UsageError
 from qdeploy.formats.torch_files import checkpoint
 from qdeploy.settings.sanitizers import Asd, Bcu, Kd, Sanitizer, Unlearn
-from qdeploy.stages.distill import Setting, distill
 from qdeploy.training import precision
 from qdeploy.training.compute import ALONE, Compute, computing
 from tests.pretend import pretending

@@ -17,6 +17,11 @@ from torch import Tensor, nn
 
 from qdeploy.architectures import OURS, DigitsNet
 from qdeploy.architectures.resnet import ResNet18
+from qdeploy.cleaning import trainer as course
+from qdeploy.cleaning.batch_norm import is_folded, revive
+from qdeploy.cleaning.distil import Setting, distill
+from qdeploy.cleaning.hooks import watched_layers, watching
+from qdeploy.cleaning.reinitialise import forget, forgetting
 from qdeploy.cli import main
 from qdeploy.core.distillation import attention_shift_loss, kd_loss, kd_share
 from qdeploy.data import Images, Preprocessing, images_from_array
@@ -26,10 +31,6 @@ from qdeploy.inputs.sources import Given, resolve
 from qdeploy.progress import SILENT
 from qdeploy.settings.card import load_card
 from qdeploy.settings.sanitizers import Asd, Bcu, Kd, sanitizer
-from qdeploy.stages.distill import Setting, course, distill
-from qdeploy.stages.distill.forget import forget, forgetting
-from qdeploy.stages.distill.revive import is_folded, revive
-from qdeploy.stages.distill.watch import watched_layers, watching
 from qdeploy.student.make import make_student
 from qdeploy.training.compute import ALONE
 from qdeploy.values import Format, Loaded, Origin

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from qdeploy.checks import check_cleaning
+from qdeploy.cleaning.distil import distill
+from qdeploy.cleaning.survey import Reach, suspects
 from qdeploy.progress import SILENT
 from qdeploy.settings.policy import GateSpec
 from qdeploy.settings.sanitizers import Unlearn
-from qdeploy.stages.distill import distill
-from qdeploy.stages.distill.survey import Reach, suspects
 from qdeploy.student.make import make_student
 from qdeploy.training.compute import ALONE
 from qdeploy.values import Cleaning, DataUsed, Origin

@@ -1,4 +1,4 @@
-"""Ways to clean a float model, and their settings. What they do is in `qdeploy.stages.distill`."""
+"""Ways to clean a float model, and their settings. What they do is in `qdeploy.cleaning.distil`."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ from typing import Any
 from torch import jit
 
 from qdeploy import __version__
+from qdeploy.cleaning.curves import draw_distillation
+from qdeploy.cleaning.distil import Distilled, Setting, Surveyed, distill
 from qdeploy.data import Images, open_images
 from qdeploy.disk.files import require_writable, set_aside, write_atomically
 from qdeploy.errors import UsageError
@@ -28,9 +30,7 @@ from qdeploy.runs.pipeline import (
     input_facts,
     open_source,
 )
-from qdeploy.stages.distill import Distilled, Setting, Surveyed, distill
 from qdeploy.student.cards import card_beside
-from qdeploy.student.curves import draw_distillation
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.compute import Compute, computing
 from qdeploy.training.write import write_script, write_state

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qdeploy.cleaning.hooks import watching
+from qdeploy.cleaning.perturbations import Guard
+from qdeploy.cleaning.survey import answering
+from qdeploy.cleaning.unlabelled import Material
 from qdeploy.core.distillation import attention_shift_loss, kd_loss, kd_share, kl_divergence
 from qdeploy.errors import DivergedError
 from qdeploy.progress import Progress
 from qdeploy.settings.sanitizers import Asd, Bcu, Sanitizer
-from qdeploy.stages.distill.guard import Guard
-from qdeploy.stages.distill.survey import answering
-from qdeploy.stages.distill.unlabelled import Material
-from qdeploy.stages.distill.watch import watching
 from qdeploy.training.precision import arithmetic
 
 COMPARED = 1000  # images on which student and teacher are compared after each epoch

@@ -6,7 +6,7 @@ import io
 from importlib import import_module
 from typing import Any
 
-from qdeploy.stages.distill import Distilled, Reach
+from qdeploy.cleaning.distil import Distilled, Reach
 
 
 def draw_distillation(result: Distilled) -> bytes | None:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qdeploy.cleaning.survey import Reach
+from qdeploy.cleaning.unlabelled import Unlabelled
 from qdeploy.core.inversion import KINDS, Radii, Triggers
 from qdeploy.settings.sanitizers import Unlearn
-from qdeploy.stages.distill.survey import Reach
-from qdeploy.stages.distill.unlabelled import Unlabelled
 
 CHANCE = 0.02  # of being shown, for a perturbation that has had no success yet
 

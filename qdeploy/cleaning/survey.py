@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qdeploy.cleaning.unlabelled import Material, Unlabelled
 from qdeploy.core.inversion import KINDS, Radii, Triggers
 from qdeploy.progress import Progress
 from qdeploy.settings.sanitizers import Unlearn
-from qdeploy.stages.distill.unlabelled import Material, Unlabelled
 from qdeploy.training.precision import arithmetic
 
 FIRST = {"additive": 0.07, "masked": 0.1}  # where the search starts, as a share of the largest

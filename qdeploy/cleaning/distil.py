@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qdeploy.cleaning.batch_norm import revive
+from qdeploy.cleaning.hooks import watched_layers
+from qdeploy.cleaning.perturbations import Guard
+from qdeploy.cleaning.reinitialise import forget, forgetting
+from qdeploy.cleaning.survey import Reach, survey, suspects
+from qdeploy.cleaning.trainer import Course, Epoch, Lesson, Store
+from qdeploy.cleaning.unlabelled import Material, read_images
 from qdeploy.core.safe_kernels import safe_kernels
 from qdeploy.data import Images
 from qdeploy.errors import PlanError, UsageError
 from qdeploy.progress import SILENT, Progress
 from qdeploy.settings.sanitizers import Asd, Bcu, Sanitizer, Unlearn
-from qdeploy.stages.distill.course import Course, Epoch, Lesson, Store
-from qdeploy.stages.distill.forget import forget, forgetting
-from qdeploy.stages.distill.guard import Guard
-from qdeploy.stages.distill.revive import revive
-from qdeploy.stages.distill.survey import Reach, survey, suspects
-from qdeploy.stages.distill.unlabelled import Material, read_images
-from qdeploy.stages.distill.watch import watched_layers
 from qdeploy.training.compute import ALONE, Compute
 from qdeploy.values import Format, Loaded
 

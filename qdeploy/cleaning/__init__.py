@@ -1,0 +1,1 @@
+"""Take a backdoor out of a float model: find shortcuts, teach a student without them."""
