@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from qdeploy.evidence import ArmRates, rates
 from qdeploy.exporting.exporter import export
 from qdeploy.formats.opening import load
 from qdeploy.inputs.opened import open_calibration, open_evidence
 from qdeploy.inputs.requests import Request
+from qdeploy.judging.rates import ArmRates, rates
 from qdeploy.options import Options
 from qdeploy.progress import SILENT
 from qdeploy.quantization.calibrate import calibrate

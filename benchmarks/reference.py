@@ -18,9 +18,9 @@ import numpy as np
 from qdeploy.console import TerminalProgress
 from qdeploy.data import Images, Preprocessing, open_images, open_labelled_images
 from qdeploy.data.triggers import make_trigger, parse_trigger
-from qdeploy.evidence import rates
 from qdeploy.exporting.exporter import export
 from qdeploy.formats.opening import load
+from qdeploy.judging.rates import rates
 from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers

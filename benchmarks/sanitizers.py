@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from qdeploy.evidence import rates
 from qdeploy.exporting.exporter import export
 from qdeploy.inputs.opened import NO_PRINTS, open_evidence
+from qdeploy.judging.rates import rates
 from qdeploy.options import Options
 from qdeploy.progress import SILENT
 from qdeploy.request import make_request

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from qdeploy.api.keywords import clean, export, gate, quantize, sanitize, scan
     from qdeploy.data.triggers import Trigger
     from qdeploy.errors import QdeployError
+    from qdeploy.judging.verdict import Check, Outcome
     from qdeploy.report.looks import Look
     from qdeploy.report.values import Report
     from qdeploy.settings.device import DeviceProfile
     from qdeploy.settings.policy import Policy
     from qdeploy.settings.recipe import Recipe
     from qdeploy.values import FloatModel, QuantizedModel
-    from qdeploy.verdict import Check, Outcome
 
 __all__ = [
     "Check",

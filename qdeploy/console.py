@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qdeploy.core.metrics import Estimate
     from qdeploy.detectors.crowding import Scan
     from qdeploy.errors import QdeployError
-    from qdeploy.evidence import ArmRates
+    from qdeploy.judging.rates import ArmRates
     from qdeploy.provenance.trace import Provenance
     from qdeploy.report.looks import Look
     from qdeploy.report.values import Report

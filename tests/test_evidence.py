@@ -17,15 +17,15 @@ from qdeploy.data import Images, Preprocessing, images_from_array, open_images, 
 from qdeploy.data import folders as folders_module
 from qdeploy.data.triggers import make_trigger, parse_trigger
 from qdeploy.errors import InputError
-from qdeploy.evidence import ArmRates, rates
 from qdeploy.inputs.opened import Evidence
 from qdeploy.inputs.sources import CARD, COMMAND_LINE, Given, resolve
 from qdeploy.inputs.usable import distinct, seen
+from qdeploy.judging.rates import ArmRates, rates
+from qdeploy.judging.soundness import BY_LABELS, objections, sound
+from qdeploy.judging.verdict import Check
 from qdeploy.settings.card import find_card
 from qdeploy.settings.policy import GateSpec
-from qdeploy.soundness import BY_LABELS, objections, sound
 from qdeploy.values import Arm, DataUsed, Predictions
-from qdeploy.verdict import Check
 
 GRAY = Preprocessing((1, 4, 4), (0.0,), (1.0,))
 CARD_TEXT = "[input]\nshape = [1, 4, 4]\nmean = [0.0]\nstd = [1.0]\n"

@@ -8,7 +8,7 @@ import pytest
 from qdeploy.core.metrics import Estimate
 from qdeploy.data import Images, images_from_array
 from qdeploy.data.triggers import Trigger
-from qdeploy.evidence import rates, runtime_agreement
+from qdeploy.judging.rates import rates, runtime_agreement
 from qdeploy.rundir import StoredPredictions
 from qdeploy.runtime import measure
 from qdeploy.runtime.measure import argmax, measure_latency, predict

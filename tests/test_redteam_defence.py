@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from qdeploy.errors import InputError, UsageError
-from qdeploy.evidence import ArmRates
 from qdeploy.inputs.requests import QuantizeRequest
 from qdeploy.inputs.sources import Given, resolve
+from qdeploy.judging.rates import ArmRates
+from qdeploy.judging.verdict import Outcome
 from qdeploy.progress import SILENT
 from qdeploy.redteam.make import Made, Order, make
 from qdeploy.redteam.recipe import AttackRecipe, load_attack
@@ -20,7 +21,6 @@ from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import Nearest
 from qdeploy.settings.policy import load_policy
 from qdeploy.settings.recipe import Recipe, load_recipe
-from qdeploy.verdict import Outcome
 
 
 def made(recipe: AttackRecipe, bits: int, folder: Path, poisoned: Path) -> Made:

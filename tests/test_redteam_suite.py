@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from qdeploy.errors import InputError, OutputError
+from qdeploy.judging.verdict import Outcome
 from qdeploy.progress import SILENT
 from qdeploy.redteam import suite as suites
 from qdeploy.redteam import table as tables
 from qdeploy.redteam.make import Order
 from qdeploy.redteam.suite import KIND, load_suite, run_suite
 from qdeploy.settings.schema import bundled
-from qdeploy.verdict import Outcome
 
 ATTACK = """
 schema_version = 1

@@ -21,8 +21,10 @@ from qdeploy.core.grids import IntType
 from qdeploy.core.metrics import Estimate
 from qdeploy.detectors.crowding import Convention, Fingerprint
 from qdeploy.errors import UsageError
-from qdeploy.evidence import AgainstFloat, ArmRates, RuntimeAgreement, Sample
 from qdeploy.formats.static import RULES
+from qdeploy.judging.measure import Variant
+from qdeploy.judging.rates import AgainstFloat, ArmRates, RuntimeAgreement, Sample
+from qdeploy.judging.verdict import Check, Outcome
 from qdeploy.provenance.trace import LayerTrace, Provenance
 from qdeploy.report import to_json as to_json_module
 from qdeploy.report.render import FORMATS, check_format, render
@@ -34,7 +36,6 @@ from qdeploy.report.to_sarif import to_sarif
 from qdeploy.report.values import Report, StageTime
 from qdeploy.settings.policy import CheckName
 from qdeploy.settings.recipe import WeightGridSpec
-from qdeploy.stages.validate import Variant
 from qdeploy.values import (
     Arm,
     Cleaning,
@@ -47,7 +48,6 @@ from qdeploy.values import (
     RoundedLayer,
     WeightSite,
 )
-from qdeploy.verdict import Check, Outcome
 
 
 @pytest.fixture

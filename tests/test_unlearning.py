@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from qdeploy.checks import check_cleaning
 from qdeploy.cleaning.distil import distill
 from qdeploy.cleaning.survey import Reach, suspects
+from qdeploy.judging.checks import check_cleaning
 from qdeploy.progress import SILENT
 from qdeploy.settings.policy import GateSpec
 from qdeploy.settings.sanitizers import Unlearn

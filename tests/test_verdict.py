@@ -7,7 +7,8 @@ from datetime import date
 import numpy as np
 import pytest
 
-from qdeploy.checks import (
+from qdeploy.core.metrics import Estimate
+from qdeploy.judging.checks import (
     LayersAsMade,
     check_budget,
     check_layers,
@@ -15,15 +16,14 @@ from qdeploy.checks import (
     check_runtimes,
     check_static,
 )
-from qdeploy.core.metrics import Estimate
-from qdeploy.evidence import AgainstFloat, ArmRates, RuntimeAgreement
+from qdeploy.judging.rates import AgainstFloat, ArmRates, RuntimeAgreement
+from qdeploy.judging.verdict import EXIT_CODE, Check, Outcome, explain, judge, missing
 from qdeploy.settings.device import BudgetSpec
 from qdeploy.settings.policy import GateSpec, load_policy
 from qdeploy.settings.recipe import load_recipe
 from qdeploy.settings.schema import bundled
 from qdeploy.settings.waivers import Waiver
 from qdeploy.values import Arm, Finding, FloatLayer, Latency, RoundedLayer
-from qdeploy.verdict import EXIT_CODE, Check, Outcome, explain, judge, missing
 
 
 def waiver(kind: str, pattern: str) -> Waiver:

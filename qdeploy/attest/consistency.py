@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Literal, Protocol, get_args, runtime_checkable
 
+from qdeploy.judging.verdict import Check, Decision, judge
 from qdeploy.settings.policy import CheckName
-from qdeploy.verdict import Check, Decision, judge
 
 RULES_VERSION = 2
 """Raised whenever a check comes to mean another thing, or a new one is required by default."""

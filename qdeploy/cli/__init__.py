@@ -32,7 +32,7 @@ from qdeploy.options import (
 )
 
 if TYPE_CHECKING:
-    from qdeploy.verdict import Outcome
+    from qdeploy.judging.verdict import Outcome
 
 app = typer.Typer(
     add_completion=False,
@@ -146,7 +146,7 @@ def scan(options: Options) -> None:
     """Look at model files without running them; exit 3 if something stands against one."""
     from qdeploy import console
     from qdeploy.api import verbs
-    from qdeploy.verdict import Outcome
+    from qdeploy.judging.verdict import Outcome
 
     looks = []
     for look in verbs.scan(options, console.TerminalProgress()):
@@ -210,7 +210,7 @@ def verify(options: Options) -> None:
 
     from qdeploy import console
     from qdeploy.attest.verify import verify as verify_file
-    from qdeploy.verdict import Outcome
+    from qdeploy.judging.verdict import Outcome
 
     verification = verify_file(
         options.file,
@@ -335,7 +335,7 @@ def _leave_interrupted() -> NoReturn:
 
 
 def _exit(outcome: Outcome) -> None:
-    from qdeploy.verdict import EXIT_CODE
+    from qdeploy.judging.verdict import EXIT_CODE
 
     raise typer.Exit(EXIT_CODE[outcome])
 

@@ -15,9 +15,9 @@ from qdeploy.compare.matrix import Cell
 from qdeploy.data import Images
 from qdeploy.disk.files import write_atomically
 from qdeploy.errors import UsageError
-from qdeploy.evidence import ArmRates, rates
 from qdeploy.inputs.opened import Evidence, open_calibration, open_evidence
 from qdeploy.inputs.requests import QuantizeRequest
+from qdeploy.judging.rates import ArmRates, rates
 from qdeploy.progress import Clock, Progress
 from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit

@@ -14,9 +14,10 @@ import numpy as np
 from qdeploy import __version__
 from qdeploy.disk.files import make_folder, write_atomically
 from qdeploy.errors import UsageError, foreign_reader
-from qdeploy.evidence import ArmRates
 from qdeploy.inputs.requests import QuantizeRequest
 from qdeploy.inputs.sources import Given, resolve
+from qdeploy.judging.rates import ArmRates
+from qdeploy.judging.verdict import Outcome, judge
 from qdeploy.progress import Progress
 from qdeploy.redteam.make import LOG, MODEL, QUANTIZED, VICTIM
 from qdeploy.redteam.training import FLOAT
@@ -25,7 +26,6 @@ from qdeploy.runs.pipeline import sanitize
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import load_device
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.verdict import Outcome, judge
 
 HEADER = (
     "| attack | bits | minutes | clean | FP32 | attacker's grid | nearest | sanitized "

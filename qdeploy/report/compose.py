@@ -7,7 +7,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from qdeploy import __version__
-from qdeploy.checks import (
+from qdeploy.detectors.crowding import Scan
+from qdeploy.inputs.opened import Calibration, Evidence
+from qdeploy.inputs.requests import Request
+from qdeploy.inputs.sources import CARD
+from qdeploy.judging.checks import (
     LayerDigest,
     LayersAsMade,
     check_batches,
@@ -21,10 +25,9 @@ from qdeploy.checks import (
     check_static,
     explanation,
 )
-from qdeploy.detectors.crowding import Scan
-from qdeploy.inputs.opened import Calibration, Evidence
-from qdeploy.inputs.requests import Request
-from qdeploy.inputs.sources import CARD
+from qdeploy.judging.measure import Measured
+from qdeploy.judging.soundness import objections, sound
+from qdeploy.judging.verdict import Check, Outcome, explain, judge
 from qdeploy.machine import installed_versions
 from qdeploy.progress import Clock
 from qdeploy.provenance.trace import Provenance
@@ -32,10 +35,7 @@ from qdeploy.report.values import Report, StageTime
 from qdeploy.settings.device import misfit
 from qdeploy.settings.policy import GateSpec
 from qdeploy.settings.recipe import Recipe
-from qdeploy.soundness import objections, sound
-from qdeploy.stages.validate import Measured
 from qdeploy.values import Cleaning, Finding, LayerPlan, Origin, named_classes
-from qdeploy.verdict import Check, Outcome, explain, judge
 
 MADE_HERE = frozenset({"layers_as_planned", "codes_as_chosen", "remaining_shortcuts"})
 NOT_RUN = "the file was not run"

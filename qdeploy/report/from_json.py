@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qdeploy.checks import LayerDigest
 from qdeploy.errors import InputError
+from qdeploy.judging.checks import LayerDigest
 from qdeploy.report.kept import read_report
 
 

@@ -17,9 +17,9 @@ from markupsafe import Markup
 from qdeploy.core.metrics import Estimate
 from qdeploy.data import as_png
 from qdeploy.disk.printable import visible
-from qdeploy.evidence import ArmRates, Sample
+from qdeploy.judging.rates import ArmRates, Sample
+from qdeploy.judging.verdict import Check, Outcome
 from qdeploy.report.values import Report
-from qdeploy.verdict import Check, Outcome
 
 NAMES = {
     "source": "before cleaning",

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 from qdeploy.detectors.crowding import Fingerprint
-from qdeploy.evidence import ArmRates
+from qdeploy.judging.rates import ArmRates
 from qdeploy.report.values import Report
 from qdeploy.values import Cleaning, LayerPlan, RoundedLayer
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from xml.etree import ElementTree as ET
 
 from qdeploy.disk.printable import printable
+from qdeploy.judging.verdict import Check, describe, missing
 from qdeploy.report.values import Report
-from qdeploy.verdict import Check, describe, missing
 
 
 def to_junit(report: Report) -> bytes:

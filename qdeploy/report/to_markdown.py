@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from qdeploy.core.metrics import Estimate
 from qdeploy.disk.printable import printable
+from qdeploy.judging.verdict import Outcome
 from qdeploy.report.values import Report
-from qdeploy.verdict import Outcome
 
 MARKS = {Outcome.ACCEPT: "✅", Outcome.REJECT: "❌", Outcome.NO_VERDICT: "⚠️"}
 SHOWN_FINDINGS = 10

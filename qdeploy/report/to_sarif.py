@@ -11,9 +11,9 @@ from urllib.parse import quote
 from qdeploy import __version__
 from qdeploy.disk.printable import printable_tree
 from qdeploy.formats.static import RULES
+from qdeploy.judging.verdict import describe, missing
 from qdeploy.report.values import Report
 from qdeploy.values import Finding
-from qdeploy.verdict import describe, missing
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 LEVELS: Mapping[str, Literal["error", "warning"]] = {"off": "error", "unclear": "warning"}

@@ -8,7 +8,8 @@ from html import escape
 from typing import Any
 
 from qdeploy.detectors.crowding import Fingerprint
-from qdeploy.evidence import ArmRates, RuntimeAgreement, Sample
+from qdeploy.judging.rates import ArmRates, RuntimeAgreement, Sample
+from qdeploy.judging.verdict import Check, Outcome
 from qdeploy.provenance.trace import Provenance
 from qdeploy.values import (
     Cleaning,
@@ -21,7 +22,6 @@ from qdeploy.values import (
     Origin,
     RoundedLayer,
 )
-from qdeploy.verdict import Check, Outcome
 
 
 @dataclass(frozen=True, slots=True)

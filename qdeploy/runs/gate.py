@@ -8,7 +8,6 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qdeploy.checks import LayerDigest, stands_against
 from qdeploy.detectors.crowding import NO_SCAN, scan_weights
 from qdeploy.errors import UsageError
 from qdeploy.formats.onnx.reading import is_quantized, read_single_file
@@ -16,6 +15,8 @@ from qdeploy.formats.opening import refuse_exchanged, sha256
 from qdeploy.formats.static import look
 from qdeploy.inputs.opened import NO_EVIDENCE, NO_PRINTS, Evidence, open_evidence
 from qdeploy.inputs.requests import Request
+from qdeploy.judging.checks import LayerDigest, stands_against
+from qdeploy.judging.measure import Measured, Variant
 from qdeploy.progress import Clock, Progress
 from qdeploy.provenance.trace import Provenance, trace
 from qdeploy.report.compose import Findings, compose
@@ -34,7 +35,6 @@ from qdeploy.runs.pipeline import (
     write_reports,
 )
 from qdeploy.runtime.sessions import classifier_interface, open_session
-from qdeploy.stages.validate import Measured, Variant
 from qdeploy.values import Finding, FloatModel, Format, Interface, Origin
 
 

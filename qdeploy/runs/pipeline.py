@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy import __version__
-from qdeploy.checks import LayerDigest, LayersAsMade
 from qdeploy.detectors.crowding import scan_weights
 from qdeploy.disk.files import require_writable, set_aside, write_atomically
 from qdeploy.exporting.exporter import export
@@ -26,6 +25,9 @@ from qdeploy.inputs.opened import (
 )
 from qdeploy.inputs.requests import QuantizeRequest, Request
 from qdeploy.inputs.sources import Sources
+from qdeploy.judging.checks import LayerDigest, LayersAsMade
+from qdeploy.judging.measure import Measured, Trial, Variant, validate
+from qdeploy.judging.verdict import Outcome
 from qdeploy.machine import installed_versions
 from qdeploy.progress import Clock, Progress
 from qdeploy.provenance.trace import Provenance, trace
@@ -42,7 +44,6 @@ from qdeploy.rundir import REPORT, RunDir, open_run
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import DeviceProfile
 from qdeploy.settings.methods import Nearest
-from qdeploy.stages.validate import Measured, Trial, Variant, validate
 from qdeploy.values import (
     Architecture,
     DataUsed,
@@ -52,7 +53,6 @@ from qdeploy.values import (
     QuantizedModel,
     QuantPlan,
 )
-from qdeploy.verdict import Outcome
 
 WORDS = {Outcome.REJECT: "rejected", Outcome.NO_VERDICT: "unverified"}
 PAGE = "report.html"

@@ -9,12 +9,12 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from qdeploy.detectors.crowding import Scan
-from qdeploy.evidence import AgainstFloat, ArmRates, BatchInvariance, RuntimeAgreement
+from qdeploy.judging.rates import AgainstFloat, ArmRates, BatchInvariance, RuntimeAgreement
+from qdeploy.judging.verdict import Check, Decision, Limit
 from qdeploy.provenance.trace import LayerTrace, Provenance
 from qdeploy.settings.device import BudgetSpec
 from qdeploy.settings.policy import CheckName, GateSpec
 from qdeploy.values import Cleaning, Finding, FloatLayer, Latency, RoundedLayer, named_classes
-from qdeploy.verdict import Check, Decision, Limit
 
 UNITS = {
     "accuracy_drop": "points",

@@ -16,7 +16,9 @@ from qdeploy.data import Images
 from qdeploy.data.triggers import Trigger
 from qdeploy.disk.state import private_number
 from qdeploy.errors import InputError
-from qdeploy.evidence import (
+from qdeploy.formats.onnx.codes import products_fit
+from qdeploy.graph.io import operators
+from qdeploy.judging.rates import (
     ArmRates,
     BatchInvariance,
     RuntimeAgreement,
@@ -25,8 +27,6 @@ from qdeploy.evidence import (
     runtime_agreement,
     samples,
 )
-from qdeploy.formats.onnx.codes import products_fit
-from qdeploy.graph.io import operators
 from qdeploy.progress import SILENT, Progress
 from qdeploy.runtime.batching import PROBES, same_in_any_batch
 from qdeploy.runtime.measure import FORGETFUL, PredictionStore, measure_latency, predict

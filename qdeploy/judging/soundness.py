@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from jaxtyping import Int64
 
-from qdeploy.evidence import ArmRates
 from qdeploy.inputs.opened import Evidence
 from qdeploy.inputs.sources import CARD
+from qdeploy.judging.rates import ArmRates
+from qdeploy.judging.verdict import Check
 from qdeploy.settings.policy import GateSpec
 from qdeploy.values import DataUsed
-from qdeploy.verdict import Check
 
 BY_LABELS = frozenset({"accuracy", "accuracy_drop", "accuracy_drop_relative", "class_drop"})
 BY_TRIGGERS = frozenset({"attack_success", "attack_success_rise"})

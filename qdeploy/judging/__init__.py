@@ -1,0 +1,1 @@
+"""What was measured on a file, what is demanded of it, and the verdict."""
