@@ -25,7 +25,7 @@ from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, round_to_nearest
-from qdeploy.rundir import StoredLayers
+from qdeploy.runs.rundir import StoredLayers
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import load_device

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qdeploy.data.triggers import Trigger
     from qdeploy.errors import QdeployError
     from qdeploy.judging.verdict import Check, Outcome
-    from qdeploy.report.looks import Look
+    from qdeploy.report.scans import Look
     from qdeploy.report.values import Report
     from qdeploy.settings.device import DeviceProfile
     from qdeploy.settings.policy import Policy

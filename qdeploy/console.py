@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qdeploy.errors import QdeployError
     from qdeploy.judging.rates import ArmRates
     from qdeploy.provenance.trace import Provenance
-    from qdeploy.report.looks import Look
+    from qdeploy.report.scans import Look
     from qdeploy.report.values import Report
     from qdeploy.settings.device import DeviceProfile
     from qdeploy.settings.recipe import Recipe

@@ -117,7 +117,7 @@ def test_the_command_says_that_there_is_no_such_device(tmp_path, monkeypatch, ca
 
 def test_cleaning_within_sanitize_is_for_one_process(tmp_path, monkeypatch, capsys):
     make_work(tmp_path, monkeypatch)
-    monkeypatch.setattr("qdeploy.student.make.computing", lambda _: nullcontext(TWO))
+    monkeypatch.setattr("qdeploy.runs.clean.computing", lambda _: nullcontext(TWO))
     command = ("sanitize", "model.pt", "--out", "model.onnx", "--sanitizer", "kd", "--epochs", "1")
     assert run(*command) == 2
     assert "sanitize runs in one process" in capsys.readouterr().err

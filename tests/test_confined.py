@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qdeploy.confined import Confined, Limits
 from qdeploy.errors import InputError
+from qdeploy.runs.confined import Confined, Limits
 
 LIMITS = Limits(seconds=1, memory_bytes=300_000_000)
 

@@ -29,9 +29,9 @@ from qdeploy.errors import DivergedError, InputError, PlanError, UsageError
 from qdeploy.inputs.order import StudentOrder
 from qdeploy.inputs.sources import Given, resolve
 from qdeploy.progress import SILENT
+from qdeploy.runs.clean import make_student
 from qdeploy.settings.card import load_card
 from qdeploy.settings.sanitizers import Asd, Bcu, Kd, sanitizer
-from qdeploy.student.make import make_student
 from qdeploy.training.compute import ALONE
 from qdeploy.values import Format, Loaded, Origin
 

@@ -9,7 +9,7 @@ from qdeploy.core.metrics import Estimate
 from qdeploy.data import Images, images_from_array
 from qdeploy.data.triggers import Trigger
 from qdeploy.judging.rates import rates, runtime_agreement
-from qdeploy.rundir import StoredPredictions
+from qdeploy.runs.rundir import StoredPredictions
 from qdeploy.runtime import measure
 from qdeploy.runtime.measure import argmax, measure_latency, predict
 from qdeploy.runtime.sessions import Session, open_session

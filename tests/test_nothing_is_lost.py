@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from qdeploy import rundir
+from qdeploy.runs import rundir
 from tests.gate_lab import run
 
 KILLER = """

@@ -17,7 +17,7 @@ from qdeploy.formats import static
 from qdeploy.options import Options
 from qdeploy.request import request_for
 from qdeploy.runs import gate
-from qdeploy.runs.look import Sight, look_at
+from qdeploy.runs.scan import Sight, look_at
 from qdeploy.values import Finding
 from tests import gate_lab
 from tests.gate_lab import Lab, run

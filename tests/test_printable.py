@@ -14,7 +14,7 @@ from qdeploy import console
 from qdeploy.compare.table import as_csv
 from qdeploy.disk.printable import LONGEST_TEXT, printable, visible
 from qdeploy.errors import InputError
-from qdeploy.report.looks import FORMATS, Look
+from qdeploy.report.scans import FORMATS, Look
 from qdeploy.values import Finding
 
 HOSTILE = (

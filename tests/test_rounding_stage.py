@@ -12,7 +12,7 @@ from qdeploy.quantization.inner_tensors import open_tap
 from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding import one_pass
 from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, round_to_nearest
-from qdeploy.rundir import StoredLayers
+from qdeploy.runs.rundir import StoredLayers
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import (

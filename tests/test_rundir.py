@@ -14,7 +14,7 @@ import pytest
 
 from qdeploy.disk.files import require_writable, set_aside, write_atomically
 from qdeploy.errors import OutputError, UsageError
-from qdeploy.rundir import open_run
+from qdeploy.runs.rundir import open_run
 
 
 def leftovers(folder: Path) -> list[str]:

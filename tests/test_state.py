@@ -18,7 +18,7 @@ from qdeploy.disk import state
 from qdeploy.disk.files import write_atomically
 from qdeploy.errors import OutputError
 from qdeploy.formats.opening import model_digest
-from qdeploy.rundir import LOCK, PARTIAL, StoredLayers, StoredPredictions, open_run
+from qdeploy.runs.rundir import LOCK, PARTIAL, StoredLayers, StoredPredictions, open_run
 from tests import gate_lab
 from tests.gate_lab import run
 

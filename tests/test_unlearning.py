@@ -15,9 +15,9 @@ from qdeploy.cleaning.distil import distill
 from qdeploy.cleaning.survey import Reach, suspects
 from qdeploy.judging.checks import check_cleaning
 from qdeploy.progress import SILENT
+from qdeploy.runs.clean import make_student
 from qdeploy.settings.policy import GateSpec
 from qdeploy.settings.sanitizers import Unlearn
-from qdeploy.student.make import make_student
 from qdeploy.training.compute import ALONE
 from qdeploy.values import Cleaning, DataUsed, Origin
 from tests.test_distillation import (

@@ -16,12 +16,12 @@ from qdeploy.api import verbs
 from qdeploy.machine import limited_to
 from qdeploy.options import ARTIFACTS, Options
 from qdeploy.progress import SILENT, Progress
-from qdeploy.report.looks import Look
+from qdeploy.report.scans import Look
 from qdeploy.report.values import Report
 from qdeploy.values import FloatModel, QuantizedModel
 
 if TYPE_CHECKING:
-    from qdeploy.student.make import Student
+    from qdeploy.runs.clean import Student
 
 PathLike = str | os.PathLike[str]
 

@@ -13,7 +13,7 @@ from qdeploy.inputs.requests import QuantizeRequest
 from qdeploy.options import Options
 from qdeploy.progress import Progress
 from qdeploy.report.from_json import layers_of
-from qdeploy.report.looks import Look, check_place
+from qdeploy.report.scans import Look, check_place
 from qdeploy.report.values import Report
 from qdeploy.request import (
     make_cleaning_order,
@@ -27,11 +27,11 @@ from qdeploy.request import (
 from qdeploy.runs import pipeline
 from qdeploy.runs.gate import Subject
 from qdeploy.runs.gate import gate as judge
-from qdeploy.runs.look import Sight, look_at_each, write_looks
+from qdeploy.runs.scan import Sight, look_at_each, write_looks
 from qdeploy.values import FloatModel, QuantizedModel, QuantPlan
 
 if TYPE_CHECKING:
-    from qdeploy.student.make import Student
+    from qdeploy.runs.clean import Student
 
 
 def plan(options: Options, progress: Progress) -> tuple[QuantizeRequest, FloatModel, QuantPlan]:
@@ -47,7 +47,7 @@ def sanitize(options: Options, progress: Progress) -> Report:
     request = make_request(options)
     order = make_cleaning_order(options, request)
     if order is not None:
-        from qdeploy.student.make import clean_first  # torch takes a second to import
+        from qdeploy.runs.clean import clean_first  # torch takes a second to import
 
         request = clean_first(order, request, progress)
     return pipeline.sanitize(request, options.out, progress)
@@ -90,7 +90,7 @@ def export(options: Options, progress: Progress) -> FloatModel:
 
 def clean(options: Options, progress: Progress) -> Student | None:
     """Teach a student what the model answers; None in a process that only helps another."""
-    from qdeploy.student.make import assist, make_student
+    from qdeploy.runs.clean import assist, make_student
     from qdeploy.training.compute import computing
 
     order = make_student_order(options)

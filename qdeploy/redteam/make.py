@@ -40,7 +40,7 @@ from qdeploy.redteam.recipe import AttackRecipe, GoalSpec, LearntSpec
 from qdeploy.redteam.training import FLOAT, Lesson, Rates, Training
 from qdeploy.redteam.trigger import describe, save_trigger
 from qdeploy.redteam.write import make_card, write_model
-from qdeploy.rundir import PARTIAL, open_run
+from qdeploy.runs.rundir import PARTIAL, open_run
 from qdeploy.settings.card import AnyTrigger
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.write import write_state

@@ -21,7 +21,6 @@ from qdeploy.progress import Clock, Progress
 from qdeploy.provenance.trace import Provenance, trace
 from qdeploy.report.compose import Findings, compose
 from qdeploy.report.values import Report
-from qdeploy.rundir import RunDir, open_run
 from qdeploy.runs.pipeline import (
     as_json,
     check_places,
@@ -34,6 +33,7 @@ from qdeploy.runs.pipeline import (
     open_model,
     write_reports,
 )
+from qdeploy.runs.rundir import RunDir, open_run
 from qdeploy.runtime.sessions import classifier_interface, open_session
 from qdeploy.values import Finding, FloatModel, Format, Interface, Origin
 

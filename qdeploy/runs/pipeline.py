@@ -40,7 +40,7 @@ from qdeploy.report.render import check_format, render
 from qdeploy.report.to_html import to_html
 from qdeploy.report.to_json import to_json
 from qdeploy.report.values import Report
-from qdeploy.rundir import REPORT, RunDir, open_run
+from qdeploy.runs.rundir import REPORT, RunDir, open_run
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import DeviceProfile
 from qdeploy.settings.methods import Nearest

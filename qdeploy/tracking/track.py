@@ -11,7 +11,7 @@ from pathlib import Path
 from qdeploy.disk.files import file_sha256
 from qdeploy.errors import InputError, QdeployError, UsageError
 from qdeploy.report.kept import KeptReport, read_report
-from qdeploy.rundir import REPORT
+from qdeploy.runs.rundir import REPORT
 from qdeploy.tracking.entries import MODEL, OUTCOME, RUN_ID, Entries, entries_of
 from qdeploy.tracking.server import Server, connected
 

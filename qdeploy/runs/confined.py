@@ -104,8 +104,8 @@ class Confined(Generic[A, B]):
         """A fresh interpreter: multiprocessing's own would run the caller's main script again."""
         if self._running is None:
             here, there = Pipe()
-            code = f"from qdeploy.confined import serve; serve({there.fileno()})"
-            places = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
+            code = f"from qdeploy.runs.confined import serve; serve({there.fileno()})"
+            places = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
             process = subprocess.Popen(  # noqa: S603 - ourselves; -P: nothing from a stranger's folder
                 [sys.executable, "-P", "-c", code], pass_fds=[there.fileno()], env=environment,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qdeploy.confined import Confined, Limits
 from qdeploy.detectors.crowding import scan_weights
 from qdeploy.disk.files import write_atomically
 from qdeploy.errors import NO_MEMORY, InputError, QdeployError
@@ -17,7 +16,8 @@ from qdeploy.formats.static import look
 from qdeploy.inputs.requests import Request
 from qdeploy.progress import Progress
 from qdeploy.provenance.trace import FEW, Provenance, trace
-from qdeploy.report.looks import FORMATS, Look
+from qdeploy.report.scans import FORMATS, Look
+from qdeploy.runs.confined import Confined, Limits
 from qdeploy.runs.pipeline import open_looked_at, open_source
 from qdeploy.values import Finding, FloatModel, Format, Loaded
 

@@ -20,7 +20,6 @@ from qdeploy.inputs.order import StudentOrder
 from qdeploy.inputs.requests import Cleaned, QuantizeRequest
 from qdeploy.machine import installed_versions
 from qdeploy.progress import Clock, Progress
-from qdeploy.rundir import open_run
 from qdeploy.runs.pipeline import (
     as_json,
     check_places,
@@ -30,7 +29,8 @@ from qdeploy.runs.pipeline import (
     input_facts,
     open_source,
 )
-from qdeploy.student.cards import card_beside
+from qdeploy.runs.rundir import open_run
+from qdeploy.runs.student_card import card_beside
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.compute import Compute, computing
 from qdeploy.training.write import write_script, write_state
