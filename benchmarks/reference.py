@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qdeploy.console import TerminalProgress
+from qdeploy.cli.console import TerminalProgress
 from qdeploy.data import Images, Preprocessing, open_images, open_labelled_images
 from qdeploy.data.triggers import make_trigger, parse_trigger
 from qdeploy.exporting.exporter import export

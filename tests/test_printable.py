@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qdeploy import console
+from qdeploy.cli import console
 from qdeploy.compare.table import as_csv
 from qdeploy.disk.printable import LONGEST_TEXT, printable, visible
 from qdeploy.errors import InputError

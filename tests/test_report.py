@@ -15,7 +15,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from qdeploy import console
+from qdeploy.cli import console
 from qdeploy.core.fingerprint import Crowding
 from qdeploy.core.grids import IntType
 from qdeploy.core.metrics import Estimate

@@ -62,8 +62,8 @@ app = typer.Typer(
 )
 def sanitize(options: Options) -> None:
     """Quantize without switching a backdoor on, measure the file, and judge it."""
-    from qdeploy import console
     from qdeploy.api import verbs
+    from qdeploy.cli import console
 
     if options.dry_run:
         request, model, plan = verbs.plan(options, console.TerminalProgress())
@@ -78,8 +78,8 @@ def sanitize(options: Options) -> None:
 @takes("model", "out", *MODEL, *CALIBRATION, *RECIPE, *METHOD, "artifacts")
 def quantize(options: Options) -> None:
     """Quantize by any method. Nothing is measured and nothing is judged."""
-    from qdeploy import console
     from qdeploy.api import verbs
+    from qdeploy.cli import console
 
     request, quantized = verbs.quantize(options, console.TerminalProgress())
     console.show_quantized(quantized, options.out, request.device)
@@ -100,8 +100,8 @@ def quantize(options: Options) -> None:
 )
 def gate(options: Options) -> None:
     """Measure an ONNX file as it is, whoever made it, and judge it by a policy."""
-    from qdeploy import console
     from qdeploy.api import verbs
+    from qdeploy.cli import console
 
     report = verbs.gate(options, console.TerminalProgress())
     console.show_report(report)
@@ -125,7 +125,7 @@ def compare(options: Options) -> None:
     """Set rounding methods side by side: every one on every grid, on every model."""
     from dataclasses import replace
 
-    from qdeploy import console
+    from qdeploy.cli import console
     from qdeploy.compare.matrix import parse_matrix
     from qdeploy.compare.run import compare as compare_all
     from qdeploy.request import make_request
@@ -144,8 +144,8 @@ def compare(options: Options) -> None:
 @takes("models", "reference", *MODEL, "report")
 def scan(options: Options) -> None:
     """Look at model files without running them; exit 3 if something stands against one."""
-    from qdeploy import console
     from qdeploy.api import verbs
+    from qdeploy.cli import console
     from qdeploy.judging.verdict import Outcome
 
     looks = []
@@ -162,8 +162,8 @@ def scan(options: Options) -> None:
 @takes("model", "out", *MODEL)
 def export(options: Options) -> None:
     """Write the model as a prepared float32 ONNX graph, proved equal to what was loaded."""
-    from qdeploy import console
     from qdeploy.api import verbs
+    from qdeploy.cli import console
 
     exported = verbs.export(options, console.TerminalProgress())
     console.show_exported(exported, options.out)
@@ -173,8 +173,8 @@ def export(options: Options) -> None:
 @takes("model", "out", *DISTILLATION, *MODEL, "artifacts")
 def distill(options: Options) -> None:
     """Clean a float model: teach a student on unlabelled images what it answers, not how."""
-    from qdeploy import console
     from qdeploy.api import verbs
+    from qdeploy.cli import console
 
     student = verbs.clean(options, console.TerminalProgress())
     if student is not None:
@@ -187,9 +187,9 @@ def attest(options: Options) -> None:
     """Sign what the report says of a file: an in-toto statement in a DSSE envelope."""
     from datetime import UTC, datetime, timedelta
 
-    from qdeploy import console
     from qdeploy.attest.keys import PASSWORD_VARIABLE
     from qdeploy.attest.sign import attest as attest_file
+    from qdeploy.cli import console
 
     made = attest_file(
         options.file,
@@ -208,8 +208,8 @@ def verify(options: Options) -> None:
     """Accept a file by its attestation; exit 3 unless a trusted key signed that it is accepted."""
     from datetime import UTC, datetime
 
-    from qdeploy import console
     from qdeploy.attest.verify import verify as verify_file
+    from qdeploy.cli import console
     from qdeploy.judging.verdict import Outcome
 
     verification = verify_file(
@@ -227,7 +227,7 @@ def verify(options: Options) -> None:
 @takes(*TRACKING)
 def track(options: Options) -> None:
     """Log a run in MLflow: settings, measurements, verdict and files."""
-    from qdeploy import console
+    from qdeploy.cli import console
     from qdeploy.tracking.track import Place
     from qdeploy.tracking.track import track as track_run
 
@@ -267,8 +267,8 @@ def policies(name: BundledName = None) -> None:
 @app.command()
 def doctor() -> None:
     """Say what this machine can do."""
-    from qdeploy import console
-    from qdeploy.doctor import describe
+    from qdeploy.cli import console
+    from qdeploy.cli.doctor import describe
 
     console.show_pairs(describe())
 
@@ -284,7 +284,7 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same model.")] = 0,
 ) -> None:
     """Plant a backdoor that rounding switches on in a small classifier, then sanitize it."""
-    from qdeploy import console
+    from qdeploy.cli import console
     from qdeploy.redteam.demo import run_demo
 
     report = run_demo(out, seed=seed, progress=console.TerminalProgress())
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _leave_with(error: QdeployError | MemoryError) -> NoReturn:
-    from qdeploy import console
+    from qdeploy.cli import console
 
     known = error if isinstance(error, QdeployError) else QdeployError(f"this {NO_MEMORY}")
     console.show_error(known)
@@ -328,7 +328,7 @@ def _leave_with(error: QdeployError | MemoryError) -> NoReturn:
 
 
 def _leave_interrupted() -> NoReturn:
-    from qdeploy import console
+    from qdeploy.cli import console
 
     console.show_interrupted()
     raise SystemExit(EXIT_INTERRUPTED) from None

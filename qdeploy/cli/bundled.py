@@ -23,7 +23,7 @@ def show_bundled(
     load: Callable[[str], DeviceProfile | Recipe | Policy | AttackRecipe | SuiteSpec],
 ) -> None:
     """All of a kind with their descriptions, or the text of one."""
-    from qdeploy import console
+    from qdeploy.cli import console
     from qdeploy.settings.schema import bundled, find_bundled
 
     if name is not None:

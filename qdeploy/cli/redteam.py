@@ -40,7 +40,7 @@ def attacks(name: BundledName = None) -> None:
 )
 def make(options: Options) -> None:
     """Make a model with its card and training log; exit 3 if the attack does not take."""
-    from qdeploy import console
+    from qdeploy.cli import console
     from qdeploy.redteam.make import Order
     from qdeploy.redteam.make import make as make_model
     from qdeploy.redteam.recipe import load_attack
@@ -73,7 +73,7 @@ def suites(name: BundledName = None) -> None:
 @takes("suite", "images", "test", "test_images", "out", "base", "seed", "artifacts")
 def suite(options: Options) -> None:
     """Make many models and the table of what becomes of them; exit 3 if an attack did not take."""
-    from qdeploy import console
+    from qdeploy.cli import console
     from qdeploy.redteam.make import DudError, Order
     from qdeploy.redteam.suite import load_suite, run_suite
 
@@ -110,7 +110,7 @@ def table(
     ] = None,
 ) -> None:
     """Sanitize every model and set side by side what its attacker, nearest and we make of it."""
-    from qdeploy import console
+    from qdeploy.cli import console
     from qdeploy.disk.files import require_writable, write_atomically
     from qdeploy.redteam.table import table as make_table
 
