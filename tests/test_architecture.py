@@ -38,7 +38,7 @@ LIBRARIES = {
     "onnxscript": {"graph", "exporting"},
     "torch": {
         "core", "architectures", "formats", "training", "exporting", "quantization", "cleaning",
-        "redteam", "runs",
+        "inputs", "redteam", "runs",
     },
     "PIL": {"data"},
     "threadpoolctl": {"quantization"},
