@@ -14,18 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
+from qdeploy.api.requests import quantize_request
+from qdeploy.api.settings import SanitizeSettings
 from qdeploy.exporting.exporter import export
 from qdeploy.formats.opening import load
 from qdeploy.inputs.opened import open_calibration, open_evidence
 from qdeploy.inputs.requests import Request
 from qdeploy.judging.rates import ArmRates, rates
-from qdeploy.options import Options
 from qdeploy.progress import SILENT
 from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
-from qdeploy.request import make_request
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.methods import EfrapDescent, Nearest, Rounding, Stochastic
@@ -63,7 +63,9 @@ class Bench:
         self.model: FloatModel = export(loaded, shape=sources.shape)
         plan = plan_layers(self.model, request.recipe, request.device)
         self.calibration = open_calibration(request, loaded, plan, SILENT)
-        self.evidence = open_evidence(request, self.model.classes, self.calibration.prints, SILENT)
+        self.evidence = open_evidence(
+            request, self.model.classes, [self.calibration.fitted], SILENT
+        )
 
     def plan(self, rounding: Rounding, activations: ActivationSpec) -> QuantPlan:
         changes = {"rounding": rounding, "activations": activations}
@@ -102,12 +104,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--arch")
-    parser.add_argument("--bits", choices=["4", "8"], default="4")
+    parser.add_argument("--bits", type=int, choices=[4, 8], default=4)
     given = parser.parse_args()
-    options = Options(
-        model=given.model, arch=given.arch, bits=given.bits, data_root=[Path("/")]
-    )  # a card of one's own may name any data
-    bench = Bench(make_request(options))
+    settings: SanitizeSettings = {"bits": given.bits, "data_roots": ["/"]}  # the card is one's own
+    if given.arch is not None:
+        settings["arch"] = given.arch
+    bench = Bench(quantize_request(given.model, settings))
     print(f"{'':<33}{'CDA %':>8}{'ASR %':>8}{'agree %':>8}{'flip %':>9}{'error %':>10}{'s':>8}")
     print(f"{'float32':<33}{figures(bench.measure(b'', 'fp32'))}")
     for name, (rounding, activations) in CHOICES.items():

@@ -23,16 +23,15 @@ from matplotlib.figure import Figure
 from sanitizers import measure
 from torch import Tensor
 
-from qdeploy.options import Options
-from qdeploy.request import make_request
-from qdeploy.runs.pipeline import open_source
+from qdeploy.api.requests import quantize_request
+from qdeploy.runs.opening import open_source
 
 FACTORS = "0,0.5,0.75,1,1.25,1.5,1.75,2"
 HEADER = "| model | students | factor | accuracy | ASR |\n|---|---|---|---|---|"
 
 
 def weights(model: Path) -> dict[str, Tensor]:
-    request = make_request(Options(model=model, data_root=[Path("/")]))
+    request = quantize_request(model, {"data_roots": ["/"]})
     return open_source(request.sources, run_code_from_model=False).content.state_dict()
 
 

@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from qdeploy.options import Options
+from qdeploy.api.requests import quantize_request
+from qdeploy.api.settings import SanitizeSettings
+from qdeploy.inputs.requests import QuantizeRequest
 from qdeploy.progress import SILENT, Clock
-from qdeploy.request import make_request
-from qdeploy.runs.pipeline import open_model
+from qdeploy.runs.opening import open_model
 from qdeploy.runtime.sessions import open_session
 
 PROGRAMS = Path(__file__).parent / "peers"
@@ -59,9 +60,8 @@ def contestants(aimet: str | None, iterations: int, steps: int) -> list[Contesta
     return [*ours, *peers]
 
 
-def prepare(folder: Path, options: Options, tests: int) -> tuple[np.ndarray, np.ndarray]:
+def prepare(folder: Path, request: QuantizeRequest, tests: int) -> tuple[np.ndarray, np.ndarray]:
     """Write what every tool reads; the float logits and the labels."""
-    request = make_request(options)
     _, model = open_model(request, Clock(SILENT))
     (folder / "float.onnx").write_bytes(model.onnx)
     count = request.recipe.calibration.images
@@ -116,16 +116,17 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=50, help="of AIMET, which means 10,000")
     parser.add_argument("--steps", type=int, default=0, help="of efrap-adam, which means 10,000")
     given = parser.parse_args()
-    options = Options(
-        model=given.model,
-        arch=given.arch,
-        calibration_images=given.images,
-        data_root=[Path("/")],  # a card of one's own may name any data
-    )
+    settings: SanitizeSettings = {
+        "calibration_images": given.images,
+        "data_roots": ["/"],  # a card of one's own may name any data
+    }
+    if given.arch is not None:
+        settings["arch"] = given.arch
+    request = quantize_request(given.model, settings)
     entrants = contestants(given.aimet, given.iterations, given.steps)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        float_logits, labels = prepare(folder, options, given.tests)
+        float_logits, labels = prepare(folder, request, given.tests)
         answers = float_logits.argmax(1)
         costs: dict[str, list[tuple[float, float]]] = {entrant.name: [] for entrant in entrants}
         lines: dict[str, str] = {}

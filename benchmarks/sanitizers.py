@@ -4,7 +4,7 @@
         [--methods unlearn,kd,bcu,asd,asd-paper] [--counts 5000,20000] [--seeds 3]
 
 Models need cards with test images and, for an ASR, a trigger. Students are made by `qdeploy
-distill` and kept in FOLDER/NAME/METHOD-COUNT-SEED; what is there is not made again, and an
+clean` and kept in FOLDER/NAME/METHOD-COUNT-SEED; what is there is not made again, and an
 interrupted one goes on. Rates are of the file re-read from disk and exported, under onnxruntime.
 Prints a table: mean and standard deviation over seeds, minutes of a student.
 """
@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from qdeploy.api.requests import quantize_request
+from qdeploy.api.settings import SanitizeSettings
 from qdeploy.exporting.exporter import export
-from qdeploy.inputs.opened import NO_PRINTS, open_evidence
+from qdeploy.inputs.opened import open_evidence
 from qdeploy.judging.rates import rates
-from qdeploy.options import Options
 from qdeploy.progress import SILENT
-from qdeploy.request import make_request
-from qdeploy.runs.pipeline import open_source
+from qdeploy.runs.opening import open_source
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.values import Arm
@@ -48,13 +48,15 @@ class Measured:
 def measure(
     model: Path, test_images: int | None, minutes: float, card: Path | None = None
 ) -> Measured:
-    anywhere = [Path("/")]  # a card of one's own may name any data
-    request = make_request(
-        Options(model=model, card=card, test_images=test_images, data_root=anywhere)
-    )
+    settings: SanitizeSettings = {"data_roots": ["/"]}  # a card of one's own may name any data
+    if card is not None:
+        settings["card"] = card
+    if test_images is not None:
+        settings["test_images"] = test_images
+    request = quantize_request(model, settings)
     loaded = open_source(request.sources, run_code_from_model=False)
     exported = export(loaded, shape=request.sources.shape)
-    evidence = open_evidence(request, exported.classes, NO_PRINTS, SILENT)
+    evidence = open_evidence(request, exported.classes, (), SILENT)
     if evidence.images is None:
         raise SystemExit(f"{model}: its card names no test images")
     arms = {Arm("fp32", "cpu"): open_session(exported.onnx, spinning=False)}
@@ -70,7 +72,7 @@ def student(
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         kind, _, schedule = method.partition("-")
-        command = [sys.executable, "-m", "qdeploy", "distill", str(model), "--out", str(out)]
+        command = [sys.executable, "-m", "qdeploy", "clean", str(model), "--out", str(out)]
         command += ["--images", str(given.images), "--image-count", str(count), "--seed", str(seed)]
         command += ["--sanitizer", kind, "--schedule", schedule or "short"]
         subprocess.run(

@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from qdeploy.api.keywords import clean, export, gate, quantize, sanitize, scan
+    from qdeploy.api.verbs import clean, export, gate, quantize, sanitize, scan
     from qdeploy.data.triggers import Trigger
     from qdeploy.errors import QdeployError
     from qdeploy.judging.verdict import Check, Outcome
@@ -59,16 +59,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("clean", "export", "gate", "quantize", "sanitize", "scan"), "api.keywords"),
-    **dict.fromkeys(("Check", "Outcome"), "verdict"),
-    **dict.fromkeys(("FloatModel", "QuantizedModel"), "model"),
-    "DeviceProfile": "device",
-    "Look": "report.looks",
-    "Policy": "policy",
+    **dict.fromkeys(("clean", "export", "gate", "quantize", "sanitize", "scan"), "api.verbs"),
+    **dict.fromkeys(("Check", "Outcome"), "judging.verdict"),
+    **dict.fromkeys(("FloatModel", "QuantizedModel"), "values"),
+    "DeviceProfile": "settings.device",
+    "Look": "report.scans",
+    "Policy": "settings.policy",
     "QdeployError": "errors",
-    "Recipe": "recipe",
+    "Recipe": "settings.recipe",
     "Report": "report.values",
-    "Trigger": "triggers",
+    "Trigger": "data.triggers",
 }
 
 

@@ -16,6 +16,8 @@ from qdeploy.core.patches import Window
 from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.settings.recipe import WeightGridSpec
 
+STANDARD_DOMAINS = frozenset({"", "ai.onnx"})  # of operators that the ONNX standard defines
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -212,6 +214,7 @@ class QuantizedModel:
     onnx: bytes
     layers: tuple[RoundedLayer, ...]
     left_float: tuple[FloatLayer, ...]
+    misfit: str | None = None  # what of the device's figures this machine cannot give
 
 
 @dataclass(frozen=True, slots=True)

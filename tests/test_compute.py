@@ -37,7 +37,7 @@ from tests.test_distillation import (
 
 ROOT = Path(__file__).parents[1]
 TWO = Compute(torch.device("cpu"), 0, 2)
-COMMAND = ("distill", "model.pt", "--out", "student.pt", "--images", "images.npz")
+COMMAND = ("clean", "model.pt", "--out", "student.pt", "--images", "images.npz")
 ARCHITECTURE = 'architecture = "qdeploy:resnet18"\narguments = { width = 4, channels = 1 }\n'
 
 SPECS: dict[str, Sanitizer] = {

@@ -26,7 +26,7 @@ from qdeploy.cli import main
 from qdeploy.core.distillation import attention_shift_loss, kd_loss, kd_share
 from qdeploy.data import Images, Preprocessing, images_from_array
 from qdeploy.errors import DivergedError, InputError, PlanError, UsageError
-from qdeploy.inputs.order import StudentOrder
+from qdeploy.inputs.requests import CleanRequest
 from qdeploy.inputs.sources import Given, resolve
 from qdeploy.progress import SILENT
 from qdeploy.runs.clean import make_student
@@ -428,7 +428,7 @@ def run(*arguments: str) -> int:
 @pytest.mark.slow
 def test_the_command_writes_a_student_with_card_log_and_plot(work, capsys):
     (work / "out").mkdir()
-    command = ("distill", "model.pt", "--out", "out/student.pt", "--images", "images.npz",
+    command = ("clean", "model.pt", "--out", "out/student.pt", "--images", "images.npz",
                "--sanitizer", "asd", "--epochs", "2", "--watch", "layer4.*.conv1",
                "--image-count", "48")  # fmt: skip
     assert run(*command) == 0
@@ -451,9 +451,9 @@ def test_the_command_writes_a_student_with_card_log_and_plot(work, capsys):
     assert list(work.glob("model*.onnx"))
 
 
-def order(work: Path, artifacts: str) -> StudentOrder:
+def order(work: Path, artifacts: str) -> CleanRequest:
     asd = Asd(epochs=5, batch=16, keep_from=2, kd_share=((0, 0.0), (1, 0.0), (2, 0.9), (3, 1.0)))
-    return StudentOrder(
+    return CleanRequest(
         sources=resolve(work / "model.pt", Given()),
         spec=asd,
         images=work / "images.npz",
@@ -494,6 +494,13 @@ def test_an_interrupted_run_goes_on_and_ends_at_the_same_bytes(work):
     assert (work / "halved.pt").read_bytes() == (work / "whole.pt").read_bytes()
 
 
+def test_its_old_name_works_for_a_while_and_says_so(work, capsys):
+    assert run("distill", "none.pt", "--out", "s.pt", "--images", "images.npz") == 2
+    said = capsys.readouterr().err
+    assert "The command 'distill' is deprecated." in said
+    assert "model none.pt: has no model card" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -517,7 +524,7 @@ def test_an_interrupted_run_goes_on_and_ends_at_the_same_bytes(work):
 )
 def test_what_cannot_be_is_one_line(work, capsys, arguments, error):
     images = () if "--images" in arguments else ("--images", "images.npz")
-    assert run("distill", "model.pt", *images, *arguments) == 2
+    assert run("clean", "model.pt", *images, *arguments) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1
     assert error in said[0]

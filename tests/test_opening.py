@@ -5,17 +5,15 @@ from __future__ import annotations
 import shutil
 import zipfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import onnxruntime as ort
 import pytest
 import torch
 
+from qdeploy.api.requests import quantize_request
 from qdeploy.architectures.digits import DigitsNet
 from qdeploy.formats import static
-from qdeploy.options import Options
-from qdeploy.request import request_for
 from qdeploy.runs import gate
 from qdeploy.runs.scan import Sight, look_at
 from qdeploy.values import Finding
@@ -34,9 +32,8 @@ def test_scan_hands_no_file_to_a_runtime(lab, monkeypatch):
         raise AssertionError("a session was opened")
 
     monkeypatch.setattr(ort, "InferenceSession", refuse)
-    request_of = partial(request_for, Options())
-    alone = look_at(Sight(Path("clean.onnx"), request_of))
-    beside = look_at(Sight(Path("ort-channel.onnx"), request_of, Path("fp32.onnx")))
+    alone = look_at(Sight(Path("clean.onnx"), quantize_request))
+    beside = look_at(Sight(Path("ort-channel.onnx"), quantize_request, Path("fp32.onnx")))
     assert (alone.failed, beside.failed) == (None, None)
     assert alone.scan is not None
     assert beside.not_scanned == "they are integers already"

@@ -16,7 +16,7 @@ from qdeploy.redteam.make import Made, Order, make
 from qdeploy.redteam.recipe import AttackRecipe, load_attack
 from qdeploy.redteam.table import table
 from qdeploy.report.values import Report
-from qdeploy.runs.pipeline import sanitize
+from qdeploy.runs.sanitize import sanitize
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import Nearest
 from qdeploy.settings.policy import load_policy

@@ -1,30 +1,42 @@
-"""What the commands do, from what was asked to what came of it.
+"""The verbs as functions with keywords, for programs, notebooks and the command line.
 
-The command line and the Python API call these. Nothing here prints, parses or exits.
+Errors are `QdeployError`, each with the exit code that the command line leaves with. Nothing here
+prints, parses or exits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Unpack
 
+from qdeploy.api.requests import (
+    any_settings,
+    clean_request,
+    gate_request,
+    quantize_request,
+    refuse_lost_models,
+    with_private_seed,
+)
+from qdeploy.api.settings import (
+    CleanSettings,
+    GateSettings,
+    ModelSettings,
+    PathLike,
+    QuantizeSettings,
+    SanitizeSettings,
+    ScanSettings,
+    call_of,
+    check_keywords,
+)
 from qdeploy.inputs.requests import QuantizeRequest
-from qdeploy.options import Options
-from qdeploy.progress import Progress
+from qdeploy.machine import limited_to
+from qdeploy.progress import SILENT, Progress
 from qdeploy.report.from_json import layers_of
 from qdeploy.report.scans import Look, check_place
 from qdeploy.report.values import Report
-from qdeploy.request import (
-    make_cleaning_order,
-    make_gate_request,
-    make_request,
-    make_student_order,
-    refuse_lost_models,
-    request_for,
-    with_private_seed,
-)
-from qdeploy.runs import pipeline
+from qdeploy.runs import sanitize as runs
 from qdeploy.runs.gate import Subject
 from qdeploy.runs.gate import gate as judge
 from qdeploy.runs.scan import Sight, look_at_each, write_looks
@@ -34,68 +46,181 @@ if TYPE_CHECKING:
     from qdeploy.runs.clean import Student
 
 
-def plan(options: Options, progress: Progress) -> tuple[QuantizeRequest, FloatModel, QuantPlan]:
+class Planned(NamedTuple):
     """What `sanitize` would do, and to what."""
-    request = make_request(options)
-    make_cleaning_order(options, request)
-    return request, *pipeline.make_plan(request, progress)
+
+    request: QuantizeRequest
+    model: FloatModel
+    plan: QuantPlan
 
 
-def sanitize(options: Options, progress: Progress) -> Report:
-    """Clean the float model if that was asked for, quantize, measure the file, and judge it."""
-    options = with_private_seed(options)
-    request = make_request(options)
-    order = make_cleaning_order(options, request)
-    if order is not None:
-        from qdeploy.runs.clean import clean_first  # torch takes a second to import
+def sanitize(
+    model: PathLike,
+    out: PathLike,
+    *,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+    **settings: Unpack[SanitizeSettings],
+) -> Report:
+    """Quantize without switching a backdoor on, measure the written file, and judge it.
 
-        request = clean_first(order, request, progress)
-    return pipeline.sanitize(request, options.out, progress)
+    The file is at `out` only if it is accepted; `Report.output` says where it is.
 
+    Args:
+        threads: Of onnxruntime and of the rounding; one per core if not given.
 
-def quantize(options: Options, progress: Progress) -> tuple[QuantizeRequest, QuantizedModel]:
-    """Quantize by any method, and judge nothing."""
-    request = make_request(with_private_seed(options))
-    return request, pipeline.quantize(request, options.out, progress)
-
-
-def gate(options: Options, progress: Progress) -> Report:
-    """Measure an ONNX file as it is, and judge it by a policy."""
-    known = layers_of(options.made_by) if options.made_by is not None else frozenset()
-    subject = Subject(options.file, options.reference is not None, known)
-    return judge(make_gate_request(options), subject, progress)
-
-
-def scan(options: Options, progress: Progress) -> Iterator[Look]:
-    """Look at model files without running them; what is seen of each, as soon as it is.
-
-    The reports that were asked for are written when the last has been looked at.
+    Raises:
+        QdeployError: bad input, or something is missing on this machine.
     """
-    for path in options.report or ():
-        check_place(path)
-    refuse_lost_models(options)
-    request_of = partial(request_for, options)
-    sights = [Sight(path, request_of, options.reference) for path in options.models or ()]
+    check_keywords("sanitize", settings, SanitizeSettings)
+    settings["command"] = call_of("sanitize", (model, out), settings)
+    settings = with_private_seed(Path(model), settings)
+    with limited_to(threads):
+        request = quantize_request(Path(model), settings, out=Path(out))
+        return runs.sanitize(request, Path(out), progress)
+
+
+def plan(
+    model: PathLike,
+    out: PathLike,
+    *,
+    progress: Progress = SILENT,
+    **settings: Unpack[SanitizeSettings],
+) -> Planned:
+    """What `sanitize` would do. Nothing is written, and no image is read.
+
+    Raises:
+        QdeployError: as `sanitize`.
+    """
+    check_keywords("plan", settings, SanitizeSettings)
+    request = quantize_request(Path(model), settings, out=Path(out))
+    return Planned(request, *runs.make_plan(request, progress))
+
+
+def quantize(
+    model: PathLike,
+    out: PathLike,
+    *,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+    **settings: Unpack[QuantizeSettings],
+) -> QuantizedModel:
+    """Quantize by any method. Nothing is measured and nothing is judged.
+
+    Raises:
+        QdeployError: as `sanitize`.
+    """
+    check_keywords("quantize", settings, QuantizeSettings)
+    said = with_private_seed(Path(model), any_settings(settings))
+    with limited_to(threads):
+        return runs.quantize(
+            quantize_request(Path(model), said, out=Path(out)), Path(out), progress
+        )
+
+
+def gate(
+    file: PathLike,
+    *,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+    **settings: Unpack[GateSettings],
+) -> Report:
+    """Measure an ONNX file as it is, whoever made it, and judge it by a policy.
+
+    Raises:
+        QdeployError: as `sanitize`.
+    """
+    check_keywords("gate", settings, GateSettings)
+    settings["command"] = call_of("gate", (file,), settings)
+    made_by = settings.get("made_by")
+    known = layers_of(Path(made_by)) if made_by is not None else frozenset()
+    subject = Subject(Path(file), "reference" in settings, known)
+    with limited_to(threads):
+        return judge(gate_request(Path(file), settings), subject, progress)
+
+
+def scan(
+    *files: PathLike, progress: Progress = SILENT, **settings: Unpack[ScanSettings]
+) -> tuple[Look, ...]:
+    """What model files hold, none of them run; one that cannot be read says so in `Look.failed`.
+
+    Raises:
+        QdeployError: a report cannot be written.
+    """
+    check_keywords("scan", settings, ScanSettings)
+    return tuple(scan_each(files, progress, settings))
+
+
+def scan_each(
+    files: Sequence[PathLike], progress: Progress, settings: ScanSettings
+) -> Iterator[Look]:
+    """What is seen of each file, as soon as it is; the reports are written after the last."""
+    paths, reports = [Path(file) for file in files], settings.get("reports", ())
+    for place in reports:
+        check_place(Path(place))
+    refuse_lost_models(paths, settings)
+    reference = settings.get("reference")
+    request_of = partial(quantize_request, settings=any_settings(settings))
+    float_model = Path(reference) if reference is not None else None
     looks = []
-    for look in look_at_each(sights, progress):
+    for look in look_at_each([Sight(path, request_of, float_model) for path in paths], progress):
         looks.append(look)
         yield look
-    write_looks(looks, options.report or ())
+    write_looks(looks, tuple(map(Path, reports)))
 
 
-def export(options: Options, progress: Progress) -> FloatModel:
-    """Write the prepared float model."""
-    return pipeline.export_file(make_request(options), options.out, progress)
+def export(
+    model: PathLike,
+    out: PathLike,
+    *,
+    progress: Progress = SILENT,
+    **settings: Unpack[ModelSettings],
+) -> FloatModel:
+    """Write the model as a prepared float32 ONNX graph, proved equal to what was loaded.
+
+    Raises:
+        QdeployError: as `sanitize`.
+    """
+    check_keywords("export", settings, ModelSettings)
+    request = quantize_request(Path(model), any_settings(settings), out=Path(out))
+    return runs.export_file(request, Path(out), progress)
 
 
-def clean(options: Options, progress: Progress) -> Student | None:
-    """Teach a student what the model answers; None in a process that only helps another."""
+def clean(
+    model: PathLike,
+    images: PathLike,
+    out: PathLike,
+    *,
+    progress: Progress = SILENT,
+    **settings: Unpack[CleanSettings],
+) -> Student:
+    """Clean a float model: teach a student on unlabelled images what it answers, not how.
+
+    Raises:
+        QdeployError: as `sanitize`.
+    """
+    student = clean_or_assist(model, images, out, progress=progress, **settings)
+    assert student is not None  # noqa: S101 - one process alone
+    return student
+
+
+def clean_or_assist(
+    model: PathLike,
+    images: PathLike,
+    out: PathLike,
+    *,
+    progress: Progress = SILENT,
+    **settings: Unpack[CleanSettings],
+) -> Student | None:
+    """`clean` in one of several processes that compute together; None in all but the main one."""
     from qdeploy.runs.clean import assist, make_student
     from qdeploy.training.compute import computing
 
-    order = make_student_order(options)
-    with computing(order.accelerator) as compute:
+    check_keywords("clean", settings, CleanSettings)
+    settings["command"] = call_of("clean", (model, images, out), settings)
+    request = clean_request(Path(model), Path(images), Path(out), settings)
+    with computing(request.accelerator) as compute:
         if compute.main:
-            return make_student(order, compute, progress)
-        assist(order, compute)
+            return make_student(request, compute, progress)
+        assist(request, compute)
         return None

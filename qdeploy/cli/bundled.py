@@ -31,3 +31,24 @@ def show_bundled(
         console.show_text(find_bundled(kind, name).read_text("utf-8"))
     else:
         console.show_pairs((key, load(key).description) for key in bundled(kind))
+
+
+def devices(name: BundledName = None) -> None:
+    """List the device profiles, or show one."""
+    from qdeploy.settings.device import load_device
+
+    show_bundled("devices", name, load_device)
+
+
+def recipes(name: BundledName = None) -> None:
+    """List the recipes, or show one."""
+    from qdeploy.settings.recipe import load_recipe
+
+    show_bundled("recipes", name, load_recipe)
+
+
+def policies(name: BundledName = None) -> None:
+    """List the policies, or show one."""
+    from qdeploy.settings.policy import KIND, load_policy
+
+    show_bundled(KIND, name, load_policy)

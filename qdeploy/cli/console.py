@@ -302,7 +302,9 @@ def show_plan(model: FloatModel, plan: QuantPlan, recipe: Recipe, device: Device
         f"  recipe {printable(recipe.name)}, device {printable(device.name)} ({runs}),"
         f" seed {recipe.seed}"
     )
-    _show_misfit(device)
+    from qdeploy.settings.device import misfit
+
+    _show_misfit(misfit(device))
     console.print(
         f"  accepted if CDA drops by at most {gate.max_accuracy_drop:g} points, agreement is at "
         f"least {gate.min_agreement:g} %,\n  ASR at most {gate.max_attack_success:g} % and at most "
@@ -315,15 +317,12 @@ def show_plan(model: FloatModel, plan: QuantPlan, recipe: Recipe, device: Device
     console.print(f"  model {printable(model.origin.path)}, {model.classes} classes")
 
 
-def _show_misfit(device: DeviceProfile) -> None:
-    from qdeploy.settings.device import misfit
-
-    unfit = misfit(device)
+def _show_misfit(unfit: str | None) -> None:
     if unfit is not None:
         out().print(Text(f"  {printable(unfit)}", style="yellow"))
 
 
-def show_quantized(quantized: QuantizedModel, path: Path, device: DeviceProfile) -> None:
+def show_quantized(quantized: QuantizedModel, path: Path) -> None:
     weights = sum(layer.codes.size for layer in quantized.layers)
     console = out()
     console.print(
@@ -335,7 +334,7 @@ def show_quantized(quantized: QuantizedModel, path: Path, device: DeviceProfile)
             console.print(
                 Text(f"  {printable(layer.name)}: {printable(layer.degraded)}", style="yellow")
             )
-    _show_misfit(device)
+    _show_misfit(quantized.misfit)
     for left in quantized.left_float:
         console.print(
             Text(f"  {printable(left.name)} stays float: {printable(left.reason)}", style="yellow")

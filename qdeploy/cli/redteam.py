@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from qdeploy.cli.bundled import BundledName, show_bundled
-from qdeploy.options import ARTIFACTS, Options, takes
+from qdeploy.cli.options import ARTIFACTS, ArchArgs, Artifacts, Out, Seed, TestImages, option
+
+TrainingImages = Annotated[
+    str,
+    option(
+        "--data",
+        "digits; or training images: sub-folder per class (folder or zip), or npz.",
+        "Attack",
+    ),
+]
+Test = Annotated[
+    Path | None,
+    option("--test", "Labelled images: sub-folder per class (folder or zip), or npz.", "Data"),
+]
+Base = Annotated[
+    Path | None,
+    option("--base", "Clean model to start from; else one is trained and kept.", "Attack"),
+]
 
 redteam = typer.Typer(
     no_args_is_help=True,
@@ -26,37 +43,42 @@ def attacks(name: BundledName = None) -> None:
 
 
 @redteam.command("make")
-@takes(
-    "attack",
-    "network",
-    "arch_args",
-    "images",
-    "test",
-    "bits",
-    "out",
-    "base",
-    "seed",
-    "artifacts",
-)
-def make(options: Options) -> None:
+def make(
+    attack: Annotated[
+        str, option("--attack", "Name (see qdeploy redteam attacks) or TOML file.", "Attack")
+    ],
+    network: Annotated[
+        str, option("--arch", "alexnet, digits, mobilenetv2, resnet18, vgg16 or vit.", "Attack")
+    ],
+    data: TrainingImages,
+    out: Out,
+    arch_args: ArchArgs = None,
+    test: Test = None,
+    bits: Annotated[
+        Literal["4", "8"] | None, option("--bits", "Bits of a weight.", "Quantization")
+    ] = None,
+    base: Base = None,
+    seed: Seed = None,
+    artifacts: Artifacts = ARTIFACTS,
+) -> None:
     """Make a model with its card and training log; exit 3 if the attack does not take."""
     from qdeploy.cli import console
+    from qdeploy.cli.options import parse_arguments
     from qdeploy.redteam.make import Order
     from qdeploy.redteam.make import make as make_model
     from qdeploy.redteam.recipe import load_attack
-    from qdeploy.request import parse_arguments
 
     order = Order(
-        recipe=load_attack(options.attack),
-        architecture=options.network,
-        arguments=parse_arguments(options.arch_args) or {},
-        data=options.images,
-        test=options.test,
-        bits=int(options.bits or 4),
-        out=options.out,
-        artifacts=options.artifacts,
-        base=options.base,
-        seed=options.seed or 0,
+        recipe=load_attack(attack),
+        architecture=network,
+        arguments=parse_arguments(arch_args) or {},
+        data=data,
+        test=test,
+        bits=int(bits or 4),
+        out=out,
+        artifacts=artifacts,
+        base=base,
+        seed=seed or 0,
     )
     console.show_pairs(make_model(order, console.TerminalProgress()).lines())
 
@@ -70,30 +92,24 @@ def suites(name: BundledName = None) -> None:
 
 
 @redteam.command("suite")
-@takes("suite", "images", "test", "test_images", "out", "base", "seed", "artifacts")
-def suite(options: Options) -> None:
+def suite(
+    suite: Annotated[str, typer.Argument(help="Name (see qdeploy redteam suites) or TOML file.")],
+    data: TrainingImages,
+    out: Out,
+    test: Test = None,
+    test_images: TestImages = None,
+    base: Base = None,
+    seed: Seed = None,
+    artifacts: Artifacts = ARTIFACTS,
+) -> None:
     """Make many models and the table of what becomes of them; exit 3 if an attack did not take."""
     from qdeploy.cli import console
     from qdeploy.redteam.make import DudError, Order
     from qdeploy.redteam.suite import load_suite, run_suite
 
-    order_of = partial(
-        Order,
-        data=options.images,
-        test=options.test,
-        artifacts=options.artifacts,
-        base=options.base,
-        seed=options.seed or 0,
-    )
+    order_of = partial(Order, data=data, test=test, artifacts=artifacts, base=base, seed=seed or 0)
     progress = console.TerminalProgress()
-    result = run_suite(
-        load_suite(options.suite),
-        options.out,
-        order_of,
-        options.artifacts,
-        progress,
-        images=options.test_images,
-    )
+    result = run_suite(load_suite(suite), out, order_of, artifacts, progress, images=test_images)
     console.show_text(result.table)
     if result.duds:
         raise DudError(f"did not take: {', '.join(result.duds)}")

@@ -15,7 +15,7 @@ from qdeploy.compare.matrix import Cell
 from qdeploy.data import Images
 from qdeploy.disk.files import write_atomically
 from qdeploy.errors import UsageError
-from qdeploy.inputs.opened import Evidence, open_calibration, open_evidence
+from qdeploy.inputs.opened import Evidence, Fitted, open_calibration, open_evidence
 from qdeploy.inputs.requests import QuantizeRequest
 from qdeploy.judging.rates import ArmRates, rates
 from qdeploy.progress import Clock, Progress
@@ -23,7 +23,7 @@ from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
-from qdeploy.runs.pipeline import open_model
+from qdeploy.runs.opening import open_model
 from qdeploy.runtime.measure import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.methods import EfrapDescent
@@ -65,7 +65,11 @@ class Study:
             prints = () if images is None else images.fingerprints(progress)
             digests[seed] = None if images is None else images.digest(prints)
             fitted.update(prints)
-        evidence = open_evidence(request, model.classes, frozenset(fitted), progress)
+        given = request.sources.calibration
+        known = (
+            [] if given is None else [Fitted(frozenset(fitted), f"calibration data {given.path}")]
+        )
+        evidence = open_evidence(request, model.classes, known, progress)
         if evidence.images is None:
             raise UsageError(
                 f"model {request.sources.model}: there is nothing to compare on",

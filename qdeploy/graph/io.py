@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qdeploy.formats.onnx.nodes import STANDARD_DOMAINS
+from qdeploy.values import STANDARD_DOMAINS
 
 PRODUCER = "qdeploy"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,9 +27,17 @@ class Calibration:
     """The images that scales and integers are fitted to."""
 
     images: Images | None  # None: weights only, by a method that looks at no images
-    prints: frozenset[bytes]
+    fitted: Fitted
     used: tuple[DataUsed, ...]
     synthetic: str | None  # how the images were made, if nobody gave any
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Images that the model was fitted to: it must not be judged on them."""
+
+    prints: frozenset[bytes]
+    what: str  # as an error says it; empty where nobody gave them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,19 +65,21 @@ def open_calibration(
     """
     images, given_by, synthetic = _calibration_images(request, loaded, plan, progress)
     if images is None:
-        return Calibration(None, frozenset(), (), None)
+        return Calibration(None, Fitted(NO_PRINTS, ""), (), None)
     prints = images.fingerprints(progress)
     used = DataUsed("calibration", images.name, len(images), images.digest(prints), given_by)
-    return Calibration(images, frozenset(prints), (used,), synthetic)
+    given = request.sources.calibration
+    fitted = Fitted(frozenset(prints), "" if given is None else f"calibration data {given.path}")
+    return Calibration(images, fitted, (used,), synthetic)
 
 
 def open_evidence(
-    request: Request, classes: int, fitted: frozenset[bytes], progress: Progress
+    request: Request, classes: int, fitted: Sequence[Fitted], progress: Progress
 ) -> Evidence:
     """The test images and triggers, read once to prove that they can be trusted.
 
     Args:
-        fitted: Fingerprints of the images that the model is fitted to.
+        fitted: What the model was fitted to.
 
     Raises:
         InputError: an image is damaged or among those `fitted`, a label is no class, or a trigger
@@ -85,12 +95,12 @@ def open_evidence(
     if images is None or sources.test is None:
         return Evidence(None, triggers, used)
     prints = images.fingerprints(progress)
-    shared = len(fitted.intersection(prints))
-    fitted_to = _fitted_to(request)
-    if shared and fitted_to:
+    given = [known for known in fitted if known.what and known.prints.intersection(prints)]
+    if given:
+        shared = len(frozenset().union(*(known.prints for known in given)).intersection(prints))
+        named = " or the ".join(known.what for known in given)
         raise InputError(
-            f"data: {shared} images are in both the {fitted_to} and the test data"
-            f" {sources.test.path}",
+            f"data: {shared} images are in both the {named} and the test data {sources.test.path}",
             hint="a model must be judged on images that it was not fitted to",
         )
     usable = distinct(images, prints)
@@ -100,16 +110,6 @@ def open_evidence(
     changed = seen(triggers, images)
     notes = (*usable.notes, *described(images, classes), *hidden(changed))
     return Evidence(images, triggers, (test, *used), changed, notes)
-
-
-def _fitted_to(request: Request) -> str:
-    """The images that somebody gave to fit the model to, as an error says it; empty for none."""
-    calibration, found = request.sources.calibration, []
-    if calibration is not None:
-        found.append(f"calibration data {calibration.path}")
-    if isinstance(request, QuantizeRequest) and request.cleaned is not None:
-        found.append(f"images {request.cleaned.cleaning.images.name} that it was cleaned with")
-    return " or the ".join(found)
 
 
 def _calibration_images(

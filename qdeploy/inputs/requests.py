@@ -9,8 +9,8 @@ from qdeploy.inputs.sources import Sources
 from qdeploy.settings.device import DeviceProfile
 from qdeploy.settings.policy import Policy
 from qdeploy.settings.recipe import Recipe
+from qdeploy.settings.sanitizers import Sanitizer
 from qdeploy.settings.waivers import Waiver
-from qdeploy.values import Cleaning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,19 +27,26 @@ class Request:
     ended: tuple[Waiver, ...] = ()  # of the policy, which waive nothing any more
 
 
-@dataclass(frozen=True, slots=True)
-class Cleaned:
-    """The float model is a sanitizer's work: from what, and how."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CleanRequest:
+    """A float model that is to be cleaned: how, and where the student goes."""
 
-    teacher: Sources
-    cleaning: Cleaning
-    prints: frozenset[bytes]  # of the images that it was done with
+    sources: Sources
+    spec: Sanitizer
+    images: Path  # unlabelled; labels are not looked at
+    image_count: int | None  # at most; None for all
+    seed: int
+    out: Path
+    artifacts: Path
+    accelerator: str = "cpu"  # where to train
+    command: str = ""
+    run_code_from_model: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeRequest(Request):
-    """The same for a file that is still to be made; its policy is the recipe's."""
+    """The same as `Request` for a file that is still to be made; its policy is the recipe's."""
 
     recipe: Recipe
     synthetic_calibration: bool = False
-    cleaned: Cleaned | None = None
+    cleaning: CleanRequest | None = None  # how the float model is cleaned first, if it is

@@ -15,7 +15,6 @@ from onnx_ir.passes import common
 
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.formats.onnx.integer_operators import PAIR, to_pairs
-from qdeploy.formats.onnx.nodes import STANDARD_DOMAINS
 from qdeploy.formats.onnx.reading import QUANTIZATION_OPS, check, parse_proto
 from qdeploy.formats.onnx.tensors import constant
 from qdeploy.graph.io import serialize, to_ir
@@ -23,6 +22,7 @@ from qdeploy.graph.prepare import folded_batchnorm, prepare
 from qdeploy.graph.sites import WEIGHTED
 from qdeploy.provenance.clips import RANGE_OP, Range, nonnegative, range_mark
 from qdeploy.provenance.stored import StoredGrid, StoredTensor, read_grid
+from qdeploy.values import STANDARD_DOMAINS
 
 STORED_NAME = re.compile(r"(.+?)[._](?:quantized|quant|q)", re.DOTALL)  # ours, and the runtime's
 

@@ -11,7 +11,7 @@ from qdeploy.redteam.datasets import DIGITS
 from qdeploy.redteam.make import Order, make
 from qdeploy.redteam.recipe import load_attack
 from qdeploy.report.values import Report
-from qdeploy.runs.pipeline import sanitize
+from qdeploy.runs.sanitize import sanitize
 from qdeploy.settings.device import load_device
 from qdeploy.settings.policy import load_policy
 from qdeploy.settings.recipe import load_recipe

@@ -22,7 +22,7 @@ from qdeploy.progress import Progress
 from qdeploy.redteam.make import LOG, MODEL, QUANTIZED, VICTIM
 from qdeploy.redteam.training import FLOAT
 from qdeploy.runs.gate import Subject, gate
-from qdeploy.runs.pipeline import sanitize
+from qdeploy.runs.sanitize import sanitize
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import load_device
 from qdeploy.settings.recipe import load_recipe

@@ -16,21 +16,15 @@ from qdeploy.cleaning.distil import Distilled, Setting, Surveyed, distill
 from qdeploy.data import Images, open_images
 from qdeploy.disk.files import require_writable, set_aside, write_atomically
 from qdeploy.errors import UsageError
-from qdeploy.inputs.order import StudentOrder
-from qdeploy.inputs.requests import Cleaned, QuantizeRequest
+from qdeploy.inputs.requests import CleanRequest
 from qdeploy.machine import installed_versions
 from qdeploy.progress import Clock, Progress
-from qdeploy.runs.pipeline import (
-    as_json,
-    check_places,
-    check_providers,
-    data_facts,
-    facts_id,
-    input_facts,
-    open_source,
-)
+from qdeploy.runs.opening import open_source
+from qdeploy.runs.run_id import data_facts, facts_id, input_facts
 from qdeploy.runs.rundir import open_run
 from qdeploy.runs.student_card import card_beside
+from qdeploy.runs.writing import as_json
+from qdeploy.settings.sanitizers import Sanitizer
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.compute import Compute, computing
 from qdeploy.training.write import write_script, write_state
@@ -50,15 +44,31 @@ class Student:
     classes: tuple[str, ...]  # names, where the card has them
     images: DataUsed
     prints: frozenset[bytes]  # of these images
-    kind: str  # of the sanitizer, with its schedule
     seconds: float
     written: tuple[Path, ...]
+    spec: Sanitizer
+
+    def cleaning(self) -> Cleaning:
+        """What the report says of it."""
+        result, surveyed = self.result, self.result.surveyed
+        return Cleaning(
+            origin=self.origin,
+            sanitizer=self.spec.model_dump(mode="json"),
+            images=self.images,
+            student=str(self.path),
+            epochs=len(result.history),
+            suspicious=None if surveyed is None else surveyed.suspects,
+            remaining=None if surveyed is None else surveyed.remaining,
+            agreement=result.agreement,
+            seconds=self.seconds,
+        )
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """What a person wants to know, as pairs of a name and a text."""
         result = self.result
         yield "student", str(self.path)
-        yield "made by", f"{self.kind}, {self.images.images} images"
+        how = f"{self.spec.kind}, schedule {self.spec.schedule}"
+        yield "made by", f"{how}, {self.images.images} images"
         if result.surveyed is not None:
             yield from _found(result.surveyed, self.classes)
         if result.history:
@@ -72,8 +82,8 @@ class Student:
         yield "next", "not judged: qdeploy sanitize quantizes and measures it"
 
 
-def make_student(order: StudentOrder, compute: Compute, progress: Progress) -> Student:
-    """The student that `order` describes, with card, log and plot beside it.
+def make_student(request: CleanRequest, compute: Compute, progress: Progress) -> Student:
+    """The student that `request` describes, with card, log and plot beside it.
 
     Other processes that compute together with this one call `assist`.
 
@@ -84,77 +94,59 @@ def make_student(order: StudentOrder, compute: Compute, progress: Progress) -> S
         OutputError: a place cannot be written to.
     """
     began = time.monotonic()
-    _check_places(order)
+    _check_places(request)
     clock = Clock(progress)
-    order = replace(order, seed=compute.same(order.seed))  # a private one is each process' own
+    request = replace(
+        request, seed=compute.same(request.seed)
+    )  # a private one is each process' own
     with clock.stage("load"):
-        loaded, images = _opened(order)
+        loaded, images = _opened(request)
     with clock.stage("data"):
         prints = images.fingerprints(progress)
         digest = images.digest(prints)
         used = DataUsed("distillation", images.name, len(images), digest, "command line")
-    asked = _asked(order, compute, loaded)
-    with open_run(order.artifacts, facts_id({**asked, "data": data_facts((used,))})) as run:
+    asked = _asked(request, compute, loaded)
+    with open_run(request.artifacts, facts_id({**asked, "data": data_facts((used,))})) as run:
         store = Checkpoint(run.path / TRAINING)  # stays: asked again, it need not be done again
-        with clock.stage("distill"):
-            setting = Setting(seed=order.seed, compute=compute, store=store, progress=progress)
-            result = distill(loaded, images, order.spec, setting)
+        with clock.stage("clean"):
+            setting = Setting(seed=request.seed, compute=compute, store=store, progress=progress)
+            result = distill(loaded, images, request.spec, setting)
         seconds = time.monotonic() - began
-        log = as_json({**_head(order), **asked, **_outcome(used, result, seconds)})
-        run.write("distill.json", log)
-        written = _deliver(order, result, log)
+        log = as_json({**_head(request), **asked, **_outcome(used, result, seconds)})
+        run.write("cleaning.json", log)
+        written = _deliver(request, result, log)
         run.seal()
-    kind = f"{order.spec.kind}, schedule {order.spec.schedule}"
-    names = tuple(order.sources.card.model.classes or ()) if order.sources.card else ()
+    names = tuple(request.sources.card.model.classes or ()) if request.sources.card else ()
     return Student(
-        order.out, loaded.origin, result, names, used, frozenset(prints), kind, seconds, written
-    )
+        request.out, loaded.origin, result, names, used, frozenset(prints), seconds, written,
+        request.spec,
+    )  # fmt: skip
 
 
-def assist(order: StudentOrder, compute: Compute) -> None:
+def assist(request: CleanRequest, compute: Compute) -> None:
     """Do this process' part of a student that the main one makes; nothing is written.
 
     Raises:
         As `make_student`.
     """
-    order = replace(order, seed=compute.same(order.seed))
-    loaded, images = _opened(order)
-    distill(loaded, images, order.spec, Setting(seed=order.seed, compute=compute))
+    request = replace(request, seed=compute.same(request.seed))
+    loaded, images = _opened(request)
+    distill(loaded, images, request.spec, Setting(seed=request.seed, compute=compute))
 
 
-def clean_first(
-    order: StudentOrder, request: QuantizeRequest, progress: Progress
-) -> QuantizeRequest:
-    """The same request for the student that `order` describes, which is made here.
+def clean_alone(request: CleanRequest, progress: Progress) -> Student:
+    """`make_student` in one process alone.
 
     Raises:
         As `make_student`.
     """
-    check_places(request)
-    check_providers(request)
-    with computing(order.accelerator) as compute:
+    with computing(request.accelerator) as compute:
         if compute.world > 1:
             raise UsageError(
                 "sanitize runs in one process",
-                hint="start qdeploy distill with torchrun, and sanitize its student alone",
+                hint="start qdeploy clean with torchrun, and sanitize its student alone",
             )
-        student = make_student(order, compute, progress)
-    result, surveyed = student.result, student.result.surveyed
-    cleaning = Cleaning(
-        origin=student.origin,
-        sanitizer=order.spec.model_dump(mode="json"),
-        images=student.images,
-        student=str(student.path),
-        epochs=len(result.history),
-        suspicious=None if surveyed is None else surveyed.suspects,
-        remaining=None if surveyed is None else surveyed.remaining,
-        agreement=result.agreement,
-        seconds=student.seconds,
-    )
-    sources = replace(request.sources, model=student.path)
-    return replace(
-        request, sources=sources, cleaned=Cleaned(request.sources, cleaning, student.prints)
-    )
+        return make_student(request, compute, progress)
 
 
 def _found(surveyed: Surveyed, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -167,38 +159,38 @@ def _found(surveyed: Surveyed, names: tuple[str, ...]) -> Iterator[tuple[str, st
     yield "remaining", named_classes(surveyed.remaining, names)
 
 
-def _opened(order: StudentOrder) -> tuple[Loaded, Images]:
-    images = open_images(order.images, order.sources.preprocessing, order.sources.data_roots)
-    loaded = open_source(order.sources, run_code_from_model=order.run_code_from_model)
-    return loaded, images.sample(order.image_count, order.seed)
+def _opened(request: CleanRequest) -> tuple[Loaded, Images]:
+    images = open_images(request.images, request.sources.preprocessing, request.sources.data_roots)
+    loaded = open_source(request.sources, run_code_from_model=request.run_code_from_model)
+    return loaded, images.sample(request.image_count, request.seed)
 
 
-def _deliver(order: StudentOrder, result: Distilled, log: bytes) -> tuple[Path, ...]:
+def _deliver(request: CleanRequest, result: Distilled, log: bytes) -> tuple[Path, ...]:
     """Write card, log and plot, and the student last: there is none without them."""
-    beside: dict[Path, bytes] = {order.out.with_suffix(LOG): log}
-    card = card_beside(order.sources, order.out)
+    beside: dict[Path, bytes] = {request.out.with_suffix(LOG): log}
+    card = card_beside(request.sources, request.out)
     if card is not None:
-        place = order.out.with_suffix(CARD)
+        place = request.out.with_suffix(CARD)
         if place.exists() and place.read_bytes() != card:
             set_aside(place)
         beside[place] = card
     curves = draw_distillation(result)
     if curves is not None:
-        beside[order.out.with_suffix(CURVES)] = curves
+        beside[request.out.with_suffix(CURVES)] = curves
     for path, data in beside.items():
         write_atomically(path, data)
     if isinstance(result.module, jit.ScriptModule):
-        write_script(order.out, result.module)
+        write_script(request.out, result.module)
     else:
-        write_state(order.out, result.module)
+        write_state(request.out, result.module)
     return tuple(beside)
 
 
-def _check_places(order: StudentOrder) -> None:
-    model, out = order.sources.model, order.out
+def _check_places(request: CleanRequest) -> None:
+    model, out = request.sources.model, request.out
     if out.suffix in {LOG, CURVES, CARD, ""}:
         raise UsageError(f"--out {out}: give the student a name that ends in .pt")
-    if order.sources.card_path is not None and model.with_suffix("") == out.with_suffix(""):
+    if request.sources.card_path is not None and model.with_suffix("") == out.with_suffix(""):
         raise UsageError(
             f"--out {out}: its card would take the place of the model's",
             hint="give the student another name",
@@ -206,24 +198,24 @@ def _check_places(order: StudentOrder) -> None:
     require_writable(out)
 
 
-def _asked(order: StudentOrder, compute: Compute, loaded: Loaded) -> dict[str, Any]:
+def _asked(request: CleanRequest, compute: Compute, loaded: Loaded) -> dict[str, Any]:
     """Everything besides the images that changes the student."""
-    named = order.sources.architecture
+    named = request.sources.architecture
     return {
         "model": loaded.origin.sha256,
         "architecture": None if named is None else [named[0], dict(named[1])],
-        "input": input_facts(order.sources),
-        "sanitizer": order.spec.model_dump(mode="json"),
-        "seed": order.seed,
+        "input": input_facts(request.sources),
+        "sanitizer": request.spec.model_dump(mode="json"),
+        "seed": request.seed,
         "compute": compute.facts(mixed=loaded.format is not Format.TORCHSCRIPT),
     }
 
 
-def _head(order: StudentOrder) -> dict[str, Any]:
+def _head(request: CleanRequest) -> dict[str, Any]:
     return {
         "versions": {"qdeploy": __version__, **installed_versions()},
-        "command": order.command,
-        "path": str(order.sources.model),
+        "command": request.command,
+        "path": str(request.sources.model),
     }
 
 

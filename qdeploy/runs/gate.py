@@ -13,7 +13,7 @@ from qdeploy.errors import UsageError
 from qdeploy.formats.onnx.reading import is_quantized, read_single_file
 from qdeploy.formats.opening import refuse_exchanged, sha256
 from qdeploy.formats.static import look
-from qdeploy.inputs.opened import NO_EVIDENCE, NO_PRINTS, Evidence, open_evidence
+from qdeploy.inputs.opened import NO_EVIDENCE, Evidence, open_evidence
 from qdeploy.inputs.requests import Request
 from qdeploy.judging.checks import LayerDigest, stands_against
 from qdeploy.judging.measure import Measured, Variant
@@ -21,19 +21,11 @@ from qdeploy.progress import Clock, Progress
 from qdeploy.provenance.trace import Provenance, trace
 from qdeploy.report.compose import Findings, compose
 from qdeploy.report.values import Report
-from qdeploy.runs.pipeline import (
-    as_json,
-    check_places,
-    check_providers,
-    data_facts,
-    facts_id,
-    input_facts,
-    keep,
-    measure,
-    open_model,
-    write_reports,
-)
+from qdeploy.runs.measuring import check_providers, measure
+from qdeploy.runs.opening import open_model
+from qdeploy.runs.run_id import data_facts, facts_id, input_facts
 from qdeploy.runs.rundir import RunDir, open_run
+from qdeploy.runs.writing import as_json, check_places, keep, write_reports
 from qdeploy.runtime.sessions import classifier_interface, open_session
 from qdeploy.values import Finding, FloatModel, Format, Interface, Origin
 
@@ -77,7 +69,7 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
         if model is not None and subject.has_reference:
             origin, provenance = model.origin, trace(data, model)
     with clock.stage("data"):
-        evidence = open_evidence(request, interface.classes, NO_PRINTS, progress)
+        evidence = open_evidence(request, interface.classes, (), progress)
     run_id = _run_id(request, subject, data, model, evidence)
     with open_run(request.artifacts, run_id) as run:
         files = keep(run, _variants(data, model, provenance))

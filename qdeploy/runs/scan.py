@@ -18,7 +18,7 @@ from qdeploy.progress import Progress
 from qdeploy.provenance.trace import FEW, Provenance, trace
 from qdeploy.report.scans import FORMATS, Look
 from qdeploy.runs.confined import Confined, Limits
-from qdeploy.runs.pipeline import open_looked_at, open_source
+from qdeploy.runs.opening import open_looked_at, open_source
 from qdeploy.values import Finding, FloatModel, Format, Loaded
 
 CPU_SECONDS = 10

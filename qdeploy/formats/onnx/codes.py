@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from qdeploy.formats.onnx.nodes import STANDARD_DOMAINS, constant_tensors
+from qdeploy.formats.onnx.nodes import constant_tensors
 from qdeploy.formats.onnx.tensors import all_nodes, all_tensors, values
-from qdeploy.values import Finding
+from qdeploy.values import STANDARD_DOMAINS, Finding
 
 RULES = {
     "bad-scale": "A scale is 0 or no finite number.",

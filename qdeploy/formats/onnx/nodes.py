@@ -9,7 +9,7 @@ import onnx
 
 from qdeploy.formats.onnx.integer_operators import MICROSOFT, OPERATORS
 from qdeploy.formats.onnx.tensors import all_nodes, attached, values
-from qdeploy.values import Finding
+from qdeploy.values import STANDARD_DOMAINS, Finding
 
 RULES = {
     "custom-operator": "A node runs an operator that is not in the ONNX standard.",
@@ -20,7 +20,6 @@ RULES = {
     "data-dependent-choice": "The model chooses by comparing what it sees: what backdoors"
     " built into an architecture are made of.",
 }
-STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 RANDOM = frozenset({
     "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli",

@@ -1,34 +1,31 @@
-"""The order of the stages, written once."""
+"""From a float model to a judged file: the order of the work, written once, the cleaning included.
+
+scan -> load -> [clean] -> export -> plan -> calibrate -> round -> emit -> measure -> judge
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from qdeploy import __version__
 from qdeploy.detectors.crowding import scan_weights
 from qdeploy.disk.files import require_writable, set_aside, write_atomically
-from qdeploy.exporting.exporter import export
-from qdeploy.formats.opening import load, sha256
-from qdeploy.formats.static import look, refuse_hostile
-from qdeploy.graph.io import identity
+from qdeploy.formats.static import look
 from qdeploy.inputs.opened import (
     NO_EVIDENCE,
     Calibration,
     Evidence,
+    Fitted,
     open_calibration,
     open_evidence,
 )
 from qdeploy.inputs.requests import QuantizeRequest, Request
-from qdeploy.inputs.sources import Sources
 from qdeploy.judging.checks import LayerDigest, LayersAsMade
-from qdeploy.judging.measure import Measured, Trial, Variant, validate
+from qdeploy.judging.measure import Variant
 from qdeploy.judging.verdict import Outcome
-from qdeploy.machine import installed_versions
 from qdeploy.progress import Clock, Progress
 from qdeploy.provenance.trace import Provenance, trace
 from qdeploy.quantization.calibrate import calibrate
@@ -36,26 +33,20 @@ from qdeploy.quantization.emit import emit, wrong_codes
 from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, round_to_nearest
 from qdeploy.report.compose import Findings, compose
-from qdeploy.report.render import check_format, render
-from qdeploy.report.to_html import to_html
-from qdeploy.report.to_json import to_json
 from qdeploy.report.values import Report
-from qdeploy.runs.rundir import REPORT, RunDir, open_run
-from qdeploy.runtime.sessions import open_session
-from qdeploy.settings.device import DeviceProfile
+from qdeploy.runs.measuring import check_providers, measure
+from qdeploy.runs.opening import exported, open_model, open_source
+from qdeploy.runs.run_id import data_facts, facts_id, input_facts
+from qdeploy.runs.rundir import RunDir, open_run
+from qdeploy.runs.writing import as_json, check_places, keep, write_reports
+from qdeploy.settings.device import misfit
 from qdeploy.settings.methods import Nearest
-from qdeploy.values import (
-    Architecture,
-    DataUsed,
-    FloatModel,
-    Interface,
-    Loaded,
-    QuantizedModel,
-    QuantPlan,
-)
+from qdeploy.values import FloatModel, QuantizedModel, QuantPlan
+
+if TYPE_CHECKING:
+    from qdeploy.runs.clean import Student
 
 WORDS = {Outcome.REJECT: "rejected", Outcome.NO_VERDICT: "unverified"}
-PAGE = "report.html"
 
 
 def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
@@ -67,16 +58,21 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
     check_providers(request)
     check_places(request, out)
     aside = set_aside(out)  # whatever comes now, it is not of this run
+    uncleaned, student = request.sources, _cleaned(request, progress)
+    if student is not None:
+        request = replace(request, sources=replace(uncleaned, model=student.path))
     loaded, model = open_model(request, clock)
-    before = _before_cleaning(request, clock)
+    before = None
+    if student is not None:
+        with clock.stage("teacher"):
+            given = open_source(uncleaned, run_code_from_model=request.run_code_from_model)
+            before = exported(given, uncleaned, request.device)
     plan = plan_layers(model, request.recipe, request.device)
     with clock.stage("scan"):
         scan = scan_weights(model, progress)
     with clock.stage("data"):
         calibration = open_calibration(request, loaded, plan, progress)
-        fitted = calibration.prints
-        if request.cleaned is not None:
-            fitted |= request.cleaned.prints
+        fitted = [calibration.fitted, *_fitted_to(student)]
         evidence = open_evidence(request, model.classes, fitted, progress)
     with open_run(request.artifacts, _run_id(request, model, calibration, evidence)) as run:
         quantized, files = _quantize(request, model, plan, calibration, run, clock)
@@ -97,7 +93,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             calibration=calibration,
             plan=plan.layers,
             made=LayersAsMade(quantized.layers, quantized.left_float, wrong),
-            cleaning=request.cleaned.cleaning if request.cleaned is not None else None,
+            cleaning=student.cleaning() if student is not None else None,
         )
         report = compose(request, findings, clock, run.path.name, request.recipe)
         return _deliver(report, request, run, files["result"], out, aside)
@@ -116,7 +112,7 @@ def quantize(request: QuantizeRequest, out: Path, progress: Progress) -> Quantiz
         quantized, files = _quantize(request, model, plan, calibration, run, clock)
         write_atomically(out, files["result"])
         run.seal()
-    return quantized
+    return replace(quantized, misfit=misfit(request.device))
 
 
 def export_file(request: Request, out: Path, progress: Progress) -> FloatModel:
@@ -133,47 +129,19 @@ def make_plan(request: QuantizeRequest, progress: Progress) -> tuple[FloatModel,
     return model, plan_layers(model, request.recipe, request.device)
 
 
-def open_model(request: Request, clock: Clock) -> tuple[Loaded, FloatModel]:
-    """The model file as it is, and as a prepared ONNX graph."""
-    sources, device = request.sources, request.device
-    with clock.stage("load"):
-        loaded = open_source(sources, run_code_from_model=request.run_code_from_model)
-    with clock.stage("export"):
-        return loaded, _exported(loaded, sources, device)
-
-
-def _before_cleaning(request: QuantizeRequest, clock: Clock) -> FloatModel | None:
-    """The float model as it was given, if a sanitizer has worked on it."""
-    if request.cleaned is None:
+def _cleaned(request: QuantizeRequest, progress: Progress) -> Student | None:
+    """The cleaned float model, if it is to be cleaned first."""
+    if request.cleaning is None:
         return None
-    sources = request.cleaned.teacher
-    with clock.stage("teacher"):
-        loaded = open_source(sources, run_code_from_model=request.run_code_from_model)
-        return _exported(loaded, sources, request.device)
+    from qdeploy.runs.clean import clean_alone  # torch takes a second to import
+
+    return clean_alone(request.cleaning, progress)
 
 
-def _exported(loaded: Loaded, sources: Sources, device: DeviceProfile) -> FloatModel:
-    shape, opset = sources.shape, device.opset
-    return export(loaded, shape=shape, opset=opset, ir_version=device.ir_version)
-
-
-def open_source(sources: Sources, *, run_code_from_model: bool) -> Loaded:
-    """The model file as it is.
-
-    Raises:
-        InputError: it is one to be refused, or was exchanged between looking and loading.
-    """
-    before = sha256(sources.model)
-    refuse_hostile(sources.model, run_code_from_model=run_code_from_model)
-    return open_looked_at(sources, before, run_code_from_model=run_code_from_model)
-
-
-def open_looked_at(sources: Sources, digest: str, *, run_code_from_model: bool) -> Loaded:
-    """The same of a file that had this digest when the scan found no error in it."""
-    architecture = Architecture(*sources.architecture) if sources.architecture else None
-    return load(
-        sources.model, architecture, run_code_from_model=run_code_from_model, looked_at=digest
-    )
+def _fitted_to(student: Student | None) -> Iterator[Fitted]:
+    """The images that a student was taught on."""
+    if student is not None:
+        yield Fitted(student.prints, f"images {student.images.name} that it was cleaned with")
 
 
 def _quantize(
@@ -223,42 +191,6 @@ def _deliver(
     return report
 
 
-def write_reports(report: Report, request: Request, run: RunDir) -> None:
-    """The report for people and for machines, in the run's directory and where it was asked for."""
-    run.write(REPORT, to_json(report))
-    run.write(PAGE, to_html(report))
-    for path in request.reports:
-        write_atomically(path, render(report, path))
-
-
-def measure(
-    request: Request,
-    interface: Interface,
-    files: Mapping[Variant, bytes],
-    evidence: Evidence,
-    run: RunDir,
-    clock: Clock,
-) -> Measured:
-    """What the files do on every runtime; an interrupted measurement goes on."""
-    runs, store = request.policy.validation.latency_runs, run.predictions
-    trial = Trial(interface, files, evidence.images, evidence.triggers, runs, evidence.seen)
-    with clock.stage("validate"):
-        return validate(trial, request.device, store=store, progress=clock.progress)
-
-
-def keep(run: RunDir, files: Mapping[Variant, bytes]) -> dict[Variant, bytes]:
-    """The files as they are read back from the run's directory."""
-    for variant, data in files.items():
-        run.write(f"{variant}.onnx", data)
-    return {variant: run.read(f"{variant}.onnx") for variant in files}
-
-
-def facts_id(facts: Mapping[str, Any]) -> str:
-    """A hash of what changes the result of a run, of the versions of everything too."""
-    everything = {"version": __version__, "packages": installed_versions(), **facts}
-    return hashlib.sha256(as_json(everything)).hexdigest()[:12]
-
-
 def _chosen(provenance: Provenance, quantized: QuantizedModel) -> frozenset[LayerDigest]:
     """Those layers of the file whose integers are the ones that were chosen."""
     chosen = {layer.sha256 for layer in quantized.layers}
@@ -281,34 +213,3 @@ def _run_id(
             "data": data_facts((*calibration.used, *evidence.used)),
         }
     )
-
-
-def input_facts(sources: Sources) -> Any:
-    """How pixels become inputs."""
-    card = sources.card
-    return card.input.model_dump(mode="json") if card is not None else None
-
-
-def data_facts(used: Sequence[DataUsed]) -> list[Any]:
-    return [(data.role, data.name, data.sha256) for data in used]
-
-
-def check_providers(request: Request) -> None:
-    """Start every provider that the device profile names, before the work and not after it.
-
-    Raises:
-        ProviderError: one is missing or does not work.
-    """
-    for runtime in request.device.runtimes:
-        open_session(identity(), runtime.provider)
-
-
-def check_places(request: Request, *places: Path) -> None:
-    for path in request.reports:
-        check_format(path)
-    for place in (*places, *request.reports):
-        require_writable(place)
-
-
-def as_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

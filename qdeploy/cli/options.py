@@ -1,0 +1,324 @@
+"""Options that several commands share, in groups; what only one takes stands in its signature."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from qdeploy.errors import UsageError
+
+ARTIFACTS = Path("artifacts")
+RoundingKind = Literal[
+    "efrap", "nearest", "stochastic", "flip", "adaround", "brecq", "pdquant", "flexround", "gptq"
+]
+SanitizerKind = Literal["unlearn", "asd", "kd", "bcu"]
+
+
+def option(flag: str, help_text: str, panel: str, *, at_least: int | None = None) -> Any:
+    """One option of typer; `flag` may name several, separated by spaces."""
+    return typer.Option(*flag.split(), help=help_text, rich_help_panel=panel, min=at_least)
+
+
+Model = Annotated[
+    Path, typer.Argument(help="ONNX, torch checkpoint, safetensors, TorchScript or .pt2.")
+]
+Models = Annotated[
+    list[Path], typer.Argument(help="Models, each with its card beside it if it has one.")
+]
+File = Annotated[Path, typer.Argument(help="ONNX file, float or quantized, whoever made it.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where the file or folder goes.")]
+Seed = Annotated[
+    int | None,
+    option(
+        "--seed", "Same seed, same bytes. Else a secret one of this place.", "Quantization",
+        at_least=0,
+    ),
+]  # fmt: skip
+Device = Annotated[
+    str | None,
+    option("--device", "Name or TOML file; by default this machine's profile.", "Quantization"),
+]
+TestImages = Annotated[
+    int | None,
+    option("--test-images", "Measure on so many, at most; else on all.", "Data", at_least=1),
+]
+Reports = Annotated[
+    list[Path] | None,
+    option(
+        "--report",
+        "Also write the report here: .html, .json, .xml (JUnit), .sarif or .md; repeatable.",
+        "Output",
+    ),
+]
+Artifacts = Annotated[Path, option("--artifacts", "Where run directories are kept.", "Output")]
+ArchArgs = Annotated[
+    list[str] | None,
+    option("--arch-args", "Arguments of the factory, as width=16; repeatable.", "Model"),
+]
+Reference = Annotated[
+    Path | None,
+    typer.Option("--reference", help="The float model that it was made from, in any format."),
+]
+
+
+class Group:
+    """Options that commands take together. Subclasses are dataclasses of typer's annotations."""
+
+    def settings(self) -> dict[str, Any]:
+        """What was said, as keywords of the verbs."""
+        return given({field.name: getattr(self, field.name) for field in fields(self)})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions(Group):
+    """What the float model is, where its file and card do not say it."""
+
+    card: Annotated[
+        Path | None, option("--card", "Model card; else NAME.toml beside the model.", "Model")
+    ] = None
+    data_roots: Annotated[
+        list[Path] | None,
+        option(
+            "--data-root", "Folder that the card may reach besides its own; repeatable.", "Model"
+        ),
+    ] = None
+    arch: Annotated[
+        str | None,
+        option("--arch", "file.py:factory or package.module:factory, for state dicts.", "Model"),
+    ] = None
+    arch_args: ArchArgs = None
+    input_shape: Annotated[
+        str | None, option("--input-shape", "Channels,height,width; else from the card.", "Model")
+    ] = None
+    run_code_from_model: Annotated[
+        bool,
+        option(
+            "--run-code-from-model",
+            "Open pickled modules and .pt2 files, which can run any code on this machine.",
+            "Model",
+        ),
+    ] = False
+
+    def settings(self) -> dict[str, Any]:
+        """The same with arguments and shape parsed.
+
+        Raises:
+            UsageError: one of them cannot be.
+        """
+        parsed = {"arch_args": parse_arguments(self.arch_args), "input_shape": self._shape()}
+        return {**Group.settings(self), **given(parsed)}
+
+    def _shape(self) -> tuple[int, int, int] | None:
+        if self.input_shape is None:
+            return None
+        try:
+            channels, height, width = (int(size) for size in self.input_shape.split(","))
+        except ValueError:
+            raise UsageError(
+                f"--input-shape {self.input_shape!r} is not channels,height,width"
+            ) from None
+        return channels, height, width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationOptions(Group):
+    """The images that scales and integers are fitted to."""
+
+    calibration: Annotated[
+        Path | None,
+        option("--calibration", "Folder, zip or npz of images; labels are not used.", "Data"),
+    ] = None
+    calibration_images: Annotated[
+        int | None, option("--calibration-images", "How many of them, at most.", "Data", at_least=1)
+    ] = None
+    synthetic_calibration: Annotated[
+        bool,
+        option(
+            "--synthetic-calibration",
+            "Make calibration images from the model itself. Gets no verdict.",
+            "Data",
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvidenceOptions(Group):
+    """What a file is judged by."""
+
+    test: Annotated[
+        Path | None,
+        option("--test", "Labelled images: sub-folder per class (folder or zip), or npz.", "Data"),
+    ] = None
+    triggers: Annotated[
+        list[str] | None,
+        option(
+            "--trigger",
+            "TOML file, or 'patch target=0 x=27 y=27 width=4 height=4 color=[1,1,1]'; repeatable.",
+            "Data",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgementOptions(Group):
+    """By what it is judged, and where that is written down."""
+
+    policy: Annotated[
+        str | None,
+        option("--policy", "What must be shown: name (see qdeploy policies) or TOML file.", "Gate"),
+    ] = None
+    reports: Reports = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationOptions(Group):
+    """How the integers are chosen."""
+
+    bits: Annotated[
+        Literal["4", "8"] | None, option("--bits", "Bits of a weight.", "Quantization")
+    ] = None
+    recipe: Annotated[
+        str | None, option("--recipe", "Name (see qdeploy recipes) or TOML file.", "Quantization")
+    ] = None
+    device: Device = None
+    seed: Seed = None
+    rounding: Annotated[
+        RoundingKind | None,
+        option("--rounding", "Method; efrap unless the recipe says otherwise.", "Quantization"),
+    ] = None
+    solver: Annotated[
+        Literal["descent", "adam"] | None,
+        option(
+            "--solver", "Of efrap, adaround, brecq; adam is the slow published one.", "Quantization"
+        ),
+    ] = None
+    weight_storage: Annotated[
+        Literal["int4", "int8"] | None,
+        option(
+            "--weight-storage", "Type that holds 4-bit weights: smaller or faster.", "Quantization"
+        ),
+    ] = None
+    activation_bits: Annotated[
+        Literal["8", "none"] | None,
+        option("--activation-bits", "none leaves activations in float.", "Quantization"),
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """The same with numbers as numbers."""
+        numbers = {
+            "bits": int(self.bits) if self.bits is not None else None,
+            "activation_bits": 8 if self.activation_bits == "8" else self.activation_bits,
+        }
+        return {**Group.settings(self), **given(numbers)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeachingOptions(Group):
+    """How a student is taught."""
+
+    image_count: Annotated[
+        int | None,
+        option("--image-count", "How many of them, at most; else all.", "Cleaning", at_least=2),
+    ] = None
+    schedule: Annotated[
+        Literal["short", "paper"] | None,
+        option("--schedule", "Ours (short), or as published: up to 300 epochs.", "Cleaning"),
+    ] = None
+    epochs: Annotated[
+        int | None,
+        option("--epochs", "At most; else as the schedule says.", "Cleaning", at_least=1),
+    ] = None
+    watch: Annotated[
+        list[str] | None,
+        option(
+            "--watch",
+            "Pattern of layer names that asd shifts; else found by structure; repeatable.",
+            "Cleaning",
+        ),
+    ] = None
+    further: Annotated[
+        float | None,
+        option(
+            "--further",
+            "How far unlearn goes the way its training went; 1 is the end, else 1.25.",
+            "Cleaning",
+            at_least=0,
+        ),
+    ] = None
+    accelerator: Annotated[
+        Literal["cpu", "cuda"] | None,
+        option("--accelerator", "Where the student is trained; else on the CPU.", "Cleaning"),
+    ] = None
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that were said."""
+    unsaid: tuple[object, ...] = (None, False)
+    return {k: v for k, v in options.items() if not any(v is u for u in unsaid) and v != []}
+
+
+def takes(*groups: type[Group]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function that takes options of its own, and `settings` for `groups`."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(function, include_extras=True)
+        own = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+            for name, parameter in inspect.signature(function).parameters.items()
+            if name != "settings"
+        ]
+        of_groups = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=get_type_hints(group, include_extras=True)[field.name],
+            )
+            for group in groups
+            for field in fields(group)  # type: ignore[arg-type]
+        ]
+
+        @wraps(function)
+        def command(**values: Any) -> None:
+            settings: dict[str, Any] = {"command": shlex.join(["qdeploy", *sys.argv[1:]])}
+            for group in groups:
+                names = [field.name for field in fields(group)]  # type: ignore[arg-type]
+                settings |= group(**{name: values.pop(name) for name in names}).settings()
+            function(**values, settings=settings)
+
+        needed = [p for p in own if p.default is inspect.Parameter.empty]
+        parameters = [*needed, *of_groups, *(p for p in own if p not in needed)]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+def parse_arguments(texts: list[str] | None) -> dict[str, Any] | None:
+    """`width=16` and `width=16,classes=10` as arguments; values as in TOML, else text.
+
+    Raises:
+        UsageError: one is no such pair.
+    """
+    if not texts:
+        return None
+    arguments: dict[str, Any] = {}
+    for pair in (pair for text in texts for pair in text.split(",")):
+        key, separator, value = pair.partition("=")
+        if not separator or not key.strip().isidentifier():
+            raise UsageError(f"--arch-args {pair!r} is not name=value")
+        try:
+            arguments[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            arguments[key.strip()] = value.strip()
+    return arguments

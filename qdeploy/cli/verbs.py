@@ -1,0 +1,186 @@
+"""The verbs as commands: `qdeploy.api.verbs`, with what came of them on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qdeploy.cli.leaving import leave_by
+from qdeploy.cli.options import (
+    ARTIFACTS,
+    Artifacts,
+    CalibrationOptions,
+    Device,
+    EvidenceOptions,
+    File,
+    JudgementOptions,
+    Model,
+    ModelOptions,
+    Models,
+    Out,
+    QuantizationOptions,
+    Reference,
+    Reports,
+    SanitizerKind,
+    Seed,
+    TeachingOptions,
+    TestImages,
+    given,
+    option,
+    takes,
+)
+from qdeploy.errors import EXIT_BAD_INPUT
+
+Settings = dict[str, Any]  # keywords of a verb
+
+
+@takes(
+    ModelOptions,
+    CalibrationOptions,
+    EvidenceOptions,
+    QuantizationOptions,
+    TeachingOptions,
+    JudgementOptions,
+)
+def sanitize(
+    model: Model,
+    out: Out,
+    sanitizer: Annotated[
+        SanitizerKind | None,
+        option("--sanitizer", "Clean the float model first, as qdeploy clean does.", "Cleaning"),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        option("--images", "Unlabelled, for that; else those for calibration, all.", "Cleaning"),
+    ] = None,
+    artifacts: Artifacts = ARTIFACTS,
+    dry_run: Annotated[bool, option("--dry-run", "Show the plan and stop.", "Output")] = False,
+    *,
+    settings: Settings,
+) -> None:
+    """Quantize without switching a backdoor on, measure the file, and judge it."""
+    from qdeploy.api import verbs
+    from qdeploy.cli import console
+
+    settings |= given({"sanitizer": sanitizer, "images": images, "artifacts": artifacts})
+    progress = console.TerminalProgress()
+    if dry_run:
+        request, float_model, plan = verbs.plan(model, out, progress=progress, **settings)
+        console.show_plan(float_model, plan, request.recipe, request.device)
+        return
+    report = verbs.sanitize(model, out, progress=progress, **settings)
+    console.show_report(report)
+    leave_by(report.outcome)
+
+
+@takes(ModelOptions, CalibrationOptions, QuantizationOptions)
+def quantize(
+    model: Model, out: Out, artifacts: Artifacts = ARTIFACTS, *, settings: Settings
+) -> None:
+    """Quantize by any method. Nothing is measured and nothing is judged."""
+    from qdeploy.api import verbs
+    from qdeploy.cli import console
+
+    quantized = verbs.quantize(
+        model, out, progress=console.TerminalProgress(), artifacts=artifacts, **settings
+    )
+    console.show_quantized(quantized, out)
+
+
+@takes(ModelOptions, EvidenceOptions, JudgementOptions)
+def gate(
+    file: File,
+    reference: Reference = None,
+    made_by: Annotated[
+        Path | None,
+        typer.Option(
+            "--made-by",
+            help="report.json of the run that rounded it: its integers are then explained.",
+        ),
+    ] = None,
+    test_images: TestImages = None,
+    device: Device = None,
+    artifacts: Artifacts = ARTIFACTS,
+    *,
+    settings: Settings,
+) -> None:
+    """Measure an ONNX file as it is, whoever made it, and judge it by a policy."""
+    from qdeploy.api import verbs
+    from qdeploy.cli import console
+
+    settings |= given({
+        "reference": reference, "made_by": made_by, "test_images": test_images, "device": device,
+        "artifacts": artifacts,
+    })  # fmt: skip
+    report = verbs.gate(file, progress=console.TerminalProgress(), **settings)
+    console.show_report(report)
+    leave_by(report.outcome)
+
+
+@takes(ModelOptions)
+def scan(
+    models: Models, reference: Reference = None, reports: Reports = None, *, settings: Settings
+) -> None:
+    """Look at model files without running them; exit 3 if something stands against one."""
+    from qdeploy.api import verbs
+    from qdeploy.cli import console
+    from qdeploy.judging.verdict import Outcome
+
+    said: Any = settings | given({"reference": reference, "reports": reports})
+    looks = []
+    for look in verbs.scan_each(models, console.TerminalProgress(), said):
+        looks.append(look)
+        console.show_look(look)
+    rejected = any(look.stands_against for look in looks)
+    if not rejected and any(look.failed is not None for look in looks):
+        raise typer.Exit(EXIT_BAD_INPUT)
+    leave_by(Outcome.REJECT if rejected else Outcome.ACCEPT)
+
+
+@takes(ModelOptions)
+def export(model: Model, out: Out, *, settings: Settings) -> None:
+    """Write the model as a prepared float32 ONNX graph, proved equal to what was loaded."""
+    from qdeploy.api import verbs
+    from qdeploy.cli import console
+
+    exported = verbs.export(model, out, progress=console.TerminalProgress(), **settings)
+    console.show_exported(exported, out)
+
+
+@takes(ModelOptions, TeachingOptions)
+def clean(
+    model: Model,
+    out: Out,
+    images: Annotated[
+        Path,
+        option(
+            "--images",
+            "Folder, zip or npz; labels are not used, and other things may be on them.",
+            "Cleaning",
+        ),
+    ],
+    sanitizer: Annotated[
+        SanitizerKind,
+        option(
+            "--sanitizer",
+            "Seek triggers and unlearn them, shift attention, distil alone, or forget.",
+            "Cleaning",
+        ),
+    ] = "unlearn",
+    seed: Seed = None,
+    artifacts: Artifacts = ARTIFACTS,
+    *,
+    settings: Settings,
+) -> None:
+    """Clean a float model: teach a student on unlabelled images what it answers, not how."""
+    from qdeploy.api import verbs
+    from qdeploy.cli import console
+
+    settings |= given({"sanitizer": sanitizer, "seed": seed, "artifacts": artifacts})
+    student = verbs.clean_or_assist(
+        model, images, out, progress=console.TerminalProgress(), **settings
+    )
+    if student is not None:
+        console.show_pairs(student.lines())

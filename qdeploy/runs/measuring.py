@@ -1,0 +1,39 @@
+"""What files do on the runtimes of a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qdeploy.graph.io import identity
+from qdeploy.inputs.opened import Evidence
+from qdeploy.inputs.requests import Request
+from qdeploy.judging.measure import Measured, Trial, Variant, validate
+from qdeploy.progress import Clock
+from qdeploy.runs.rundir import RunDir
+from qdeploy.runtime.sessions import open_session
+from qdeploy.values import Interface
+
+
+def check_providers(request: Request) -> None:
+    """Start every provider that the device profile names, before the work and not after it.
+
+    Raises:
+        ProviderError: one is missing or does not work.
+    """
+    for runtime in request.device.runtimes:
+        open_session(identity(), runtime.provider)
+
+
+def measure(
+    request: Request,
+    interface: Interface,
+    files: Mapping[Variant, bytes],
+    evidence: Evidence,
+    run: RunDir,
+    clock: Clock,
+) -> Measured:
+    """What the files do on every runtime; an interrupted measurement goes on."""
+    runs, store = request.policy.validation.latency_runs, run.predictions
+    trial = Trial(interface, files, evidence.images, evidence.triggers, runs, evidence.seen)
+    with clock.stage("validate"):
+        return validate(trial, request.device, store=store, progress=clock.progress)

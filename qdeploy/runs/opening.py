@@ -1,0 +1,45 @@
+"""One opening for every verb: scanned first, then loaded, then exported."""
+
+from __future__ import annotations
+
+from qdeploy.exporting.exporter import export
+from qdeploy.formats.opening import load, sha256
+from qdeploy.formats.static import refuse_hostile
+from qdeploy.inputs.requests import Request
+from qdeploy.inputs.sources import Sources
+from qdeploy.progress import Clock
+from qdeploy.settings.device import DeviceProfile
+from qdeploy.values import Architecture, FloatModel, Loaded
+
+
+def open_model(request: Request, clock: Clock) -> tuple[Loaded, FloatModel]:
+    """The model file as it is, and as a prepared ONNX graph."""
+    sources, device = request.sources, request.device
+    with clock.stage("load"):
+        loaded = open_source(sources, run_code_from_model=request.run_code_from_model)
+    with clock.stage("export"):
+        return loaded, exported(loaded, sources, device)
+
+
+def open_source(sources: Sources, *, run_code_from_model: bool) -> Loaded:
+    """The model file as it is.
+
+    Raises:
+        InputError: it is one to be refused, or was exchanged between looking and loading.
+    """
+    before = sha256(sources.model)
+    refuse_hostile(sources.model, run_code_from_model=run_code_from_model)
+    return open_looked_at(sources, before, run_code_from_model=run_code_from_model)
+
+
+def open_looked_at(sources: Sources, digest: str, *, run_code_from_model: bool) -> Loaded:
+    """The same of a file that had this digest when the scan found no error in it."""
+    architecture = Architecture(*sources.architecture) if sources.architecture else None
+    return load(
+        sources.model, architecture, run_code_from_model=run_code_from_model, looked_at=digest
+    )
+
+
+def exported(loaded: Loaded, sources: Sources, device: DeviceProfile) -> FloatModel:
+    shape, opset = sources.shape, device.opset
+    return export(loaded, shape=shape, opset=opset, ir_version=device.ir_version)

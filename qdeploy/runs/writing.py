@@ -1,0 +1,45 @@
+"""What a run leaves: files read back from disk, reports, and places found out about beforehand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qdeploy.disk.files import require_writable, write_atomically
+from qdeploy.inputs.requests import Request
+from qdeploy.judging.measure import Variant
+from qdeploy.report.render import check_format, render
+from qdeploy.report.to_html import to_html
+from qdeploy.report.to_json import to_json
+from qdeploy.report.values import Report
+from qdeploy.runs.rundir import REPORT, RunDir
+
+PAGE = "report.html"
+
+
+def check_places(request: Request, *places: Path) -> None:
+    for path in request.reports:
+        check_format(path)
+    for place in (*places, *request.reports):
+        require_writable(place)
+
+
+def write_reports(report: Report, request: Request, run: RunDir) -> None:
+    """The report for people and for machines, in the run's directory and where it was asked for."""
+    run.write(REPORT, to_json(report))
+    run.write(PAGE, to_html(report))
+    for path in request.reports:
+        write_atomically(path, render(report, path))
+
+
+def keep(run: RunDir, files: Mapping[Variant, bytes]) -> dict[Variant, bytes]:
+    """The files as they are read back from the run's directory."""
+    for variant, data in files.items():
+        run.write(f"{variant}.onnx", data)
+    return {variant: run.read(f"{variant}.onnx") for variant in files}
+
+
+def as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
