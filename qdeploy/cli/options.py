@@ -17,9 +17,6 @@ import typer
 from qdeploy.errors import UsageError
 
 ARTIFACTS = Path("artifacts")
-RoundingKind = Literal[
-    "efrap", "nearest", "stochastic", "flip", "adaround", "brecq", "pdquant", "flexround", "gptq"
-]
 SanitizerKind = Literal["unlearn", "asd", "kd", "bcu"]
 
 
@@ -192,8 +189,12 @@ class QuantizationOptions(Group):
     device: Device = None
     seed: Seed = None
     rounding: Annotated[
-        RoundingKind | None,
-        option("--rounding", "Method; efrap unless the recipe says otherwise.", "Quantization"),
+        str | None,
+        option(
+            "--rounding",
+            "Method, as nearest or gptq; efrap unless the recipe says otherwise.",
+            "Quantization",
+        ),
     ] = None
     solver: Annotated[
         Literal["descent", "adam"] | None,

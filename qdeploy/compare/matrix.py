@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any, Literal, cast
 
 from qdeploy.errors import UsageError
-from qdeploy.settings.methods import METHODS, Flip, Nearest, Trained, full_name, method
+from qdeploy.settings.methods import METHODS, Trained, full_name, method
 from qdeploy.settings.recipe import ActivationSpec, Recipe, WeightGridSpec, WeightRange
 
 WHOLE = "tensor-"
@@ -94,7 +94,9 @@ class Matrix:
         combinations = product(self.activations, self.bits, self.grids, methods, range(self.seeds))
         for activations, bits, of_grid, name, seed in combinations:
             cell = Cell(full_name(name), of_grid, bits, activations, seed)
-            fixed = isinstance(method(name), Nearest | Flip) and activations == "none"
+            fixed = (
+                not method(name).draws and method(name).needs == "nothing" and activations == "none"
+            )
             if cell.runs and not (fixed and seed):
                 yield cell
 
@@ -131,4 +133,4 @@ def _among(text: str, known: Sequence[str], option: str) -> tuple[str, ...]:
 
 
 def _trains(name: str) -> bool:
-    return isinstance(method(name), Trained)
+    return method(name).needs == "gradients"

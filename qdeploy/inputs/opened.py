@@ -16,7 +16,6 @@ from qdeploy.inputs.requests import QuantizeRequest, Request
 from qdeploy.inputs.synthesize import synthesize
 from qdeploy.inputs.usable import described, distinct, hidden, seen
 from qdeploy.progress import Progress
-from qdeploy.settings.methods import Flip, Nearest, Stochastic
 from qdeploy.values import DataUsed, Loaded, QuantPlan
 
 NO_PRINTS: frozenset[bytes] = frozenset()
@@ -117,7 +116,7 @@ def _calibration_images(
 ) -> tuple[Images | None, str, str | None]:
     """The images, who gave them, and how they were made if nobody did."""
     sources, recipe = request.sources, request.recipe
-    if isinstance(recipe.rounding, Nearest | Stochastic | Flip) and not plan.activations:
+    if recipe.rounding.needs == "nothing" and not plan.activations:
         return None, "", None
     preprocessing = sources.preprocessing
     images = sources.calibration_images(recipe.calibration.images, recipe.seed)

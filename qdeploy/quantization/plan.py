@@ -11,7 +11,6 @@ from qdeploy.errors import PlanError
 from qdeploy.graph.io import parse
 from qdeploy.graph.sites import find_activations, find_sites
 from qdeploy.settings.device import DeviceProfile
-from qdeploy.settings.methods import method_name
 from qdeploy.settings.recipe import Override, Recipe
 from qdeploy.values import FloatModel, LayerPlan, QuantPlan, WeightSite
 
@@ -47,7 +46,7 @@ def _layer(site: WeightSite, recipe: Recipe, device: DeviceProfile) -> LayerPlan
     key: Literal["4", "8"] = "4" if bits == 4 else "8"
     storage = IntType(device.weights.storage[key])
     max_code = LARGEST_4_BIT_CODE if bits == 4 else device.weights.max_code
-    rounding = method_name(recipe.rounding)
+    rounding = recipe.rounding.name
     return LayerPlan(site, bits, max_code, recipe.weights, storage, rounding)
 
 

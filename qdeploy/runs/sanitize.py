@@ -40,7 +40,6 @@ from qdeploy.runs.run_id import data_facts, facts_id, input_facts
 from qdeploy.runs.rundir import RunDir, open_run
 from qdeploy.runs.writing import as_json, check_places, keep, write_reports
 from qdeploy.settings.device import misfit
-from qdeploy.settings.methods import Nearest
 from qdeploy.values import FloatModel, QuantizedModel, QuantPlan
 
 if TYPE_CHECKING:
@@ -162,7 +161,7 @@ def _quantize(
     with clock.stage("emit"):
         result = emit(model, plan, grids, rounded)
         made: dict[Variant, bytes] = {"fp32": model.onnx, "result": result.onnx}
-        if not isinstance(recipe.rounding, Nearest):
+        if recipe.rounding.name != "nearest":
             nearest = emit(model, plan, grids, round_to_nearest(task))
             made = {"fp32": model.onnx, "nearest": nearest.onnx, "result": result.onnx}
         run.write("recipe.json", as_json(recipe.model_dump(mode="json")))

@@ -26,6 +26,24 @@ class Unit:
     wanted: Float32[np.ndarray, "images channels *positions"]  # the float unit on float inputs
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """The float network behind a unit."""
+
+    predict: Callable[[Float[Tensor, "batch channels ..."], Chosen], Float[Tensor, "batch classes"]]
+    float_logits: Float32[np.ndarray, "images classes"]  # of the float model
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Training:
+    """What a method trains a layer with."""
+
+    unit: Unit
+    generator: torch.Generator
+    progress: Progress
+    prediction: Prediction | None = None  # for methods that look at the model's answers
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """How long is trained, on how many images at a time."""

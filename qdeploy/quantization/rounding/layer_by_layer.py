@@ -16,7 +16,7 @@ from qdeploy.graph.io import initializers, serialize
 from qdeploy.graph.parts import as_program
 from qdeploy.progress import Progress
 from qdeploy.quantization.prefix_runner import BATCH, Walk
-from qdeploy.quantization.rounding.from_moments import MomentsMethod, solve
+from qdeploy.quantization.rounding.from_moments import solve
 from qdeploy.quantization.rounding.task import (
     LayerStore,
     RoundingTask,
@@ -27,14 +27,14 @@ from qdeploy.quantization.rounding.task import (
     rows,
     stored,
 )
-from qdeploy.quantization.rounding.unit import Behind, TrainedMethod, make_unit, train_unit
-from qdeploy.settings.methods import BrecqAdam, FromMoments, PdQuant, Trained
+from qdeploy.quantization.rounding.unit import Behind, make_unit, train_unit
+from qdeploy.settings.methods import FromMoments, Trained
 from qdeploy.values import LayerPlan, RoundedLayer, WeightUse
 
 
 def round_layer_by_layer(
     task: RoundingTask,
-    spec: MomentsMethod | TrainedMethod,
+    spec: FromMoments | Trained,
     store: LayerStore,
     progress: Progress,
 ) -> tuple[RoundedLayer, ...]:
@@ -45,16 +45,25 @@ def round_layer_by_layer(
         name = layer.site.name
         result = stored(store, layer)
         if result is None:
-            pair = pair or _Pair.start(task, needs_logits=isinstance(spec, PdQuant | BrecqAdam))
+            pair = pair or _Pair.start(task, needs_logits=spec.predicts)
             pair.advance(task, layer, done)
-            if isinstance(spec, Trained):
-                result = _train(task, pair, spec, layer, problems[name], progress)
-            else:
-                moments = _paired_moments(task, pair, spec, layer, problems[name])
-                result = solve(task, spec, layer, problems[name], moments)
+            result = _solve(task, pair, spec, layer, problems[name], progress)
             keep(store, result)
         done[name] = result
     return tuple(done.values())
+
+
+def _solve(
+    task: RoundingTask,
+    pair: _Pair,
+    spec: FromMoments | Trained,
+    layer: LayerPlan,
+    problem: RoundingProblem,
+    progress: Progress,
+) -> RoundedLayer:
+    if isinstance(spec, Trained):
+        return _train(task, pair, spec, layer, problem, progress)
+    return solve(task, spec, layer, problem, _paired_moments(task, pair, spec, layer, problem))
 
 
 @dataclass(slots=True)
@@ -141,7 +150,7 @@ def _paired_moments(
 def _train(
     task: RoundingTask,
     pair: _Pair,
-    spec: TrainedMethod,
+    spec: Trained,
     layer: LayerPlan,
     problem: RoundingProblem,
     progress: Progress,

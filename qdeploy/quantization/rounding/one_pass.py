@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qdeploy.core.moments import FloatInputMoments
-from qdeploy.core.rounding.flip import flip
-from qdeploy.core.rounding.nearest import nearest
 from qdeploy.core.rounding.problem import RoundingProblem
-from qdeploy.core.rounding.stochastic import stochastic
 from qdeploy.progress import Progress
 from qdeploy.quantization.inner_tensors import open_tap
 from qdeploy.quantization.parallel import in_parallel
-from qdeploy.quantization.rounding.from_moments import MomentsMethod, solve
+from qdeploy.quantization.rounding.from_moments import solve
 from qdeploy.quantization.rounding.task import (
     LayerStore,
     RoundingTask,
@@ -28,7 +25,7 @@ from qdeploy.quantization.rounding.task import (
     rows,
     stored,
 )
-from qdeploy.settings.methods import BrecqDescent, Flip, Nearest, Stochastic
+from qdeploy.settings.methods import FromMoments, FromWeights
 from qdeploy.values import LayerPlan, RoundedLayer, WeightUse
 
 if TYPE_CHECKING:
@@ -37,28 +34,20 @@ if TYPE_CHECKING:
 MOMENT_BYTES = 384 << 20  # of second moments held at a time
 
 
-def round_without_images(
-    task: RoundingTask, spec: Nearest | Stochastic | Flip
-) -> tuple[RoundedLayer, ...]:
+def round_without_images(task: RoundingTask, spec: FromWeights) -> tuple[RoundedLayer, ...]:
     """Rounding that looks at nothing but the weights."""
     problems = task.problems()
 
     def one(layer: LayerPlan) -> RoundedLayer:
         started, problem = time.perf_counter(), problems[layer.site.name]
-        match spec:
-            case Nearest():
-                codes = nearest(problem)
-            case Flip():
-                codes = flip(problem)
-            case Stochastic():
-                codes = stochastic(problem, np.random.default_rng(task.layer_seed(layer)))
+        codes = spec.codes(problem, np.random.default_rng(task.layer_seed(layer)))
         return outcome(layer, problem, codes, started=started)
 
     return tuple(one(layer) for layer in task.plan.layers)
 
 
 def round_in_one_pass(
-    task: RoundingTask, spec: MomentsMethod, store: LayerStore, progress: Progress
+    task: RoundingTask, spec: FromMoments, store: LayerStore, progress: Progress
 ) -> tuple[RoundedLayer, ...]:
     """Every layer from the moments of the float model's inputs."""
     problems = task.problems()
@@ -75,7 +64,7 @@ def round_in_one_pass(
 
 def _solve(
     task: RoundingTask,
-    spec: MomentsMethod,
+    spec: FromMoments,
     problems: Mapping[str, RoundingProblem],
     moments: dict[str, list[FloatInputMoments]],
     layer: LayerPlan,
@@ -105,7 +94,7 @@ def _chunks(
 
 def _moments(
     task: RoundingTask,
-    spec: MomentsMethod,
+    spec: FromMoments,
     layers: list[LayerPlan],
     problems: Mapping[str, RoundingProblem],
     progress: Progress,
@@ -157,9 +146,9 @@ class _Samples:
         self.moment.update(matrix, None if weight is None else weight.reshape(len(weight), -1))
 
 
-def _fisher(task: RoundingTask, spec: MomentsMethod, uses: list[WeightUse]) -> Fisher | None:
+def _fisher(task: RoundingTask, spec: FromMoments, uses: list[WeightUse]) -> Fisher | None:
     """What weighs the samples; None where all count the same."""
-    if not isinstance(spec, BrecqDescent):
+    if not spec.weighted:
         return None
     from qdeploy.quantization.rounding.importance import Fisher  # torch loads here
 

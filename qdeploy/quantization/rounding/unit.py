@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,22 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qdeploy.core.program import Program, evaluate
-from qdeploy.core.rounding.adam import AdamSettings, adam
-from qdeploy.core.rounding.adaround import AdaroundSettings, OutputLoss, adaround
-from qdeploy.core.rounding.brecq import fisher_loss
-from qdeploy.core.rounding.flexround import flexround
-from qdeploy.core.rounding.nearest import nearest
-from qdeploy.core.rounding.pdquant import prediction_loss
 from qdeploy.core.rounding.problem import RoundingProblem
-from qdeploy.core.rounding.trained import Chosen, Schedule, Unit
+from qdeploy.core.rounding.trained import Chosen, Prediction, Training, Unit
 from qdeploy.progress import Progress
-from qdeploy.settings.methods import AdaroundAdam, BrecqAdam, EfrapAdam, FlexRound, PdQuant
+from qdeploy.settings.methods import Trained
 from qdeploy.values import WeightSite, WeightUse
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-BATCH = 64
-
-TrainedMethod = EfrapAdam | AdaroundAdam | BrecqAdam | PdQuant | FlexRound
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +65,7 @@ def make_unit(
 def train_unit(
     problem: RoundingProblem,
     unit: Unit,
-    spec: TrainedMethod,
+    spec: Trained,
     seed: Sequence[int],
     behind: Behind | None,
     progress: Progress,
@@ -84,30 +75,14 @@ def train_unit(
     Raises:
         DivergedError: its loss is no longer finite.
     """
-    generator = torch.Generator().manual_seed(
-        int(np.random.SeedSequence(seed).generate_state(1)[0])
-    )
-    schedule = Schedule(spec.steps, spec.batch, spec.learning_rate)
-    match spec:
-        case EfrapAdam():
-            settings = AdamSettings(schedule, spec.flip_weight, spec.decide_weight)
-            return adam(problem, unit, settings, generator, progress)
-        case FlexRound():
-            return flexround(problem, unit, schedule, generator, progress)
-    relaxed = AdaroundSettings(schedule, spec.decide_weight, spec.warm_up, spec.sharpness)
-    error = _error(problem, unit, spec, behind)
-    return adaround(problem, unit, relaxed, generator, progress, error=error)
+    state = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    generator = torch.Generator().manual_seed(state)
+    prediction = None if behind is None else _prediction(behind)
+    return spec.codes(problem, Training(unit, generator, progress, prediction))
 
 
-def _error(
-    problem: RoundingProblem,
-    unit: Unit,
-    spec: AdaroundAdam | BrecqAdam | PdQuant,
-    behind: Behind | None,
-) -> OutputLoss | None:
-    """What stands for the output error; None for its square."""
-    if behind is None or isinstance(spec, AdaroundAdam):
-        return None
+def _prediction(behind: Behind) -> Prediction:
+    """The rest of the network as a function of the unit's output."""
     part = behind.part()
 
     def predict(y: Tensor, chosen: Chosen) -> Tensor:
@@ -115,30 +90,7 @@ def _error(
         given = behind.values(part, chosen) | {behind.output: output}
         return evaluate(part, given, [behind.logits])[0]
 
-    if isinstance(spec, PdQuant):
-        return prediction_loss(predict, behind.float_logits, spec.temperature)
-    weight = torch.from_numpy(problem.dequantized(nearest(problem)).astype(np.float32))
-    return fisher_loss(_squared_gradients(unit, weight, predict, behind.float_logits))
-
-
-def _squared_gradients(
-    unit: Unit,
-    weight: Tensor,
-    predict: Callable[[Tensor, Chosen], Tensor],
-    float_logits: np.ndarray,
-) -> np.ndarray:
-    """BRECQ's weights: of the divergence from the float prediction, the unit holding `weight`."""
-    found = []
-    for chosen in torch.arange(len(unit.inputs)).split(BATCH):
-        with torch.no_grad():
-            output = unit.forward(weight, torch.from_numpy(unit.inputs[chosen.numpy()]))
-        output = output.detach().requires_grad_()
-        answer = predict(output, chosen).log_softmax(1)
-        target = torch.from_numpy(float_logits[chosen.numpy()]).softmax(1)
-        divergence = F.kl_div(answer, target, reduction="sum")
-        (gradient,) = torch.autograd.grad(divergence, output)
-        found.append(gradient.square().numpy())
-    return np.concatenate(found)
+    return Prediction(predict, behind.float_logits)
 
 
 def _convolve(
