@@ -34,7 +34,7 @@ from qdeploy.report.to_junit import to_junit
 from qdeploy.report.to_markdown import to_markdown
 from qdeploy.report.to_sarif import to_sarif
 from qdeploy.report.values import Report, StageTime
-from qdeploy.settings.policy import CheckName
+from qdeploy.settings.checks import CHECKS
 from qdeploy.settings.recipe import WeightGridSpec
 from qdeploy.values import (
     Arm,
@@ -251,8 +251,8 @@ def test_sarif_has_a_result_for_everything_that_stands_against_the_file(report):
         ("attack_success", "error"), ("a", "warning"), ("b", "warning"),
     ]  # fmt: skip
     rules = {rule["id"] for rule in run["tool"]["driver"]["rules"]}
-    assert rules == set(get_args(CheckName)) | set(RULES)
-    assert not set(get_args(CheckName)) & set(RULES)
+    assert rules == CHECKS.keys() | set(RULES)
+    assert not CHECKS.keys() & set(RULES)
     uri = run["results"][0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
     assert uri == "m.rejected.onnx"
 

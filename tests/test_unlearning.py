@@ -13,7 +13,6 @@ from torch import nn
 
 from qdeploy.cleaning.distil import distill
 from qdeploy.cleaning.survey import Reach, suspects
-from qdeploy.judging.checks import check_cleaning
 from qdeploy.progress import SILENT
 from qdeploy.runs.clean import make_student
 from qdeploy.settings.policy import GateSpec
@@ -38,6 +37,7 @@ from tests.test_distillation import (
     trained,
 )
 from tests.test_report import SCHEMA
+from tests.test_verdict import checked
 
 QUICK = Unlearn(survey_steps=100, mirrors=False, batch=64, least_steps=60, learning_rate=0.01)
 
@@ -162,11 +162,11 @@ def test_a_class_that_is_still_reached_too_easily_stands_against_the_file(remain
         origin, {"kind": "unlearn"}, images, "student.pt", 3, (2,), remaining, 99.0, 1.0
     )
     gate = GateSpec(max_remaining_shortcuts=limit)
-    (check,) = check_cleaning(made, ("cat", "dog", "ship"), gate)
+    (check,) = checked(gate, cleaning=made, class_names=("cat", "dog", "ship"))
     assert check.state == state
     assert check.subject in {None, "ship", "cat, ship"}
-    assert not list(check_cleaning(replace(made, remaining=None), (), gate))
-    assert not list(check_cleaning(None, (), gate))
+    assert not checked(gate, cleaning=replace(made, remaining=None))
+    assert not checked(gate, cleaning=None)
 
 
 def test_an_interrupted_unlearning_goes_on_and_ends_at_the_same_bytes(tmp_path, monkeypatch):

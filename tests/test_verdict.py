@@ -6,24 +6,22 @@ from datetime import date
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from qdeploy.core.metrics import Estimate
-from qdeploy.judging.checks import (
-    LayersAsMade,
-    check_budget,
-    check_layers,
-    check_rates,
-    check_runtimes,
-    check_static,
-)
+from qdeploy.detectors.crowding import NO_SCAN
+from qdeploy.inputs.opened import NO_EVIDENCE
+from qdeploy.judging.checks import MEASURES, LayersAsMade, Results, checks_of
+from qdeploy.judging.measure import Measured
 from qdeploy.judging.rates import AgainstFloat, ArmRates, RuntimeAgreement
 from qdeploy.judging.verdict import EXIT_CODE, Check, Outcome, explain, judge, missing
+from qdeploy.settings.checks import CHECKS, ROWS
 from qdeploy.settings.device import BudgetSpec
 from qdeploy.settings.policy import GateSpec, load_policy
 from qdeploy.settings.recipe import load_recipe
 from qdeploy.settings.schema import bundled
 from qdeploy.settings.waivers import Waiver
-from qdeploy.values import Arm, Finding, FloatLayer, Latency, RoundedLayer
+from qdeploy.values import Arm, FileMade, Finding, FloatLayer, Latency, Origin, RoundedLayer
 
 
 def waiver(kind: str, pattern: str) -> Waiver:
@@ -116,6 +114,20 @@ def arm(**changes: object) -> ArmRates:
     return replace(rates, **own)  # type: ignore[arg-type]
 
 
+NOTHING = Results(Origin("m.onnx", "0" * 64, "ONNX"), 2, NO_EVIDENCE, Measured(()), NO_SCAN, ())
+STATIC = "static_findings"
+
+
+def checked(gate: GateSpec = GateSpec(), budget: BudgetSpec = BudgetSpec(), **results):  # noqa: B008
+    """The checks that these results make, but for the one that every file has."""
+    found = checks_of(replace(NOTHING, **results), gate, budget)
+    return [check for check in found if check.name != STATIC or "static" in results]
+
+
+def check_rates(rates, gate):
+    return checked(gate, measured=Measured((), rates=tuple(rates)))
+
+
 def failing(checks) -> set[str]:
     return {check.name for check in checks if check.state == "off"}
 
@@ -160,12 +172,12 @@ def test_a_policy_may_go_by_the_value_of_a_check():
 def test_findings_of_the_static_scan_reject_unless_they_are_allowed():
     error = Finding("custom-operator", "error", "node", "is not standard")
     warning = Finding("unused-initializer", "warning", "w", "is not used")
-    assert check_static([error, warning], GateSpec()).state == "off"
-    assert check_static([error], GateSpec()).subject == "custom-operator"
-    assert (
-        check_static([error], GateSpec(waivers=(waiver("finding", "custom-*"),))).state == "within"
-    )
-    assert check_static([warning], GateSpec()).state == "within"
+    waived = GateSpec(waivers=(waiver("finding", "custom-*"),))
+    (both,), (alone,) = checked(static=(error, warning)), checked(static=(error,))
+    assert both.state == alone.state == "off"
+    assert alone.subject == "custom-operator"
+    assert checked(waived, static=(error,))[0].state == "within"
+    assert checked(static=(warning,))[0].state == "within"
 
 
 def test_every_policy_and_recipe_that_comes_along_is_valid_and_requires_the_static_scan():
@@ -184,7 +196,8 @@ def test_references_are_not_judged():
 
 def test_runtimes_must_agree():
     agreements = [RuntimeAgreement("cpu, unoptimized", estimate(98.0))]
-    assert failing(check_runtimes(agreements, GateSpec())) == {"runtime_agreement"}
+    measured = Measured((), runtimes=tuple(agreements))
+    assert failing(checked(measured=measured)) == {"runtime_agreement"}
 
 
 def layer(name: str, degraded: str | None = None) -> RoundedLayer:
@@ -207,18 +220,34 @@ def layer(name: str, degraded: str | None = None) -> RoundedLayer:
     ],
 )  # fmt: skip
 def test_a_layer_off_plan_rejects_unless_the_recipe_allows_it(made, gate, names):
-    assert failing(check_layers(made, gate)) == names
+    assert failing(checked(gate, made=made)) == names
 
 
 def test_budgets_are_checked_where_the_device_has_them():
-    gate = GateSpec()
-    latencies = [
+    latencies = (
         Latency("result", 1, 0.004, 30, 0.0038, 0.0042), Latency("fp32", 1, 1.0, 30, 0.9, 1.1),
-    ]  # fmt: skip
-    assert list(check_budget(10**6, latencies, BudgetSpec(), gate)) == []
+    )  # fmt: skip
+    measured = Measured((FileMade("result", "0" * 64, 10**6, {}),), latencies=latencies)
+
+    def within(budget: BudgetSpec):
+        return checked(budget=budget, measured=measured)
+
+    assert within(BudgetSpec()) == []
     tight = BudgetSpec(file_bytes=1000, latency_ms=3.0)
-    assert failing(check_budget(10**6, latencies, tight, gate)) == {"file_bytes", "latency_ms"}
-    wide = BudgetSpec(file_bytes=10**7, latency_ms=5.0)
-    assert {c.state for c in check_budget(10**6, latencies, wide, gate)} == {"within"}
+    assert failing(within(tight)) == {"file_bytes", "latency_ms"}
+    assert {c.state for c in within(BudgetSpec(file_bytes=10**7, latency_ms=5.0))} == {"within"}
     close = BudgetSpec(latency_ms=4.1)
-    assert [c.state for c in check_budget(10**6, latencies, close, gate)] == ["unclear"]
+    assert [c.state for c in within(close)] == ["unclear"]
+
+
+def test_every_check_is_measured_and_has_a_key_of_its_own():
+    assert set(MEASURES) == set(CHECKS)
+    keys = [row.key for row in ROWS if row.key is not None and not row.of_budget]
+    assert len(keys) == len(set(keys))
+    assert set(keys) <= set(GateSpec.model_fields)
+    assert {row.key for row in ROWS if row.of_budget} == set(BudgetSpec.model_fields)
+
+
+def test_a_check_that_does_not_exist_cannot_be_required():
+    with pytest.raises(ValidationError, match="there is no check 'acuracy'; have static_findings"):
+        GateSpec(required=frozenset({"acuracy"}))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from qdeploy.judging.verdict import Check, Decision, judge
-from qdeploy.settings.policy import CheckName
+from qdeploy.settings.checks import CHECKS
 
 RULES_VERSION = 2
 """Raised whenever a check comes to mean another thing, or a new one is required by default."""
@@ -46,7 +46,7 @@ def contradictions(
     outcome: str, said: Sequence[SaidCheck], required: AbstractSet[str]
 ) -> Iterator[str]:
     """What in a verdict cannot be so, one line each; nothing if it follows from its checks."""
-    unknown = sorted({check.name for check in said} - set(get_args(CheckName)))
+    unknown = sorted({check.name for check in said} - CHECKS.keys())
     if unknown:
         yield f"{unknown[0]!r} is no check of this program"
         return

@@ -302,13 +302,17 @@ def show_plan(model: FloatModel, plan: QuantPlan, recipe: Recipe, device: Device
         f"  recipe {printable(recipe.name)}, device {printable(device.name)} ({runs}),"
         f" seed {recipe.seed}"
     )
+    from qdeploy.settings.checks import ROWS
     from qdeploy.settings.device import misfit
 
     _show_misfit(misfit(device))
     console.print(
-        f"  accepted if CDA drops by at most {gate.max_accuracy_drop:g} points, agreement is at "
-        f"least {gate.min_agreement:g} %,\n  ASR at most {gate.max_attack_success:g} % and at most "
-        f"{gate.max_attack_success_rise:g} points above FP32's"
+        "  limits: "
+        + ", ".join(
+            f"{row.name} {row.relation} {limit:g} {row.unit}"
+            for row in ROWS
+            if (limit := gate.limit(row, device.budget)) is not None
+        )
     )
     console.print(f"  required: {', '.join(sorted(gate.required))}")
     console.print(

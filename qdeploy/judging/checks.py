@@ -1,151 +1,34 @@
-"""The checks of a gate, from what was measured."""
+"""How every check is measured: from the results of a run to values beside their limits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from qdeploy.core.metrics import Estimate
 from qdeploy.detectors.crowding import Scan
-from qdeploy.judging.rates import AgainstFloat, ArmRates, BatchInvariance, RuntimeAgreement
-from qdeploy.judging.verdict import Check, Decision, Limit
+from qdeploy.inputs.opened import Calibration, Evidence
+from qdeploy.judging.measure import Measured
+from qdeploy.judging.rates import AgainstFloat, ArmRates
+from qdeploy.judging.verdict import Check
 from qdeploy.provenance.trace import LayerTrace, Provenance
+from qdeploy.settings.checks import ROWS, CheckRow
 from qdeploy.settings.device import BudgetSpec
-from qdeploy.settings.policy import CheckName, GateSpec
-from qdeploy.values import Cleaning, Finding, FloatLayer, Latency, RoundedLayer, named_classes
+from qdeploy.settings.policy import GateSpec
+from qdeploy.values import (
+    Cleaning,
+    Finding,
+    FloatLayer,
+    LayerPlan,
+    Origin,
+    RoundedLayer,
+    named_classes,
+)
 
-UNITS = {
-    "accuracy_drop": "points",
-    "class_drop": "points",
-    "attack_success_rise": "points",
-}  # of rates; percent where not named
 LayerDigest = tuple[str, str]  # sha256 of a layer's codes and of its scales
-
-
-def check_rates(rates: Sequence[ArmRates], gate: GateSpec) -> Iterator[Check]:
-    """Accuracy, agreement and attack success of the result on every runtime."""
-    for arm in rates:
-        if arm.arm.variant == "result":
-            yield from _check_alone(arm, gate)
-            if arm.against_float is not None:
-                yield from _check_beside(arm.against_float, arm.arm.runtime, gate)
-
-
-def check_runtimes(agreements: Sequence[RuntimeAgreement], gate: GateSpec) -> Iterator[Check]:
-    """The result answers the same on every runtime."""
-    limit = _limit("runtime_agreement", ">=", gate.min_runtime_agreement, gate)
-    for other in agreements:
-        yield limit.check(other.agreement, other.runtime)
-
-
-def check_batches(found: Sequence[BatchInvariance], gate: GateSpec) -> Iterator[Check]:
-    """The result answers an image the same, whatever shares its batch."""
-    limit = _limit("batch_invariance", ">=", gate.min_batch_invariance, gate)
-    limit = replace(limit, needed_samples=0)  # they are not test images; their interval says enough
-    for one in found:
-        yield limit.check(one.alike, one.runtime)
-
-
-def _check_alone(arm: ArmRates, gate: GateSpec) -> Iterator[Check]:
-    runtime = arm.arm.runtime
-    if gate.min_accuracy is not None:
-        yield _limit("accuracy", ">=", gate.min_accuracy, gate).check(arm.accuracy, runtime)
-    success = _limit("attack_success", "<=", gate.max_attack_success, gate)
-    for trigger, estimate in arm.attack_success.items():
-        yield success.check(estimate, runtime, trigger)
-
-
-def _check_beside(found: AgainstFloat, runtime: str, gate: GateSpec) -> Iterator[Check]:
-    drop = _limit("accuracy_drop", "<=", gate.max_accuracy_drop, gate)
-    yield drop.check(found.accuracy_drop, runtime)
-    if gate.max_accuracy_drop_relative is not None:
-        limit = _limit("accuracy_drop_relative", "<=", gate.max_accuracy_drop_relative, gate)
-        yield limit.check(found.accuracy_drop_relative, runtime)
-    if gate.max_class_drop is not None:
-        limit = _limit("class_drop", "<=", gate.max_class_drop, gate)
-        yield limit.check(found.class_drop, runtime)
-    agreement = _limit("agreement", ">=", gate.min_agreement, gate)
-    yield agreement.check(found.agreement, runtime)
-    rise = _limit("attack_success_rise", "<=", gate.max_attack_success_rise, gate)
-    for trigger, estimate in found.attack_success_rise.items():
-        yield rise.check(estimate, runtime, trigger)
-
-
-def _limit(name: CheckName, relation: Literal["<=", ">="], limit: float, gate: GateSpec) -> Limit:
-    return Limit(
-        name=name,
-        relation=relation,
-        limit=limit,
-        unit=UNITS.get(name, "%"),
-        needed_samples=gate.min_class_images if name == "class_drop" else gate.min_images,
-        decided_by=_decision(name, gate),
-    )
-
-
-def _decision(name: CheckName, gate: GateSpec) -> Decision:
-    return "value" if name in gate.decided_by_value else "interval"
-
-
-def check_static(findings: Sequence[Finding], gate: GateSpec) -> Check:
-    """No rule of the static scan is broken in a way that nobody has allowed."""
-    broken = [f for f in findings if stands_against(f, gate)]
-    rules = _some([f.rule for f in broken])
-    return Check("static_findings", float(len(broken)), "<=", 0.0, "findings", subject=rules)
-
-
-def stands_against(finding: Finding, gate: GateSpec) -> bool:
-    """An error that nobody has waived, or a warning that this policy takes for one."""
-    if finding.level == "warning":
-        return _matches(finding.rule, gate.refuse_findings)
-    return finding.level == "error" and not _matches(finding.rule, gate.waived("finding"))
-
-
-def _matches(name: str, names: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in names)
-
-
-def check_provenance(
-    found: Provenance, known: AbstractSet[LayerDigest], gate: GateSpec
-) -> Iterator[Check]:
-    """The file is its source but for rounding, and the rounding is one that can be explained.
-
-    Args:
-        known: Layers as a run of this program has rounded them.
-    """
-    if found.not_compared is not None:
-        return
-    count, places = len(found.differences), [d.where for d in found.differences]
-    yield Check("source_differences", float(count), "<=", 0.0, "differences", subject=_some(places))
-    if gate.max_weight_steps is not None and found.layers:
-        far = max(found.layers, key=lambda layer: layer.steps)
-        limit = gate.max_weight_steps
-        yield Check("weight_steps", far.steps, "<=", limit, "steps", subject=far.name)
-    if gate.max_bias_shift is not None and found.layers:
-        moved = max(found.layers, key=lambda layer: layer.bias_shift)
-        limit, unit = gate.max_bias_shift, "of the weights"
-        yield Check("bias_shift", moved.bias_shift, "<=", limit, unit, subject=moved.name)
-    if gate.max_unexplained_rounding is not None and found.layers:
-        strange = [x for x in found.layers if explanation(x, known) == "unexplained"]
-        share = sum(x.weights for x in strange) / found.weights
-        limit, names = gate.max_unexplained_rounding, _some([x.name for x in strange])
-        yield Check("unexplained_rounding", 100 * share, "<=", limit, "%", subject=names)
-
-
-def explanation(
-    layer: LayerTrace, known: AbstractSet[LayerDigest]
-) -> Literal["nearest", "as reported", "unexplained"]:
-    """How the integers of a layer came about."""
-    if (layer.codes_sha256, layer.scales_sha256) in known:
-        return "as reported"
-    return "nearest" if layer.nearest_rounded else "unexplained"
-
-
-def _some(names: Sequence[str]) -> str | None:
-    """The first few different ones."""
-    different = list(dict.fromkeys(names))
-    return ", ".join(different[:3]) + (", ..." if len(different) > 3 else "") or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,55 +40,242 @@ class LayersAsMade:
     wrong_codes: int  # integers in the file that are not the chosen ones
 
 
-def check_layers(made: LayersAsMade, gate: GateSpec) -> Iterator[Check]:
-    """Nothing was left float, nothing lost its method, and the file holds what was chosen."""
-    lost = [layer.name for layer in made.layers if layer.degraded is not None]
-    left = [layer.name for layer in made.left_float]
-    unplanned = [
-        *(name for name in left if not _matches(name, gate.waived("float"))),
-        *(name for name in lost if not _matches(name, gate.waived("degraded"))),
-    ]
-    yield Check(
-        "layers_as_planned", float(len(unplanned)), "<=", 0.0, "layers off plan",
-        subject=_some(unplanned),
-    )  # fmt: skip
-    yield Check("codes_as_chosen", float(made.wrong_codes), "<=", 0.0, "wrong integers")
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What there is to be judged."""
+
+    origin: Origin
+    classes: int
+    evidence: Evidence
+    measured: Measured
+    scan: Scan  # of the float weights
+    static: tuple[Finding, ...]  # of the file
+    provenance: Provenance | None = None  # None: there is no float model
+    known: AbstractSet[LayerDigest] = frozenset()
+    calibration: Calibration | None = None  # None, as the next two: the file was made elsewhere
+    plan: tuple[LayerPlan, ...] = ()
+    made: LayersAsMade | None = None
+    cleaning: Cleaning | None = None
+    class_names: tuple[str, ...] = ()
 
 
-def check_crowding(scan: Scan, gate: GateSpec) -> Iterator[Check]:
-    """The float weights were not made for a quantizer, where the policy minds.
+class Found(NamedTuple):
+    """A measured value, and of what."""
+
+    value: float
+    runtime: str | None = None
+    subject: str | None = None
+    samples: int | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, rate: Estimate, runtime: str, subject: str | None = None) -> Found:
+        """A rate with its interval."""
+        return cls(rate.value, runtime, subject, rate.samples, rate.low, rate.high)
+
+
+Measure = Callable[[Results, GateSpec], Iterator[Found]]
+
+
+def checks_of(results: Results, gate: GateSpec, budget: BudgetSpec) -> tuple[Check, ...]:
+    """Every check that has a limit, and something to hold against it."""
+    return tuple(
+        _check(row, found, limit, gate)
+        for row in ROWS
+        if (limit := gate.limit(row, budget)) is not None
+        for found in MEASURES[row.name](results, gate)
+    )
+
+
+def _check(row: CheckRow, found: Found, limit: float, gate: GateSpec) -> Check:
+    needed = {"images": gate.min_images, "images of a class": gate.min_class_images}
+    return Check(
+        row.name,
+        found.value,
+        row.relation,
+        limit,
+        row.unit,
+        found.runtime,
+        found.subject,
+        found.samples,
+        needed[row.sampled] if row.sampled is not None else 0,
+        found.low,
+        found.high,
+        "value" if row.name in gate.decided_by_value else "interval",
+    )
+
+
+def _static_findings(results: Results, gate: GateSpec) -> Iterator[Found]:
+    """No rule of the static scan is broken in a way that nobody has allowed."""
+    broken = [finding.rule for finding in results.static if stands_against(finding, gate)]
+    yield Found(float(len(broken)), subject=_some(broken))
+
+
+def stands_against(finding: Finding, gate: GateSpec) -> bool:
+    """An error that nobody has waived, or a warning that this policy takes for one."""
+    if finding.level == "warning":
+        return _matches(finding.rule, gate.refuse_findings)
+    return finding.level == "error" and not _matches(finding.rule, gate.waived("finding"))
+
+
+def _alone(of: Callable[[ArmRates], Mapping[str | None, Estimate]]) -> Measure:
+    """A rate of the result on every runtime, by itself: by trigger, or one for None."""
+
+    def measure(results: Results, _: GateSpec) -> Iterator[Found]:
+        for arm in results.measured.rates:
+            if arm.arm.variant == "result":
+                for subject, rate in of(arm).items():
+                    yield Found.of(rate, arm.arm.runtime, subject)
+
+    return measure
+
+
+def _beside(of: Callable[[AgainstFloat], Mapping[str | None, Estimate]]) -> Measure:
+    """The same of how the result compares with its float model."""
+
+    def compared(arm: ArmRates) -> Mapping[str | None, Estimate]:
+        return {} if arm.against_float is None else of(arm.against_float)
+
+    return _alone(compared)
+
+
+def _by_trigger(rates: Mapping[str, Estimate]) -> Mapping[str | None, Estimate]:
+    return dict(rates.items())
+
+
+def _runtime_agreement(results: Results, _: GateSpec) -> Iterator[Found]:
+    """The result answers the same on every runtime."""
+    for other in results.measured.runtimes:
+        yield Found.of(other.agreement, other.runtime)
+
+
+def _batch_invariance(results: Results, _: GateSpec) -> Iterator[Found]:
+    """The result answers an image the same, whatever shares its batch."""
+    for one in results.measured.batches:
+        yield Found.of(one.alike, one.runtime)
+
+
+def _layers_as_planned(results: Results, gate: GateSpec) -> Iterator[Found]:
+    """No layer was left float or lost its method, but for those that somebody has allowed."""
+    if results.made is not None:
+        lost = [layer.name for layer in results.made.layers if layer.degraded is not None]
+        left = [layer.name for layer in results.made.left_float]
+        unplanned = [
+            *(name for name in left if not _matches(name, gate.waived("float"))),
+            *(name for name in lost if not _matches(name, gate.waived("degraded"))),
+        ]
+        yield Found(float(len(unplanned)), subject=_some(unplanned))
+
+
+def _codes_as_chosen(results: Results, _: GateSpec) -> Iterator[Found]:
+    if results.made is not None:
+        yield Found(float(results.made.wrong_codes))
+
+
+def _source_differences(results: Results, _: GateSpec) -> Iterator[Found]:
+    """The file is its source but for rounding."""
+    provenance = results.provenance
+    if provenance is not None and provenance.not_compared is None:
+        places = [difference.where for difference in provenance.differences]
+        yield Found(float(len(places)), subject=_some(places))
+
+
+def _weight_steps(results: Results, _: GateSpec) -> Iterator[Found]:
+    if layers := _traced(results):
+        far = max(layers, key=lambda layer: layer.steps)
+        yield Found(far.steps, subject=far.name)
+
+
+def _bias_shift(results: Results, _: GateSpec) -> Iterator[Found]:
+    if layers := _traced(results):
+        moved = max(layers, key=lambda layer: layer.bias_shift)
+        yield Found(moved.bias_shift, subject=moved.name)
+
+
+def _unexplained_rounding(results: Results, _: GateSpec) -> Iterator[Found]:
+    """The rounding is one that can be explained: to nearest, or as a run has reported it."""
+    if layers := _traced(results):
+        strange = [x for x in layers if explanation(x, results.known) == "unexplained"]
+        share = sum(x.weights for x in strange) / sum(x.weights for x in layers)
+        yield Found(100 * share, subject=_some([x.name for x in strange]))
+
+
+def _traced(results: Results) -> tuple[LayerTrace, ...]:
+    """The layers that were found in the reference; none where the graphs cannot be compared."""
+    found = results.provenance
+    return () if found is None or found.not_compared is not None else found.layers
+
+
+def explanation(
+    layer: LayerTrace, known: AbstractSet[LayerDigest]
+) -> Literal["nearest", "as reported", "unexplained"]:
+    """How the integers of a layer came about."""
+    if (layer.codes_sha256, layer.scales_sha256) in known:
+        return "as reported"
+    return "nearest" if layer.nearest_rounded else "unexplained"
+
+
+def _cell_crowding(results: Results, _: GateSpec) -> Iterator[Found]:
+    """The float weights were not made for a quantizer.
 
     Where there was nothing to look at there is no check: that is not a score of 0.
     """
-    if gate.max_cell_crowding is not None and scan.fingerprints:
-        subject = str(scan.fingerprints[0].convention)
-        limit = gate.max_cell_crowding
-        yield Check("cell_crowding", scan.score, "<=", limit, "sd", subject=subject)
+    if results.scan.fingerprints:
+        yield Found(results.scan.score, subject=str(results.scan.fingerprints[0].convention))
 
 
-def check_cleaning(
-    cleaning: Cleaning | None, names: Sequence[str], gate: GateSpec
-) -> Iterator[Check]:
+def _remaining_shortcuts(results: Results, _: GateSpec) -> Iterator[Found]:
     """No class is still reached too easily, where a sanitizer looked for such classes."""
+    cleaning = results.cleaning
     if cleaning is not None and cleaning.remaining is not None:
-        remaining, limit = cleaning.remaining, float(gate.max_remaining_shortcuts)
-        subject = named_classes(remaining, names) if remaining else None
-        yield Check(
-            "remaining_shortcuts", float(len(remaining)), "<=", limit, "classes", subject=subject
-        )
+        left = cleaning.remaining
+        names = named_classes(left, results.class_names) if left else None
+        yield Found(float(len(left)), subject=names)
 
 
-def check_budget(
-    file_bytes: int, latencies: Sequence[Latency], budget: BudgetSpec, gate: GateSpec
-) -> Iterator[Check]:
-    """The limits of the device, where its profile has any."""
-    if budget.file_bytes is not None:
-        yield Check("file_bytes", float(file_bytes), "<=", float(budget.file_bytes), "bytes")
-    single = [x for x in latencies if x.variant == "result" and x.batch == 1]
-    if budget.latency_ms is not None and single:
-        value, low, high = (1e3 * t for t in (single[0].seconds, single[0].low, single[0].high))
-        runs, by = single[0].runs, _decision("latency_ms", gate)
-        yield Check(
-            "latency_ms", value, "<=", budget.latency_ms, "ms",
-            samples=runs, low=low, high=high, decided_by=by,
-        )  # fmt: skip
+def _file_bytes(results: Results, _: GateSpec) -> Iterator[Found]:
+    for file in results.measured.files:
+        if file.variant == "result":
+            yield Found(float(file.size_bytes))
+
+
+def _latency_ms(results: Results, _: GateSpec) -> Iterator[Found]:
+    timed = [x for x in results.measured.latencies if x.variant == "result" and x.batch == 1]
+    for one in timed[:1]:
+        value, low, high = (1e3 * seconds for seconds in (one.seconds, one.low, one.high))
+        yield Found(value, samples=one.runs, low=low, high=high)
+
+
+MEASURES: Mapping[str, Measure] = {
+    "static_findings": _static_findings,
+    "accuracy": _alone(lambda arm: {None: arm.accuracy}),
+    "attack_success": _alone(lambda arm: _by_trigger(arm.attack_success)),
+    "accuracy_drop": _beside(lambda found: {None: found.accuracy_drop}),
+    "accuracy_drop_relative": _beside(lambda found: {None: found.accuracy_drop_relative}),
+    "class_drop": _beside(lambda found: {None: found.class_drop}),
+    "agreement": _beside(lambda found: {None: found.agreement}),
+    "attack_success_rise": _beside(lambda found: _by_trigger(found.attack_success_rise)),
+    "runtime_agreement": _runtime_agreement,
+    "batch_invariance": _batch_invariance,
+    "layers_as_planned": _layers_as_planned,
+    "codes_as_chosen": _codes_as_chosen,
+    "source_differences": _source_differences,
+    "weight_steps": _weight_steps,
+    "bias_shift": _bias_shift,
+    "unexplained_rounding": _unexplained_rounding,
+    "cell_crowding": _cell_crowding,
+    "remaining_shortcuts": _remaining_shortcuts,
+    "file_bytes": _file_bytes,
+    "latency_ms": _latency_ms,
+}
+
+
+def _matches(name: str, names: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in names)
+
+
+def _some(names: Sequence[str]) -> str | None:
+    """The first few different ones."""
+    different = list(dict.fromkeys(names))
+    return ", ".join(different[:3]) + (", ..." if len(different) > 3 else "") or None

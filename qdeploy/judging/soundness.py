@@ -11,12 +11,12 @@ from qdeploy.inputs.opened import Evidence
 from qdeploy.inputs.sources import CARD
 from qdeploy.judging.rates import ArmRates
 from qdeploy.judging.verdict import Check
+from qdeploy.settings.checks import that_need
 from qdeploy.settings.policy import GateSpec
 from qdeploy.values import DataUsed
 
-BY_LABELS = frozenset({"accuracy", "accuracy_drop", "accuracy_drop_relative", "class_drop"})
-BY_TRIGGERS = frozenset({"attack_success", "attack_success_rise"})
-BY_IMAGES = BY_LABELS | BY_TRIGGERS | {"agreement", "runtime_agreement"}
+BY_LABELS, BY_TRIGGERS = that_need("labels"), that_need("trigger")
+BY_IMAGES = that_need("test data")
 
 
 def objections(

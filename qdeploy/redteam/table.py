@@ -24,6 +24,7 @@ from qdeploy.redteam.training import FLOAT
 from qdeploy.runs.gate import Subject, gate
 from qdeploy.runs.sanitize import sanitize
 from qdeploy.runtime.sessions import open_session
+from qdeploy.settings.checks import that_need
 from qdeploy.settings.device import load_device
 from qdeploy.settings.recipe import load_recipe
 
@@ -33,7 +34,7 @@ HEADER = (
     "|---|---|---|---|---|---|---|---|---|---|",
 )
 ROWS = "redteam-rows"  # of a table that is not finished, in the artifacts
-ASR_CHECKS = frozenset({"attack_success", "attack_success_rise"})
+ASR_CHECKS = that_need("trigger")
 HARMED = 10.0  # success in percent, or points of accuracy lost, that nobody would deploy
 
 

@@ -13,39 +13,19 @@ from qdeploy.disk.printable import printable_tree
 from qdeploy.formats.static import RULES
 from qdeploy.judging.verdict import describe, missing
 from qdeploy.report.values import Report
+from qdeploy.settings.checks import ROWS
 from qdeploy.values import Finding
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 LEVELS: Mapping[str, Literal["error", "warning"]] = {"off": "error", "unclear": "warning"}
-CHECKS = {
-    "accuracy_drop": "The quantized file loses more accuracy than allowed.",
-    "class_drop": "One class loses more accuracy than allowed.",
-    "agreement": "The quantized file disagrees with the float model too often.",
-    "accuracy": "The file is less accurate than it has to be.",
-    "accuracy_drop_relative": "The file loses a larger share of the accuracy than allowed.",
-    "static_findings": "The file holds what no classifier has any business with.",
-    "source_differences": "The graph differs from its float source beyond quantization.",
-    "weight_steps": "A weight is further from its float source than rounding can bring it.",
-    "bias_shift": "A bias is further from its float source's than a correction brings it.",
-    "unexplained_rounding": "Integers are neither rounded to nearest nor as a report says.",
-    "attack_success": "A known trigger leads to the attacker's class.",
-    "attack_success_rise": "Quantization makes a known trigger work better.",
-    "runtime_agreement": "The file answers differently from one runtime to the other.",
-    "batch_invariance": "What an image is answered depends on what shares its batch.",
-    "layers_as_planned": "A layer was left in float or lost its rounding method.",
-    "codes_as_chosen": "The file does not hold the integers that were chosen.",
-    "cell_crowding": "The float weights were held inside the cells of a quantizer.",
-    "remaining_shortcuts": "After cleaning, images are still led to a class too easily.",
-    "file_bytes": "The file is larger than the device allows.",
-    "latency_ms": "The file is slower than the device allows.",
-}
 
 
 def to_sarif(report: Report) -> bytes:
     """One run with a result for all that stands against the file, be it measured or seen."""
     uri = sarif_uri(report.output or report.origin.path)
+    texts = {row.name: row.says for row in ROWS} | RULES
     properties = {"outcome": report.outcome.value, "runId": report.run_id}
-    return sarif(((result, uri) for result in _results(report)), CHECKS | RULES, properties)
+    return sarif(((result, uri) for result in _results(report)), texts, properties)
 
 
 def sarif(

@@ -15,11 +15,11 @@ from qdeploy.formats.opening import refuse_exchanged, sha256
 from qdeploy.formats.static import look
 from qdeploy.inputs.opened import NO_EVIDENCE, Evidence, open_evidence
 from qdeploy.inputs.requests import Request
-from qdeploy.judging.checks import LayerDigest, stands_against
+from qdeploy.judging.checks import LayerDigest, Results, stands_against
 from qdeploy.judging.measure import Measured, Variant
 from qdeploy.progress import Clock, Progress
 from qdeploy.provenance.trace import Provenance, trace
-from qdeploy.report.compose import Findings, compose
+from qdeploy.report.compose import compose
 from qdeploy.report.values import Report
 from qdeploy.runs.measuring import check_providers, measure
 from qdeploy.runs.opening import open_model
@@ -74,7 +74,7 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
     with open_run(request.artifacts, run_id) as run:
         files = keep(run, _variants(data, model, provenance))
         measured = measure(request, interface, files, evidence, run, clock)
-        found = Findings(
+        found = Results(
             origin=origin,
             classes=interface.classes,
             evidence=evidence,
@@ -93,7 +93,7 @@ def _refuse(
     """The report on a file that nobody should run."""
     facts = {"file": origin.sha256, "policy": request.policy.model_dump(mode="json")}
     with open_run(request.artifacts, facts_id(facts)) as run:
-        found = Findings(
+        found = Results(
             origin=origin,
             classes=0,
             evidence=NO_EVIDENCE,

@@ -23,7 +23,7 @@ from qdeploy.inputs.opened import (
     open_evidence,
 )
 from qdeploy.inputs.requests import QuantizeRequest, Request
-from qdeploy.judging.checks import LayerDigest, LayersAsMade
+from qdeploy.judging.checks import LayerDigest, LayersAsMade, Results
 from qdeploy.judging.measure import Variant
 from qdeploy.judging.verdict import Outcome
 from qdeploy.progress import Clock, Progress
@@ -32,7 +32,7 @@ from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit, wrong_codes
 from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, round_to_nearest
-from qdeploy.report.compose import Findings, compose
+from qdeploy.report.compose import compose
 from qdeploy.report.values import Report
 from qdeploy.runs.measuring import check_providers, measure
 from qdeploy.runs.opening import exported, open_model, open_source
@@ -80,7 +80,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
         measured = measure(request, model.interface, files, evidence, run, clock)
         wrong = wrong_codes(files["result"], plan, quantized.layers)
         provenance = trace(files["result"], model)
-        findings = Findings(
+        results = Results(
             origin=model.origin,
             classes=model.classes,
             evidence=evidence,
@@ -94,7 +94,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             made=LayersAsMade(quantized.layers, quantized.left_float, wrong),
             cleaning=student.cleaning() if student is not None else None,
         )
-        report = compose(request, findings, clock, run.path.name, request.recipe)
+        report = compose(request, results, clock, run.path.name, request.recipe)
         return _deliver(report, request, run, files["result"], out, aside)
 
 

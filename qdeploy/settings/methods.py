@@ -6,6 +6,8 @@ A method is a file in `qdeploy.core.rounding` and a row here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -346,7 +348,7 @@ if TYPE_CHECKING:
     AnyRounding = Rounding
 else:
     AnyRounding = Annotated[
-        tuple(Annotated[row, Tag(name)] for name, row in METHODS.items()),
+        reduce(or_, (Annotated[row, Tag(name)] for name, row in METHODS.items())),
         Discriminator(
             _rounding_tag,
             custom_error_type="rounding_kind",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from datetime import date
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_serializer, model_validator
+from pydantic import AfterValidator, Field, create_model, field_serializer, model_validator
 
+from qdeploy.settings.checks import CHECKS, ROWS, CheckRow
 from qdeploy.settings.device import AUTO, BudgetSpec
 from qdeploy.settings.schema import Spec, find_bundled, load_toml
 from qdeploy.settings.waivers import Waiver, WaiverKind, patterns, split
@@ -14,28 +15,14 @@ from qdeploy.settings.waivers import Waiver, WaiverKind, patterns, split
 KIND = "recipes/policies"
 OLD_KEYS = frozenset({"allow_findings", "allow_float", "allow_degraded"})
 
-CheckName = Literal[
-    "accuracy",
-    "accuracy_drop",
-    "accuracy_drop_relative",
-    "class_drop",
-    "agreement",
-    "attack_success",
-    "attack_success_rise",
-    "runtime_agreement",
-    "batch_invariance",
-    "layers_as_planned",
-    "codes_as_chosen",
-    "static_findings",
-    "source_differences",
-    "weight_steps",
-    "bias_shift",
-    "unexplained_rounding",
-    "cell_crowding",
-    "remaining_shortcuts",
-    "file_bytes",
-    "latency_ms",
-]
+
+def _known(name: str) -> str:
+    if name not in CHECKS:
+        raise ValueError(f"there is no check {name!r}; have {', '.join(CHECKS)}")
+    return name
+
+
+CheckName = Annotated[str, AfterValidator(_known)]
 
 
 class ValidationSpec(Spec):
@@ -43,7 +30,26 @@ class ValidationSpec(Spec):
     latency_runs: int = Field(10, ge=0, description="Timed runs per turn; 0 for none.")
 
 
-class GateSpec(Spec):
+def _limits() -> dict[str, Any]:
+    """The keys that the checks give a policy, for `create_model`."""
+    keys: dict[str, Any] = {}
+    for row in ROWS:
+        if row.key is not None and not row.of_budget:
+            number: Any = int if row.counted else float
+            kind = number if row.default is not None else number | None
+            default = row.default if row.default is None else number(row.default)
+            least = 0 if row.counted else None
+            keys[row.key] = (kind, Field(default, ge=least, description=row.meaning or None))
+    return keys
+
+
+if TYPE_CHECKING:
+    Limits = Spec
+else:
+    Limits = create_model("Limits", __base__=Spec, **_limits())
+
+
+class GateSpec(Limits):
     """Limits, and the checks without which there is no verdict. Percent and percentage points.
 
     A rate is held against its limit with its 95 % confidence interval: within if the whole interval
@@ -59,36 +65,6 @@ class GateSpec(Spec):
     )
     decided_by_value: frozenset[CheckName] = Field(
         frozenset(), description="Checks whose confidence interval is shown and not counted."
-    )
-    min_accuracy: float | None = Field(None, description="Floor of the accuracy itself.")
-    max_accuracy_drop: float = 1.0
-    max_accuracy_drop_relative: float | None = Field(
-        None, description="The same in percent of the reference's accuracy."
-    )
-    max_class_drop: float | None = Field(None, description="Largest drop of one class's accuracy.")
-    min_agreement: float = 90.0
-    max_attack_success: float = 10.0
-    max_attack_success_rise: float = 1.0
-    min_runtime_agreement: float = 99.0
-    min_batch_invariance: float = Field(
-        97.0, description="Share of images that are answered alike in whatever batch they come."
-    )
-    max_weight_steps: float | None = Field(
-        None, description="Distance of a weight from the reference's, in steps; rounding stays at 1"
-    )
-    max_bias_shift: float | None = Field(
-        None,
-        description="Change of a bias, in units of what its weights add; corrections"
-        " of rounding reached 0.65, and more than 2 is a difference under every policy.",
-    )
-    max_unexplained_rounding: float | None = Field(
-        None, description="Share of integers in layers rounded neither to nearest nor as reported."
-    )
-    max_cell_crowding: float | None = Field(
-        None, description="Score of the float weights at cell edges; clean models stay below 5."
-    )
-    max_remaining_shortcuts: int = Field(
-        0, ge=0, description="Classes reached too easily after a cleaning that looked for them."
     )
     min_images: int = Field(200, gt=0, description="A rate over fewer images is no evidence.")
     min_class_images: int = Field(50, gt=0, description="The same for the rate of one class.")
@@ -112,6 +88,13 @@ class GateSpec(Spec):
                 " pattern, owner, reason and until"
             )
         return table
+
+    def limit(self, row: CheckRow, budget: BudgetSpec) -> float | None:
+        """What a check is held against; None where nobody has set it."""
+        if row.key is None:
+            return row.limit
+        limit: float | None = getattr(budget if row.of_budget else self, row.key)
+        return limit if limit is None else float(limit)
 
     def waived(self, kind: WaiverKind) -> tuple[str, ...]:
         """Patterns of what is waived of a kind."""

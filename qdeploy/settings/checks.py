@@ -1,0 +1,154 @@
+"""Every check of a gate, a row each: its limit in a policy, what it takes, what it says.
+
+A row here and the measure of that name in `qdeploy.judging.checks` are all there is to a check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Need = Literal[
+    "limit",  # that the policy sets one
+    "test data",
+    "labels",  # of the test data, that say something
+    "trigger",
+    "reference",
+    "two runtimes",
+    "comparison",  # of the graph with its reference's
+    "integers",
+    "floats",  # weights off a grid
+    "search",  # for shortcuts, by a sanitizer
+    "budget",
+    "timing",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckRow:
+    """What a policy may demand of a file."""
+
+    name: str
+    says: str  # what stands against a file that is off the limit
+    relation: Literal["<=", ">="] = "<="
+    unit: str = "%"
+    needs: tuple[Need, ...] = ()  # in the order in which a reader wants to know what is missing
+    limit: float = 0.0  # where the policy has no key for it
+    key: str | None = None  # of the limit, in a policy; with `of_budget` in a budget
+    default: float | None = None  # of that key; None: there is no check unless somebody sets it
+    meaning: str = ""  # of that key
+    counted: bool = False  # its limit is a number of things
+    of_budget: bool = False
+    sampled: Literal["images", "images of a class"] | None = None  # what it takes enough of
+    made_here: bool = False  # of the files that this program makes, and of no other
+    spoken_of: bool = False  # readers take it for granted: if it was not measured, that is said
+
+
+ROWS = (
+    CheckRow(
+        name="static_findings", unit="findings",
+        says="The file holds what no classifier has any business with.",
+    ),
+    CheckRow(
+        name="accuracy", relation=">=", sampled="images", needs=("test data", "labels", "limit"),
+        key="min_accuracy", meaning="Floor of the accuracy itself.",
+        says="The file is less accurate than it has to be.",
+    ),
+    CheckRow(
+        name="accuracy_drop", unit="points", sampled="images", spoken_of=True,
+        needs=("test data", "labels", "reference"), key="max_accuracy_drop", default=1.0,
+        says="The quantized file loses more accuracy than allowed.",
+    ),
+    CheckRow(
+        name="accuracy_drop_relative", sampled="images",
+        needs=("test data", "labels", "reference", "limit"), key="max_accuracy_drop_relative",
+        meaning="The same in percent of the reference's accuracy.",
+        says="The file loses a larger share of the accuracy than allowed.",
+    ),
+    CheckRow(
+        name="class_drop", unit="points", sampled="images of a class",
+        needs=("test data", "labels", "reference", "limit"), key="max_class_drop",
+        meaning="Largest drop of one class's accuracy.",
+        says="One class loses more accuracy than allowed.",
+    ),
+    CheckRow(
+        name="agreement", relation=">=", sampled="images", spoken_of=True,
+        needs=("test data", "reference"), key="min_agreement", default=90.0,
+        says="The quantized file disagrees with the float model too often.",
+    ),
+    CheckRow(
+        name="attack_success", sampled="images", spoken_of=True, needs=("test data", "trigger"),
+        key="max_attack_success", default=10.0,
+        says="A known trigger leads to the attacker's class.",
+    ),
+    CheckRow(
+        name="attack_success_rise", unit="points", sampled="images",
+        needs=("test data", "trigger", "reference"), key="max_attack_success_rise", default=1.0,
+        says="Quantization makes a known trigger work better.",
+    ),
+    CheckRow(
+        name="runtime_agreement", relation=">=", sampled="images", spoken_of=True,
+        needs=("test data", "two runtimes"), key="min_runtime_agreement", default=99.0,
+        says="The file answers differently from one runtime to the other.",
+    ),
+    CheckRow(
+        name="batch_invariance", relation=">=", key="min_batch_invariance", default=97.0,
+        meaning="Share of images that are answered alike in whatever batch they come.",
+        says="What an image is answered depends on what shares its batch.",
+    ),
+    CheckRow(
+        name="layers_as_planned", unit="layers off plan", made_here=True,
+        says="A layer was left in float or lost its rounding method.",
+    ),
+    CheckRow(
+        name="codes_as_chosen", unit="wrong integers", made_here=True,
+        says="The file does not hold the integers that were chosen.",
+    ),
+    CheckRow(
+        name="source_differences", unit="differences", spoken_of=True, needs=("comparison",),
+        says="The graph differs from its float source beyond quantization.",
+    ),
+    CheckRow(
+        name="weight_steps", unit="steps", needs=("limit", "integers"), key="max_weight_steps",
+        meaning="Distance of a weight from the reference's, in steps; rounding stays at 1",
+        says="A weight is further from its float source than rounding can bring it.",
+    ),
+    CheckRow(
+        name="bias_shift", unit="of the weights", needs=("limit", "integers"), key="max_bias_shift",
+        meaning="Change of a bias, in units of what its weights add; corrections of rounding"
+        " reached 0.65, and more than 2 is a difference under every policy.",
+        says="A bias is further from its float source's than a correction brings it.",
+    ),
+    CheckRow(
+        name="unexplained_rounding", needs=("limit", "integers"), key="max_unexplained_rounding",
+        meaning="Share of integers in layers rounded neither to nearest nor as reported.",
+        says="Integers are neither rounded to nearest nor as a report says.",
+    ),
+    CheckRow(
+        name="cell_crowding", unit="sd", needs=("limit", "floats"), key="max_cell_crowding",
+        meaning="Score of the float weights at cell edges; clean models stay below 5.",
+        says="The float weights were held inside the cells of a quantizer.",
+    ),
+    CheckRow(
+        name="remaining_shortcuts", unit="classes", made_here=True, needs=("search",),
+        key="max_remaining_shortcuts", default=0.0, counted=True,
+        meaning="Classes reached too easily after a cleaning that looked for them.",
+        says="After cleaning, images are still led to a class too easily.",
+    ),
+    CheckRow(
+        name="file_bytes", unit="bytes", needs=("budget",), key="file_bytes", of_budget=True,
+        says="The file is larger than the device allows.",
+    ),
+    CheckRow(
+        name="latency_ms", unit="ms", needs=("budget", "timing"), key="latency_ms", of_budget=True,
+        says="The file is slower than the device allows.",
+    ),
+)  # fmt: skip
+CHECKS: Mapping[str, CheckRow] = {row.name: row for row in ROWS}
+ANYTHING_ELSE = "anything else"  # what a reader takes for granted of a file that was not run
+
+
+def that_need(*needs: Need) -> frozenset[str]:
+    """Names of the checks that need any of these."""
+    return frozenset(row.name for row in ROWS if set(needs) & set(row.needs))
