@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Literal
 
 import numpy as np
@@ -29,14 +28,7 @@ class Origin:
     architecture: str | None = None
 
 
-class Format(Enum):
-    """What a model file is, by its content."""
-
-    ONNX = "ONNX"
-    STATE_DICT = "torch checkpoint"
-    SAFETENSORS = "safetensors"
-    TORCHSCRIPT = "TorchScript"
-    EXPORTED_PROGRAM = "exported program (.pt2)"
+Content = Literal["onnx", "module", "script", "program"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +45,11 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
-    """An opened model: an ONNX message, a torch module in eval mode, or an exported program."""
+    """An opened model: an ONNX message, a torch module in eval mode, or a program of torch's."""
 
     origin: Origin
     content: Any
-    format: Format
+    kind: Content
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from qdeploy.exporting.exporter import export
 from qdeploy.graph.io import serialize
-from qdeploy.values import FloatModel, Format, Loaded, Origin
+from qdeploy.values import FloatModel, Loaded, Origin
 
 
 class Net:
@@ -80,5 +80,5 @@ def float_model(data: bytes) -> FloatModel:
     """The prepared model, as the export stage makes it."""
     from qdeploy.formats.onnx.reading import parse_proto
 
-    origin = Origin("net.onnx", "0" * 64, Format.ONNX.value)
-    return export(Loaded(origin, parse_proto(data, "net.onnx"), Format.ONNX), shape=None)
+    origin = Origin("net.onnx", "0" * 64, "ONNX")
+    return export(Loaded(origin, parse_proto(data, "net.onnx"), "onnx"), shape=None)

@@ -35,7 +35,7 @@ def test_memory_is_taken_for_the_file_and_not_for_the_limit(tmp_path, size, says
     script = """
         import resource
         from pathlib import Path
-        from qdeploy.disk import read_bounded
+        from qdeploy.disk.files import read_bounded
         from qdeploy.errors import InputError
         resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
         try:

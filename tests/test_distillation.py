@@ -33,7 +33,7 @@ from qdeploy.runs.clean import make_student
 from qdeploy.settings.card import load_card
 from qdeploy.settings.sanitizers import Asd, Bcu, Kd, sanitizer
 from qdeploy.training.compute import ALONE
-from qdeploy.values import Format, Loaded, Origin
+from qdeploy.values import Content, Loaded, Origin
 
 MEAN, STD = 0.3, 0.37
 TARGET = 0
@@ -297,7 +297,7 @@ def rates(model: nn.Module) -> tuple[float, float]:
     return 100 * float(right.double().mean()), 100 * float(hits.double().mean())
 
 
-def loaded(model: nn.Module, form: Format = Format.STATE_DICT) -> Loaded:
+def loaded(model: nn.Module, form: Content = "module") -> Loaded:
     content = model if isinstance(model, torch.jit.ScriptModule) else copy.deepcopy(model)
     return Loaded(Origin("model.pt", "0" * 64, form.value), content, form)
 
@@ -362,7 +362,7 @@ def test_a_run_that_leaves_the_finite_numbers_says_so():
 
 def test_torchscript_can_be_distilled_but_shows_no_layers_to_shift():
     script = torch.jit.script(DigitsNet(width=8).eval())
-    model = loaded(script, Format.TORCHSCRIPT)
+    model = loaded(script, "script")
     for spec in (Asd(), Bcu()):
         with pytest.raises(PlanError, match=f"{spec.kind} needs the inner layers"):
             distill(model, random_images(8), spec, SEED)
@@ -371,7 +371,7 @@ def test_torchscript_can_be_distilled_but_shows_no_layers_to_shift():
 
 
 def test_onnx_and_too_few_images_are_refused():
-    onnx = Loaded(Origin("m.onnx", "0" * 64, "ONNX"), object(), Format.ONNX)
+    onnx = Loaded(Origin("m.onnx", "0" * 64, "ONNX"), object(), "onnx")
     with pytest.raises(PlanError, match=r"m\.onnx: ONNX cannot be trained"):
         distill(onnx, random_images(8), Kd(), SEED)
     with pytest.raises(InputError, match="1 image, at least 2"):

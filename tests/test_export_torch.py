@@ -21,7 +21,7 @@ from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
 from qdeploy.runtime.sessions import open_session, optimized
 from qdeploy.settings.device import load_device
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.values import FloatModel, Format, Loaded, Origin, QuantizedModel
+from qdeploy.values import Content, FloatModel, Loaded, Origin, QuantizedModel
 
 SHAPE = (3, 16, 16)
 
@@ -122,7 +122,7 @@ def trained(make: Callable[[], nn.Module]) -> nn.Module:
     return module.eval()
 
 
-def exported(module: nn.Module, kind: Format = Format.STATE_DICT) -> FloatModel:
+def exported(module: nn.Module, kind: Content = "module") -> FloatModel:
     return export(Loaded(Origin("net.pt", "", kind.value), module, kind), shape=SHAPE)
 
 
@@ -168,7 +168,7 @@ def test_a_network_is_exported_quantized_and_runs_in_integers(pictures, make, fl
 @pytest.mark.parametrize("make", [mobilenet, alexnet, DenseNet])
 def test_torchscript_gives_the_same_graph_of_operators(make):
     module = trained(make)
-    scripted = exported(torch.jit.script(module), Format.TORCHSCRIPT)
+    scripted = exported(torch.jit.script(module), "script")
     plain = exported(module)
     x = np.random.default_rng(0).normal(size=(4, *SHAPE)).astype(np.float32)
     np.testing.assert_allclose(
@@ -182,7 +182,7 @@ def test_an_exported_program_becomes_the_same_classifier():
     module = trained(mobilenet)
     batch = {0: torch.export.Dim("batch")}
     program = torch.export.export(module, (torch.zeros(2, *SHAPE),), dynamic_shapes=(batch,))
-    model = export(Loaded(Origin("net.pt2", "", ""), program, Format.EXPORTED_PROGRAM), shape=SHAPE)
+    model = export(Loaded(Origin("net.pt2", "", ""), program, "program"), shape=SHAPE)
     x = np.random.default_rng(0).normal(size=(4, *SHAPE)).astype(np.float32)
     with torch.no_grad():
         want = module(torch.from_numpy(x)).numpy()
@@ -235,7 +235,7 @@ def test_what_cannot_be_exported_faithfully_is_refused_in_one_line(module, compl
 
 
 def test_without_a_shape_torch_cannot_export():
-    loaded = Loaded(Origin("net.pt", "", ""), alexnet().eval(), Format.STATE_DICT)
+    loaded = Loaded(Origin("net.pt", "", ""), alexnet().eval(), "module")
     with pytest.raises(UsageError, match="input shape") as error:
         export(loaded, shape=None)
     assert "--input-shape" in (error.value.hint or "")

@@ -10,7 +10,7 @@ from qdeploy.exporting.exporter import export
 from qdeploy.formats.onnx.reading import check
 from qdeploy.graph.io import initializers, operators, parse
 from qdeploy.runtime.sessions import open_session
-from qdeploy.values import Format, Loaded, Origin
+from qdeploy.values import Loaded, Origin
 from tests.nets import Net, float_model, residual_net
 
 
@@ -197,8 +197,8 @@ def test_a_segmentation_model_is_no_classifier():
 
 
 def test_an_input_shape_must_not_contradict_the_file():
-    origin = Origin("net.onnx", "", Format.ONNX.value)
-    loaded = Loaded(origin, onnx.ModelProto.FromString(residual_net()), Format.ONNX)
+    origin = Origin("net.onnx", "", "ONNX")
+    loaded = Loaded(origin, onnx.ModelProto.FromString(residual_net()), "onnx")
     with pytest.raises(UsageError, match=r"takes \(3, 8, 8\), not \(3, 32, 32\)"):
         export(loaded, shape=(3, 32, 32))
 

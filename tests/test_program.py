@@ -12,7 +12,7 @@ from qdeploy.errors import PlanError
 from qdeploy.exporting.exporter import export
 from qdeploy.graph.parts import as_program
 from qdeploy.runtime.sessions import open_session
-from qdeploy.values import FloatModel, Format, Loaded, Origin
+from qdeploy.values import FloatModel, Loaded, Origin
 from tests.nets import Net, float_model
 
 
@@ -20,7 +20,7 @@ def exported(name: str) -> FloatModel:
     torch.manual_seed(0)
     shape = (1, 8, 8) if name == "digits" else (3, 32, 32)
     module = OURS[name]().eval()
-    return export(Loaded(Origin("", "", ""), module, Format.STATE_DICT), shape=shape)
+    return export(Loaded(Origin("", "", ""), module, "module"), shape=shape)
 
 
 def both(model: FloatModel, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

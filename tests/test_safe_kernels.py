@@ -16,7 +16,7 @@ from qdeploy.core.safe_kernels import is_unsafe, safe_kernels
 TRAINING = """
 import torch
 from torch import nn
-from qdeploy.training.safe_kernels import safe_kernels
+from qdeploy.core.safe_kernels import safe_kernels
 torch.set_num_threads(THREADS)
 net = nn.Sequential(nn.Conv2d(4, 8, 1, stride=2)).to(memory_format=torch.channels_last)
 x = torch.randn(32, 4, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()

@@ -22,7 +22,7 @@ from qdeploy.errors import PlanError, UsageError
 from qdeploy.progress import SILENT, Progress
 from qdeploy.settings.sanitizers import Asd, Bcu, Sanitizer, Unlearn
 from qdeploy.training.compute import ALONE, Compute
-from qdeploy.values import Format, Loaded
+from qdeploy.values import Content, Loaded
 
 __all__ = ["Distilled", "Epoch", "Reach", "Setting", "Store", "Surveyed", "distill"]
 
@@ -76,11 +76,11 @@ def distill(loaded: Loaded, images: Images, spec: Sanitizer, setting: Setting) -
     _check_sizes(images, spec, setting.compute)
     teacher = _teacher(loaded, spec)
     with safe_kernels(teacher):
-        return _taught(teacher, loaded.format, images, spec, setting)
+        return _taught(teacher, loaded.kind, images, spec, setting)
 
 
 def _taught(
-    teacher: nn.Module, kind: Format, images: Images, spec: Sanitizer, setting: Setting
+    teacher: nn.Module, kind: Content, images: Images, spec: Sanitizer, setting: Setting
 ) -> Distilled:
     compute = setting.compute
     watched = watched_layers(teacher, spec.watch, spec.deepest) if isinstance(spec, Asd) else ()
@@ -91,7 +91,7 @@ def _taught(
     for parameter in student.parameters():
         parameter.requires_grad_(True)
     unlabelled = read_images(images, setting.progress)
-    if not isinstance(spec, Unlearn) and kind is not Format.TORCHSCRIPT:
+    if not isinstance(spec, Unlearn) and kind != "script":
         revive(student, unlabelled.stream(STATISTICS))
     if isinstance(spec, Bcu):
         forget(student, forgetting(student, spec), generator)
@@ -166,9 +166,9 @@ def _teacher(loaded: Loaded, spec: Sanitizer) -> nn.Module:
     model = loaded.content
     if not isinstance(model, nn.Module):
         raise PlanError(
-            f"model {loaded.origin.path}: {loaded.format.value} cannot be trained", hint=hint
+            f"model {loaded.origin.path}: {loaded.origin.format} cannot be trained", hint=hint
         )
-    if loaded.format is Format.TORCHSCRIPT and isinstance(spec, Asd | Bcu):
+    if loaded.kind == "script" and isinstance(spec, Asd | Bcu):
         raise PlanError(
             f"model {loaded.origin.path}: {spec.kind} needs the inner layers, which"
             " TorchScript does not show",
@@ -178,6 +178,6 @@ def _teacher(loaded: Loaded, spec: Sanitizer) -> nn.Module:
         raise PlanError(
             f"model {loaded.origin.path}: has no weights that can be trained", hint=hint
         )
-    if loaded.format is Format.TORCHSCRIPT:
+    if loaded.kind == "script":
         return model.eval()
     return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -11,7 +11,7 @@ from qdeploy.formats.onnx.reading import ModelProto, check, refuse_quantized
 from qdeploy.graph.io import serialize
 from qdeploy.graph.prepare import interface, prepare
 from qdeploy.runtime.sessions import open_session
-from qdeploy.values import FloatModel, Format, Loaded
+from qdeploy.values import FloatModel, Loaded
 
 CHECKED_BATCHES = (2, 1, 5)
 TOLERANCE = 1e-3  # of the largest logit
@@ -38,7 +38,7 @@ def export(
             the export.
         UsageError: `shape` is needed, or contradicts the file.
     """
-    if loaded.format is Format.ONNX:
+    if loaded.kind == "onnx":
         reference = _onnx_reference(loaded.content)  # before it is prepared, which changes it
     else:
         from qdeploy.exporting.from_torch import torch_reference
@@ -66,7 +66,7 @@ def _prepared(
 ) -> tuple[ModelProto, FloatModel]:
     """The model in ONNX as it came or was traced, and prepared."""
     where = loaded.origin.path
-    if loaded.format is Format.ONNX:
+    if loaded.kind == "onnx":
         proto = loaded.content
     else:
         if shape is None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from qdeploy.errors import InputError, first_line
 from qdeploy.formats.onnx.reading import ModelProto, parse_proto
-from qdeploy.values import Format, Loaded
+from qdeploy.values import Loaded
 
 EXPORTER_OPSET = 21
 SCRIPT_EXPORTER_OPSET = 17  # the exporter for TorchScript ends there
@@ -33,7 +33,7 @@ def to_onnx(loaded: Loaded, shape: tuple[int, int, int]) -> ModelProto:
     example = torch.zeros(2, *shape)
     try:
         with _quiet(), torch.no_grad():
-            if loaded.format is Format.TORCHSCRIPT:
+            if loaded.kind == "script":
                 return _export_script(loaded.content, example)
             return _export_program(_as_module(loaded.content), example)
     except Exception as error:

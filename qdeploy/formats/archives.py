@@ -18,7 +18,6 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.formats.opening import LARGEST_INFLATION_BYTES
 from qdeploy.values import Finding
 
 RULES = {
@@ -35,6 +34,7 @@ RULES = {
     "deep-archive": "Archives inside of archives, deeper than anything is looked at.",
 }
 File = io.BufferedReader | io.BytesIO
+LARGEST_INFLATION_BYTES = 8 << 20  # torch compresses code only, never tensors
 DEPTH = 2  # archives in an archive: exported programs hold torch files
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 END_RECORD_BYTES = 22

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qdeploy.architectures import build_named, construct
 from qdeploy.errors import InputError, UsageError, foreign_reader
-from qdeploy.values import Architecture, Format
+from qdeploy.values import Architecture
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 PARALLEL_PREFIX = "module."
@@ -55,18 +55,25 @@ def safetensors(path: Path, data: bytes) -> Any:
         return load_tensors(data)
 
 
-def program(
-    path: Path, data: bytes, kind: Format
-) -> torch.jit.ScriptModule | torch.export.ExportedProgram:
-    """TorchScript or an exported program. Loading it runs code from the file.
+def script(path: Path, data: bytes) -> torch.jit.ScriptModule:
+    """TorchScript. Loading it runs code from the file.
 
     Raises:
         InputError: the file is damaged.
     """
     with _reading(path), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch advises against TorchScript
-        if kind is Format.TORCHSCRIPT:
-            return torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
+        return torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
+
+
+def exported_program(path: Path, data: bytes) -> torch.export.ExportedProgram:
+    """What `torch.export.save` wrote. Loading it runs code from the file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    with _reading(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
         return torch.export.load(io.BytesIO(data))
 
 

@@ -28,7 +28,7 @@ from qdeploy.settings.sanitizers import Sanitizer
 from qdeploy.training.checkpoint import Checkpoint
 from qdeploy.training.compute import Compute, computing
 from qdeploy.training.write import write_script, write_state
-from qdeploy.values import Cleaning, DataUsed, Format, Loaded, Origin, named_classes
+from qdeploy.values import Cleaning, DataUsed, Loaded, Origin, named_classes
 
 TRAINING = "training.pt"
 LOG, CURVES, CARD = ".json", ".svg", ".toml"  # beside the student, by its name
@@ -207,7 +207,7 @@ def _asked(request: CleanRequest, compute: Compute, loaded: Loaded) -> dict[str,
         "input": input_facts(request.sources),
         "sanitizer": request.spec.model_dump(mode="json"),
         "seed": request.seed,
-        "compute": compute.facts(mixed=loaded.format is not Format.TORCHSCRIPT),
+        "compute": compute.facts(mixed=loaded.kind != "script"),
     }
 
 

@@ -27,7 +27,7 @@ from qdeploy.runs.run_id import data_facts, facts_id, input_facts
 from qdeploy.runs.rundir import RunDir, open_run
 from qdeploy.runs.writing import as_json, check_places, keep, write_reports
 from qdeploy.runtime.sessions import classifier_interface, open_session
-from qdeploy.values import Finding, FloatModel, Format, Interface, Origin
+from qdeploy.values import Finding, FloatModel, Interface, Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
     clock = Clock(progress)
     check_providers(request)
     check_places(request)
-    origin = Origin(str(subject.path), sha256(subject.path), Format.ONNX.value)
+    origin = Origin(str(subject.path), sha256(subject.path), "ONNX")
     with clock.stage("look"):
         static = look(subject.path)
     if any(stands_against(f, request.policy.gate) for f in static):

@@ -11,7 +11,7 @@ from qdeploy.disk.files import write_atomically
 from qdeploy.errors import NO_MEMORY, InputError, QdeployError
 from qdeploy.exporting.exporter import export_unproved
 from qdeploy.formats.onnx.reading import is_quantized, read_single_file
-from qdeploy.formats.opening import PROGRAMS, sha256, sniff
+from qdeploy.formats.opening import sha256, sniff
 from qdeploy.formats.static import look
 from qdeploy.inputs.requests import Request
 from qdeploy.progress import Progress
@@ -19,12 +19,11 @@ from qdeploy.provenance.trace import FEW, Provenance, trace
 from qdeploy.report.scans import FORMATS, Look
 from qdeploy.runs.confined import Confined, Limits
 from qdeploy.runs.opening import open_looked_at, open_source
-from qdeploy.values import Finding, FloatModel, Format, Loaded
+from qdeploy.values import Finding, FloatModel, Loaded
 
 CPU_SECONDS = 10
 BYTES_PER_SECOND = 10_000_000
 MEMORY_BYTES, MEMORY_FACTOR = 2_000_000_000, 6
-OF_TENSORS = frozenset({Format.STATE_DICT, Format.SAFETENSORS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +119,13 @@ def _why_not(request: Request, findings: tuple[Finding, ...]) -> str | None:
     """Why the weights cannot be compared with cells; None if they can."""
     if any(finding.level == "error" for finding in findings):
         return "the file is not one to be opened"
-    kind = sniff(request.sources.model)
-    if kind in OF_TENSORS and request.sources.architecture is None:
+    row = sniff(request.sources.model)
+    if row.tensors_alone and request.sources.architecture is None:
         return "a state dict needs an architecture: --arch, or a model card"
-    if kind in PROGRAMS:
-        return f"{PROGRAMS[kind]} is code, which is not run here"
-    if kind is Format.ONNX and is_quantized(request.sources.model.read_bytes()):
+    if row.program is not None:
+        return f"{row.program} is code, which is not run here"
+    if row.content == "onnx" and is_quantized(request.sources.model.read_bytes()):
         return "they are integers already"
-    if kind is not Format.ONNX and request.sources.shape is None:
+    if row.content != "onnx" and request.sources.shape is None:
         return "the input shape is not known: --input-shape, or a model card"
     return None
