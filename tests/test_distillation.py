@@ -299,7 +299,7 @@ def rates(model: nn.Module) -> tuple[float, float]:
 
 def loaded(model: nn.Module, form: Content = "module") -> Loaded:
     content = model if isinstance(model, torch.jit.ScriptModule) else copy.deepcopy(model)
-    return Loaded(Origin("model.pt", "0" * 64, form.value), content, form)
+    return Loaded(Origin("model.pt", "0" * 64, form), content, form)
 
 
 def random_images(count: int) -> Images:

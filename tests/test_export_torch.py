@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qdeploy.data import Images, Preprocessing, images_from_array
 from qdeploy.errors import InputError, UsageError
 from qdeploy.exporting.exporter import export
-from qdeploy.graph.io import operators
+from qdeploy.formats.onnx.nodes import operators
 from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers
@@ -123,7 +123,7 @@ def trained(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def exported(module: nn.Module, kind: Content = "module") -> FloatModel:
-    return export(Loaded(Origin("net.pt", "", kind.value), module, kind), shape=SHAPE)
+    return export(Loaded(Origin("net.pt", "", kind), module, kind), shape=SHAPE)
 
 
 @pytest.fixture(scope="module")

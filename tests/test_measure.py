@@ -13,6 +13,7 @@ from qdeploy.runs.rundir import StoredPredictions
 from qdeploy.runtime import measure
 from qdeploy.runtime.measure import argmax, measure_latency, predict
 from qdeploy.runtime.sessions import Session, open_session
+from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import Arm, Predictions
 from tests.nets import Net
 
@@ -121,12 +122,15 @@ def test_logits_that_are_not_finite_are_no_answer():
     np.testing.assert_array_equal(argmax(logits), [1, -1, -1, 0])
 
 
+CPU = RuntimeSpec(provider="cpu")
+
+
 def test_latency_is_measured_for_every_model_and_batch():
     data = brightness_net()
-    times = measure_latency([("a", data), ("b", data)], (3, 4, 4), provider="cpu", runs=2)
+    times = measure_latency([("a", data), ("b", data)], (3, 4, 4), runtime=CPU, runs=2)
     assert {(t.variant, t.batch) for t in times} == {("a", 1), ("a", 32), ("b", 1), ("b", 32)}
     assert all(0 < t.low <= t.seconds <= t.high and t.runs == 6 for t in times)
-    assert measure_latency([("a", data)], (3, 4, 4), provider="cpu", runs=0) == ()
+    assert measure_latency([("a", data)], (3, 4, 4), runtime=CPU, runs=0) == ()
 
 
 def predictions() -> Predictions:

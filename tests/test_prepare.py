@@ -7,8 +7,9 @@ from onnx import numpy_helper
 
 from qdeploy.errors import InputError, UsageError
 from qdeploy.exporting.exporter import export
+from qdeploy.formats.onnx.nodes import operators
 from qdeploy.formats.onnx.reading import check
-from qdeploy.graph.io import initializers, operators, parse
+from qdeploy.graph.io import initializers, parse
 from qdeploy.runtime.sessions import open_session
 from qdeploy.values import Loaded, Origin
 from tests.nets import Net, float_model, residual_net

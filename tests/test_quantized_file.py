@@ -11,8 +11,9 @@ import pytest
 
 from qdeploy.core.grids import Grid, dequantize, quantize
 from qdeploy.data import Images
+from qdeploy.formats.onnx.nodes import operators
 from qdeploy.graph.assemble import assemble
-from qdeploy.graph.io import cut_to, initializers, operators, parse, serialize
+from qdeploy.graph.io import cut_to, initializers, parse, serialize
 from qdeploy.graph.qdq import stored_codes
 from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit, wrong_codes

@@ -69,7 +69,7 @@ def test_an_input_of_the_wrong_shape_is_one_line():
 
 
 def test_the_optimized_graph_is_the_one_that_runs():
-    from qdeploy.graph.io import operators
+    from qdeploy.formats.onnx.nodes import operators
 
     assert "Relu" in operators(residual_net())
     assert "Relu" not in operators(optimized(residual_net()))  # fused into the convolutions

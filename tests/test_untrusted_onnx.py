@@ -14,9 +14,10 @@ from onnx import TensorProto, numpy_helper
 
 from qdeploy.errors import InputError, QdeployError
 from qdeploy.exporting.exporter import export
+from qdeploy.formats.onnx.nodes import operators
 from qdeploy.formats.onnx.reading import read_untrusted, refuse_quantized
 from qdeploy.formats.opening import load
-from qdeploy.graph.io import cut_to, initializers, operators, parse, serialize
+from qdeploy.graph.io import cut_to, initializers, parse, serialize
 from tests.nets import Net, residual_net
 
 

@@ -9,7 +9,6 @@ import pytest
 from pydantic import ValidationError
 
 from qdeploy.core.metrics import Estimate
-from qdeploy.detectors.crowding import NO_SCAN
 from qdeploy.inputs.opened import NO_EVIDENCE
 from qdeploy.judging.checks import MEASURES, LayersAsMade, Results, checks_of
 from qdeploy.judging.measure import Measured
@@ -114,7 +113,7 @@ def arm(**changes: object) -> ArmRates:
     return replace(rates, **own)  # type: ignore[arg-type]
 
 
-NOTHING = Results(Origin("m.onnx", "0" * 64, "ONNX"), 2, NO_EVIDENCE, Measured(()), NO_SCAN, ())
+NOTHING = Results(Origin("m.onnx", "0" * 64, "ONNX"), 2, NO_EVIDENCE, Measured(()), ())
 STATIC = "static_findings"
 
 

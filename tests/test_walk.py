@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from qdeploy.graph.io import operators
+from qdeploy.formats.onnx.nodes import operators
 from qdeploy.graph.parts import next_part
 from qdeploy.quantization import prefix_runner as walk_module
 from qdeploy.quantization.inner_tensors import open_tap

@@ -23,6 +23,7 @@ from qdeploy.disk.state import private_number
 from qdeploy.errors import UsageError
 from qdeploy.inputs.requests import CleanRequest, QuantizeRequest, Request
 from qdeploy.inputs.sources import Given, Sources, resolve
+from qdeploy.runtime.known import runtime_of
 from qdeploy.settings.card import find_card
 from qdeploy.settings.device import DeviceProfile, load_device
 from qdeploy.settings.methods import SOLVERS, method
@@ -210,6 +211,8 @@ def _policy(settings: EvidenceSettings) -> Policy:
 
 def _within(device: DeviceProfile, policy: Policy) -> DeviceProfile:
     """The device with the budget of the policy put over its own."""
+    for runtime in device.runtimes:
+        runtime_of(runtime)  # an unknown one is an error now
     budget = policy.budget.model_dump(exclude_none=True)
     return device.model_copy(update={"budget": device.budget.model_copy(update=budget)})
 

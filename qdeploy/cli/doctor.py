@@ -17,8 +17,8 @@ from qdeploy.machine import (
     installed_versions,
     processor_flags,
 )
-from qdeploy.runtime.sessions import PROVIDERS, available_providers, open_session
-from qdeploy.settings.device import own_device
+from qdeploy.runtime.known import RUNTIMES
+from qdeploy.settings.device import RuntimeSpec, own_device
 
 
 def describe() -> Iterator[tuple[str, str]]:
@@ -33,8 +33,8 @@ def describe() -> Iterator[tuple[str, str]]:
     have = installed_versions()
     for package in PACKAGES:
         yield package, have.get(package, "not installed")
-    for provider in PROVIDERS:
-        yield f"{provider} provider", _provider(provider)
+    for name in RUNTIMES:
+        yield f"{name} provider", _provider(name)
     for extra, names in EXTRAS.items():
         found = installed_versions(names).items()
         said = ", ".join(f"{name} {version}" for name, version in found)
@@ -50,10 +50,8 @@ def _int8(flags: frozenset[str]) -> str:
 
 
 def _provider(name: str) -> str:
-    if name not in available_providers():
-        return "not in this onnxruntime"
     try:
-        open_session(identity(), name)
+        RUNTIMES[name].open(identity(), RuntimeSpec(provider=name))
     except ProviderError as error:
         return f"no: {error}"
     return "works"

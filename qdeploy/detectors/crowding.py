@@ -13,6 +13,7 @@ import numpy as np
 from qdeploy.core.fingerprint import PINNED, Crowding, crowding
 from qdeploy.core.grids import Grid
 from qdeploy.core.weight_grids import GRIDS, Granularity
+from qdeploy.detectors.known import Detected, Suspect
 from qdeploy.graph.io import initializers, parse
 from qdeploy.graph.sites import find_sites
 from qdeploy.progress import SILENT, Progress
@@ -81,6 +82,16 @@ class Scan:
 
 
 NO_SCAN = Scan((), ())
+
+
+def detect(suspect: Suspect, progress: Progress = SILENT) -> Detected | None:
+    """How far the float weights know of a quantizer's cells; None if there are none to look at."""
+    if suspect.float_model is None:
+        return None
+    scan = scan_weights(suspect.float_model, progress)
+    if not scan.fingerprints:
+        return None
+    return Detected(scan.score, str(scan.fingerprints[0].convention), scan)
 
 
 def scan_weights(model: FloatModel, progress: Progress = SILENT) -> Scan:

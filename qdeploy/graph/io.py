@@ -9,8 +9,6 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qdeploy.values import STANDARD_DOMAINS
-
 PRODUCER = "qdeploy"
 
 
@@ -46,14 +44,6 @@ def initializers(data: bytes) -> dict[str, np.ndarray]:
         for name, value in model.graph.initializers.items()
         if value.const_value is not None
     }
-
-
-def operators(data: bytes) -> tuple[str, ...]:
-    """The operator of each node, in order; those outside of the standard with their domain."""
-    return tuple(
-        node.op_type if node.domain in STANDARD_DOMAINS else f"{node.domain}.{node.op_type}"
-        for node in parse(data).graph
-    )
 
 
 def identity() -> bytes:

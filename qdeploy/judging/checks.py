@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
 from qdeploy.core.metrics import Estimate
-from qdeploy.detectors.crowding import Scan
+from qdeploy.detectors.known import Detected
 from qdeploy.inputs.opened import Calibration, Evidence
 from qdeploy.judging.measure import Measured
 from qdeploy.judging.rates import AgainstFloat, ArmRates
@@ -48,8 +48,8 @@ class Results:
     classes: int
     evidence: Evidence
     measured: Measured
-    scan: Scan  # of the float weights
     static: tuple[Finding, ...]  # of the file
+    detected: Mapping[str, Detected] = field(default_factory=dict)  # by check
     provenance: Provenance | None = None  # None: there is no float model
     known: AbstractSet[LayerDigest] = frozenset()
     calibration: Calibration | None = None  # None, as the next two: the file was made elsewhere
@@ -216,13 +216,14 @@ def explanation(
     return "nearest" if layer.nearest_rounded else "unexplained"
 
 
-def _cell_crowding(results: Results, _: GateSpec) -> Iterator[Found]:
-    """The float weights were not made for a quantizer.
+def _detected(name: str) -> Measure:
+    """What a detector has found. Where it could not look there is no check: that is no score."""
 
-    Where there was nothing to look at there is no check: that is not a score of 0.
-    """
-    if results.scan.fingerprints:
-        yield Found(results.scan.score, subject=str(results.scan.fingerprints[0].convention))
+    def measure(results: Results, _: GateSpec) -> Iterator[Found]:
+        if (found := results.detected.get(name)) is not None:
+            yield Found(found.value, subject=found.subject)
+
+    return measure
 
 
 def _remaining_shortcuts(results: Results, _: GateSpec) -> Iterator[Found]:
@@ -264,10 +265,10 @@ MEASURES: Mapping[str, Measure] = {
     "weight_steps": _weight_steps,
     "bias_shift": _bias_shift,
     "unexplained_rounding": _unexplained_rounding,
-    "cell_crowding": _cell_crowding,
     "remaining_shortcuts": _remaining_shortcuts,
     "file_bytes": _file_bytes,
     "latency_ms": _latency_ms,
+    **{row.name: _detected(row.name) for row in ROWS if row.detector is not None},
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,7 +16,6 @@ from qdeploy.data.triggers import Trigger
 from qdeploy.disk.state import private_number
 from qdeploy.errors import InputError
 from qdeploy.formats.onnx.codes import products_fit
-from qdeploy.graph.io import operators
 from qdeploy.judging.rates import (
     ArmRates,
     BatchInvariance,
@@ -29,9 +27,9 @@ from qdeploy.judging.rates import (
 )
 from qdeploy.progress import SILENT, Progress
 from qdeploy.runtime.batching import PROBES, same_in_any_batch
+from qdeploy.runtime.known import Runner, runtime_of
 from qdeploy.runtime.measure import FORGETFUL, PredictionStore, measure_latency, predict
-from qdeploy.runtime.sessions import Session, classifier_interface, open_session, optimized
-from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION, DeviceProfile
+from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION, DeviceProfile, RuntimeSpec
 from qdeploy.values import Arm, FileMade, Interface, Latency
 
 Variant = Literal["source", "fp32", "nearest", "result"]
@@ -74,12 +72,12 @@ def validate(
     """
     fit = all(products_fit(d, LARGEST_CODE_WITHOUT_SATURATION) for d in trial.files.values())
     saturating = device.saturates or fit  # if they fit, none does, and these kernels are faster
-    files = tuple(_file(variant, data) for variant, data in trial.files.items())
     first = device.runtimes[0]
+    files = tuple(_file(variant, data, first) for variant, data in trial.files.items())
     latencies = measure_latency(
         trial.files.items(),
         trial.interface.input_shape,
-        provider=first.provider,
+        runtime=first,
         runs=trial.latency_runs,
         saturating=saturating,
     )
@@ -100,7 +98,7 @@ def validate(
 
 
 def _batch_invariance(
-    trial: Trial, sessions: Mapping[Arm, Session], progress: Progress
+    trial: Trial, sessions: Mapping[Arm, Runner], progress: Progress
 ) -> tuple[BatchInvariance, ...]:
     """Of the result on every runtime; which batches there are, nobody foresees."""
     data = trial.files["result"]
@@ -128,25 +126,21 @@ def _probes(trial: Trial, seed: int) -> Float32[np.ndarray, "probes channels hei
     return found
 
 
-def _sessions(trial: Trial, device: DeviceProfile, *, saturating: bool) -> dict[Arm, Session]:
+def _sessions(trial: Trial, device: DeviceProfile, *, saturating: bool) -> dict[Arm, Runner]:
     """The references on the first runtime, the result on all of them."""
-    sessions: dict[Arm, Session] = {}
+    sessions: dict[Arm, Runner] = {}
     for variant, data in trial.files.items():
         for runtime in device.runtimes if variant == "result" else device.runtimes[:1]:
-            sessions[Arm(variant, runtime.label)] = open_session(
-                data,
-                runtime.provider,
-                optimizations=runtime.optimizations,
-                spinning=False,
-                saturating=saturating,
+            sessions[Arm(variant, runtime.label)] = runtime_of(runtime).open(
+                data, runtime, spinning=False, saturating=saturating
             )
     return sessions
 
 
-def _check_interface(sessions: Mapping[Arm, Session], expected: Interface) -> None:
+def _check_interface(sessions: Mapping[Arm, Runner], expected: Interface) -> None:
     """Every file is a classifier of the same images into the same classes."""
     for arm, session in sessions.items():
-        found = classifier_interface(session, where=f"the {arm.variant} file")
+        found = session.interface(where=f"the {arm.variant} file")
         if found != expected:
             raise InputError(
                 f"the {arm.variant} file takes {found.input_shape} and knows {found.classes}"
@@ -154,6 +148,6 @@ def _check_interface(sessions: Mapping[Arm, Session], expected: Interface) -> No
             )
 
 
-def _file(variant: str, data: bytes) -> FileMade:
-    kernels = dict(sorted(Counter(operators(optimized(data))).items()))
+def _file(variant: str, data: bytes, runtime: RuntimeSpec) -> FileMade:
+    kernels = runtime_of(runtime).kernels(data)
     return FileMade(variant, hashlib.sha256(data).hexdigest(), len(data), kernels)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from qdeploy import __version__
-from qdeploy.detectors.crowding import Scan
+from qdeploy.detectors.crowding import NO_SCAN, Scan
 from qdeploy.inputs.opened import Evidence
 from qdeploy.inputs.requests import Request
 from qdeploy.inputs.sources import CARD
@@ -50,7 +50,8 @@ def compose(
     if calibration is not None and calibration.synthetic is not None:
         reasons += (f"calibrated on images made from the model itself ({calibration.synthetic})",)
         outcome = Outcome.NO_VERDICT if outcome is Outcome.ACCEPT else outcome
-    names = results.class_names
+    names, crowding = results.class_names, results.detected.get("cell_crowding")
+    scan: Scan = NO_SCAN if crowding is None else crowding.evidence
     traced = provenance.layers if provenance is not None else ()
     return Report(
         run_id=run_id,
@@ -81,9 +82,9 @@ def compose(
             *_notes(request, evidence),
             *_waiver_notes(request, results),
             *evidence.notes,
-            *_fingerprint_notes(results.scan),
+            *_fingerprint_notes(scan),
         ),
-        fingerprints=results.scan.fingerprints,
+        fingerprints=scan.fingerprints,
         findings=results.static,
         provenance=provenance,
         explanations={x.name: explanation(x, results.known) for x in traced},

@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qdeploy.detectors.crowding import NO_SCAN, scan_weights
+from qdeploy.detectors.known import Suspect, detect
 from qdeploy.errors import UsageError
 from qdeploy.formats.onnx.reading import is_quantized, read_single_file
 from qdeploy.formats.opening import refuse_exchanged, sha256
@@ -26,7 +26,7 @@ from qdeploy.runs.opening import open_model
 from qdeploy.runs.run_id import data_facts, facts_id, input_facts
 from qdeploy.runs.rundir import RunDir, open_run
 from qdeploy.runs.writing import as_json, check_places, keep, write_reports
-from qdeploy.runtime.sessions import classifier_interface, open_session
+from qdeploy.runtime.known import runtime_of
 from qdeploy.values import Finding, FloatModel, Interface, Origin
 
 
@@ -53,7 +53,7 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
     check_providers(request)
     check_places(request)
     origin = Origin(str(subject.path), sha256(subject.path), "ONNX")
-    with clock.stage("look"):
+    with clock.stage("scan"):
         static = look(subject.path)
     if any(stands_against(f, request.policy.gate) for f in static):
         return _refuse(request, subject, origin, static, clock)
@@ -63,13 +63,14 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
     waived = any(finding.level == "error" for finding in static)
     model = _float_model(request, subject, data, clock, waived=waived)
     interface = _interface(data, subject, request) if model is None else model.interface
-    with clock.stage("scan"):
-        scan = NO_SCAN if model is None else scan_weights(model, progress)
-        provenance = None
-        if model is not None and subject.has_reference:
+    provenance = None
+    if model is not None and subject.has_reference:
+        with clock.stage("compare"):
             origin, provenance = model.origin, trace(data, model)
     with clock.stage("data"):
         evidence = open_evidence(request, interface.classes, (), progress)
+    with clock.stage("detect"):
+        detected = detect(Suspect(model, data, evidence.images), progress)
     run_id = _run_id(request, subject, data, model, evidence)
     with open_run(request.artifacts, run_id) as run:
         files = keep(run, _variants(data, model, provenance))
@@ -79,8 +80,8 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
             classes=interface.classes,
             evidence=evidence,
             measured=measured,
-            scan=scan,
             static=static,
+            detected=detected,
             provenance=provenance,
             known=subject.known,
         )
@@ -98,7 +99,6 @@ def _refuse(
             classes=0,
             evidence=NO_EVIDENCE,
             measured=Measured(()),
-            scan=NO_SCAN,
             static=static,
         )
         return _deliver(compose(request, found, clock, run.path.name), request, subject, run)
@@ -118,8 +118,8 @@ def _float_model(
 
 
 def _interface(data: bytes, subject: Subject, request: Request) -> Interface:
-    session = open_session(data, request.device.runtimes[0].provider)
-    found = classifier_interface(session, where=f"model {subject.path}")
+    first = request.device.runtimes[0]
+    found = runtime_of(first).open(data, first).interface(where=f"model {subject.path}")
     shape = request.sources.shape
     if shape is not None and shape != found.input_shape:
         raise UsageError(

@@ -10,7 +10,7 @@ from qdeploy.inputs.requests import Request
 from qdeploy.judging.measure import Measured, Trial, Variant, validate
 from qdeploy.progress import Clock
 from qdeploy.runs.rundir import RunDir
-from qdeploy.runtime.sessions import open_session
+from qdeploy.runtime.known import runtime_of
 from qdeploy.values import Interface
 
 
@@ -21,7 +21,7 @@ def check_providers(request: Request) -> None:
         ProviderError: one is missing or does not work.
     """
     for runtime in request.device.runtimes:
-        open_session(identity(), runtime.provider)
+        runtime_of(runtime).open(identity(), runtime)
 
 
 def measure(

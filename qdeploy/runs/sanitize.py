@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qdeploy.detectors.crowding import scan_weights
+from qdeploy.detectors.known import Suspect, detect
 from qdeploy.disk.files import require_writable, set_aside, write_atomically
 from qdeploy.formats.static import look
 from qdeploy.inputs.opened import (
@@ -67,12 +67,12 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             given = open_source(uncleaned, run_code_from_model=request.run_code_from_model)
             before = exported(given, uncleaned, request.device)
     plan = plan_layers(model, request.recipe, request.device)
-    with clock.stage("scan"):
-        scan = scan_weights(model, progress)
     with clock.stage("data"):
         calibration = open_calibration(request, loaded, plan, progress)
         fitted = [calibration.fitted, *_fitted_to(student)]
         evidence = open_evidence(request, model.classes, fitted, progress)
+    with clock.stage("detect"):
+        detected = detect(Suspect(model, images=evidence.images), progress)
     with open_run(request.artifacts, _run_id(request, model, calibration, evidence)) as run:
         quantized, files = _quantize(request, model, plan, calibration, run, clock)
         if before is not None:
@@ -85,8 +85,8 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             classes=model.classes,
             evidence=evidence,
             measured=measured,
-            scan=scan,
             static=look(run.path / "result.onnx"),
+            detected=detected,
             provenance=provenance,
             known=_chosen(provenance, quantized),
             calibration=calibration,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from qdeploy.runtime.known import Runner
 from qdeploy.runtime.measure import argmax
-from qdeploy.runtime.sessions import Session
 
 PROBES = 256
 BATCH = 32
@@ -26,7 +26,7 @@ class _Batch:
 
 
 def same_in_any_batch(
-    session: Session, probes: Float32[np.ndarray, "probes channels height width"], seed: int
+    session: Runner, probes: Float32[np.ndarray, "probes channels height width"], seed: int
 ) -> Bool[np.ndarray, " probes"]:
     """Which probes are answered alike in whatever batch they come.
 
@@ -55,7 +55,7 @@ def same_in_any_batch(
     return alike
 
 
-def _logits(session: Session, batches: Iterator[_Batch]) -> np.ndarray:
+def _logits(session: Runner, batches: Iterator[_Batch]) -> np.ndarray:
     """By probe, whatever the order of the batches."""
     rows, which = [], []
     for batch in batches:

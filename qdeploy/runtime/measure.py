@@ -12,7 +12,8 @@ import numpy as np
 from qdeploy.data import Images
 from qdeploy.data.triggers import Trigger
 from qdeploy.progress import SILENT, Progress
-from qdeploy.runtime.sessions import Session, open_session
+from qdeploy.runtime.known import Runner, runtime_of
+from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import Arm, Latency, Predictions
 
 BATCH_VALUES = 1 << 20  # of one input batch
@@ -43,7 +44,7 @@ FORGETFUL: PredictionStore = _Forgetful()
 
 
 def predict(
-    sessions: Mapping[Arm, Session],
+    sessions: Mapping[Arm, Runner],
     images: Images,
     triggers: Sequence[Trigger],
     *,
@@ -107,20 +108,20 @@ def measure_latency(
     models: Iterable[tuple[str, bytes]],
     shape: tuple[int, int, int],
     *,
-    provider: str,
+    runtime: RuntimeSpec,
     runs: int,
     saturating: bool = False,
 ) -> tuple[Latency, ...]:
     """Median time of each model at batch 1 and 32, the models taking turns.
 
     One session is open at a time, since idle ones keep the cores busy. Only the ratios mean
-    something on a machine that does other work. `saturating` is that of `open_session`.
+    something on a machine that does other work. `saturating` is that of `Runtime.open`.
     """
     seconds: dict[tuple[str, int], list[float]] = {}
     contestants = tuple(models)
     for _ in range(LATENCY_TURNS if runs else 0):
         for name, data in contestants:
-            session = open_session(data, provider, saturating=saturating)
+            session = runtime_of(runtime).open(data, runtime, saturating=saturating)
             for size in LATENCY_BATCHES:
                 times = _run_times(session, (size, *shape), runs)
                 seconds.setdefault((name, size), []).extend(times)
@@ -138,7 +139,7 @@ def _span_of_median(times: Sequence[float]) -> tuple[float, float]:
     return ordered[below], ordered[n - 1 - below]
 
 
-def _run_times(session: Session, shape: tuple[int, ...], runs: int) -> list[float]:
+def _run_times(session: Runner, shape: tuple[int, ...], runs: int) -> list[float]:
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     session.logits(x)  # warms up
     times = []

@@ -6,6 +6,7 @@ import io
 import math
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from qdeploy.errors import InputError, ProviderError, first_line
+from qdeploy.formats.onnx.nodes import operators
 from qdeploy.machine import cores
 from qdeploy.runtime.watchdog import WATCHDOG
+from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import LARGEST_INPUT_VALUES, Interface
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -95,6 +98,33 @@ class Session:
                 for part, padded in zip(parts, full, strict=True)
             ]
         )
+
+    def interface(self, *, where: str) -> Interface:
+        """What the file takes and gives; see `classifier_interface`."""
+        return classifier_interface(self, where=where)
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxRuntime:
+    """onnxruntime on one execution provider, as a runtime of `qdeploy.runtime.known`."""
+
+    provider: str
+
+    def open(
+        self, model: bytes, spec: RuntimeSpec, *, spinning: bool = True, saturating: bool = False
+    ) -> Session:
+        """See `open_session`."""
+        return open_session(
+            model,
+            self.provider,
+            optimizations=spec.optimizations,
+            spinning=spinning,
+            saturating=saturating,
+        )
+
+    def kernels(self, model: bytes) -> Mapping[str, int]:
+        """Of the graph that onnxruntime hands to the CPU: of others it is not visible."""
+        return dict(sorted(Counter(operators(optimized(model))).items()))
 
 
 def classifier_interface(session: Session, *, where: str) -> Interface:

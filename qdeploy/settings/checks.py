@@ -1,6 +1,7 @@
 """Every check of a gate, a row each: its limit in a policy, what it takes, what it says.
 
-A row here and the measure of that name in `qdeploy.judging.checks` are all there is to a check.
+A row here and the measure of that name in `qdeploy.judging.checks`, or the detector that it names,
+are all there is to a check.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class CheckRow:
     meaning: str = ""  # of that key
     counted: bool = False  # its limit is a number of things
     of_budget: bool = False
+    detector: str | None = None  # the module of `qdeploy.detectors` that measures it
     sampled: Literal["images", "images of a class"] | None = None  # what it takes enough of
     made_here: bool = False  # of the files that this program makes, and of no other
     spoken_of: bool = False  # readers take it for granted: if it was not measured, that is said
@@ -126,7 +128,8 @@ ROWS = (
         says="Integers are neither rounded to nearest nor as a report says.",
     ),
     CheckRow(
-        name="cell_crowding", unit="sd", needs=("limit", "floats"), key="max_cell_crowding",
+        name="cell_crowding", unit="sd", detector="crowding", needs=("limit", "floats"),
+        key="max_cell_crowding",
         meaning="Score of the float weights at cell edges; clean models stay below 5.",
         says="The float weights were held inside the cells of a quantizer.",
     ),

@@ -16,8 +16,11 @@ LARGEST_CODE_WITHOUT_SATURATION = 64  # 2 * 255 * 64 is less than 2^15
 class RuntimeSpec(Spec):
     """One way of running the file that the device offers; every one is measured."""
 
-    provider: Literal["cpu", "cuda"]
+    provider: str = Field(description="As `qdeploy.runtime.known` has it: cpu, cuda.")
     optimizations: Literal["all", "off"] = "all"
+    options: dict[str, str] = Field(
+        default={}, description="What the runtime must know beyond, as an address."
+    )
 
     @property
     def label(self) -> str:

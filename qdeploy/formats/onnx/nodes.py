@@ -149,3 +149,11 @@ def _reached(start: Iterable[str], steps: Iterable[Step]) -> set[str]:
                 found |= new
                 waiting.extend(new)
     return found - {""}
+
+
+def operators(data: bytes) -> tuple[str, ...]:
+    """The operator of each node of a well-formed model; those outside of the standard in full."""
+    return tuple(
+        node.op_type if node.domain in STANDARD_DOMAINS else f"{node.domain}.{node.op_type}"
+        for node in onnx.ModelProto.FromString(data).graph.node
+    )
