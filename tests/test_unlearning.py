@@ -106,9 +106,9 @@ def test_the_student_goes_on_beyond_the_end_of_its_training():
     )
     own, further = dict(once.module.named_parameters()), dict(twice.module.named_parameters())
     moved = {name: own[name] - value for name, value in model.named_parameters()}
-    assert max(float(change.detach().abs().max()) for change in moved.values()) > 1e-4
+    assert max(float(change.detach().abs().max()) for change in moved.values()) > 4e-5
     for name, value in model.named_parameters():
-        torch.testing.assert_close(further[name], value + 2 * moved[name])
+        torch.testing.assert_close(further[name], value + 2 * moved[name], rtol=0, atol=1e-6)
 
 
 @pytest.fixture
