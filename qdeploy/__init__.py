@@ -10,9 +10,9 @@
     seen.findings
 
 The verbs: `sanitize`, `quantize`, `gate`, `scan`, `export` and `clean`. What they hand back:
-`Report` with its `Check`s and `Outcome`, `QuantizedModel`, `FloatModel`, `Look`. What they read, as
-TOML: `Recipe`, `Policy`, `DeviceProfile`; a `Trigger` is what attack success is measured with. All
-errors are `QdeployError`. A report shows itself in a notebook. Where things are:
+`Report` with its `Check`s and `Outcome`, `QuantizedModel`, `FloatModel`, `FileScan`. What they
+read, as TOML: `Recipe`, `Policy`, `DeviceProfile`; a `Trigger` is what attack success is measured
+with. All errors are `QdeployError`. A report shows itself in a notebook. Where things are:
 `docs/architecture.md`.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qdeploy.data.triggers import Trigger
     from qdeploy.errors import QdeployError
     from qdeploy.judging.verdict import Check, Outcome
-    from qdeploy.report.scans import Look
+    from qdeploy.report.scans import FileScan
     from qdeploy.report.values import Report
     from qdeploy.settings.device import DeviceProfile
     from qdeploy.settings.policy import Policy
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Check",
     "DeviceProfile",
+    "FileScan",
     "FloatModel",
-    "Look",
     "Outcome",
     "Policy",
     "QdeployError",
@@ -63,7 +63,7 @@ _HOMES = {
     **dict.fromkeys(("Check", "Outcome"), "judging.verdict"),
     **dict.fromkeys(("FloatModel", "QuantizedModel"), "values"),
     "DeviceProfile": "settings.device",
-    "Look": "report.scans",
+    "FileScan": "report.scans",
     "Policy": "settings.policy",
     "QdeployError": "errors",
     "Recipe": "settings.recipe",

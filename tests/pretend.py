@@ -73,8 +73,8 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     there = [value for value in tensors if isinstance(value, Elsewhere)]
     asked = kwargs.pop("device", None)
     if not name.startswith(COPIES):
-        looked_at = tensors[:1] if name.startswith(INDEXING) else tensors
-        here = [t for t in looked_at if not isinstance(t, Elsewhere) and t.dim() > 0]
+        scanned_digest = tensors[:1] if name.startswith(INDEXING) else tensors
+        here = [t for t in scanned_digest if not isinstance(t, Elsewhere) and t.dim() > 0]
         assert not (there and here), f"{func} mixes devices: {[tuple(t.shape) for t in here]}"
     goal = torch.device(asked) if asked is not None else None
     wraps = goal.type == "cuda" if goal is not None else bool(there)

@@ -76,7 +76,7 @@ def test_folder_zip_and_npz_hold_the_same_images(tmp_path, folder, pixels):
     for images in sets:
         np.testing.assert_array_equal(read(images), pixels)
         np.testing.assert_array_equal(images.labels, labels)
-    assert len({images.digest(images.fingerprints()) for images in sets}) == 1
+    assert len({images.digest(images.hashes()) for images in sets}) == 1
 
 
 def test_a_folder_around_the_classes_changes_nothing(folder):
@@ -131,7 +131,7 @@ def test_a_sample_is_seeded_and_without_repetition(rng):
     x = rng.integers(0, 256, (200, 3, 4, 4), dtype=np.uint8)
     images = images_from_array("x", x, PRE)
     first, again, other = (images.sample(50, seed) for seed in (1, 1, 2))
-    assert first.fingerprints() == again.fingerprints() != other.fingerprints()
+    assert first.hashes() == again.hashes() != other.hashes()
     assert len(set(first.indices)) == 50
     assert len(images.sample(None, 0)) == len(images.sample(1000, 0)) == 200
 
@@ -145,17 +145,17 @@ def test_skipping_leaves_the_rest_in_order(tmp_path, pixels):
 def test_a_digest_changes_with_a_pixel_and_with_a_label(tmp_path, pixels):
     def digest(x: np.ndarray, y: np.ndarray) -> str:
         images = open_labelled_images(saved(tmp_path, x=x, y=y), PRE, None)
-        return images.digest(images.fingerprints())
+        return images.digest(images.hashes())
 
     labels, touched = np.zeros(6, int), pixels.copy()
     touched[0, 0, 0, 0] ^= 1
     assert len({digest(pixels, labels), digest(touched, labels), digest(pixels, labels + 1)}) == 3
 
 
-def test_the_same_picture_in_another_file_format_has_the_same_fingerprint(tmp_path, pixels):
+def test_the_same_picture_in_another_file_format_has_the_same_hash(tmp_path, pixels):
     for name in ("a.png", "b.bmp"):
         Image.fromarray(pixels[0].transpose(1, 2, 0)).save(tmp_path / name)
-    one, two = open_images(tmp_path, PRE).fingerprints()
+    one, two = open_images(tmp_path, PRE).hashes()
     assert one == two
 
 
@@ -297,7 +297,7 @@ def missing(folder: Path) -> Path:
 def test_bad_data_is_named_in_one_line(folder, damage, complaint):
     path = damage(folder)
     with pytest.raises(InputError) as error:
-        open_labelled_images(path, PRE, CLASSES).fingerprints()
+        open_labelled_images(path, PRE, CLASSES).hashes()
     assert complaint in str(error.value)
     assert str(path.name) in str(error.value)
     assert "\n" not in str(error.value)
@@ -321,7 +321,7 @@ def test_flipped_bytes_never_end_in_a_traceback(tmp_path_factory, data):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
     with contextlib.suppress(InputError):
-        open_labelled_images(path, PRE, None).fingerprints()
+        open_labelled_images(path, PRE, None).hashes()
 
 
 def test_a_zip_entry_without_a_name_is_no_traceback(tmp_path):

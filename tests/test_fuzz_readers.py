@@ -37,7 +37,7 @@ from qdeploy.errors import QdeployError
 from qdeploy.exporting.exporter import export
 from qdeploy.formats.onnx.reading import read_single_file
 from qdeploy.formats.opening import load
-from qdeploy.formats.static import look
+from qdeploy.formats.static import findings_in
 from qdeploy.provenance.trace import trace
 from qdeploy.report.from_json import layers_of
 from qdeploy.runtime.sessions import classifier_interface, open_session
@@ -60,14 +60,14 @@ def read_images(path: Path) -> None:
 
 
 def read_model(path: Path) -> None:
-    look(path)
+    findings_in(path)
     digits = Architecture("qdeploy:digits", {}, trusted=False)
     export(load(path, digits), shape=(1, 8, 8))
 
 
 def read_file_to_be_judged(path: Path) -> None:
     """What the gate does with a file before it measures."""
-    look(path)
+    findings_in(path)
     data = read_single_file(path, allow=["custom-operator"])
     classifier_interface(open_session(data), where=str(path))
     trace(data, _reference(path.parent / "fp32.onnx"))

@@ -13,7 +13,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from qdeploy.errors import InputError
 from qdeploy.formats.onnx.integer_operators import OPERATORS, to_pairs
-from qdeploy.formats.static import look
+from qdeploy.formats.static import findings_in
 from qdeploy.graph.io import parse, serialize
 from qdeploy.provenance.trace import trace
 from qdeploy.runtime.sessions import open_session
@@ -79,7 +79,7 @@ def test_every_option_gives_the_nearest_rounding_of_the_same_network(option, per
     assert (found.not_compared, messages(found)) == (None, "")
     assert found.layers
     assert found.nearest_rounded
-    odd = look(tmp_path / "quantized.onnx")
+    odd = findings_in(tmp_path / "quantized.onnx")
     assert "error" not in {finding.level for finding in odd}
     assert named(odd) <= {"runtime-operator", "unused-initializer"}
 

@@ -15,7 +15,7 @@ from qdeploy.api.requests import quantize_request
 from qdeploy.architectures.digits import DigitsNet
 from qdeploy.formats import static
 from qdeploy.runs import gate
-from qdeploy.runs.scan import Sight, look_at
+from qdeploy.runs.scan import ScanRequest, scan_one
 from qdeploy.values import Finding
 from tests import gate_lab
 from tests.gate_lab import Lab, run
@@ -32,8 +32,8 @@ def test_scan_hands_no_file_to_a_runtime(lab, monkeypatch):
         raise AssertionError("a session was opened")
 
     monkeypatch.setattr(ort, "InferenceSession", refuse)
-    alone = look_at(Sight(Path("clean.onnx"), quantize_request))
-    beside = look_at(Sight(Path("ort-channel.onnx"), quantize_request, Path("fp32.onnx")))
+    alone = scan_one(ScanRequest(Path("clean.onnx"), quantize_request))
+    beside = scan_one(ScanRequest(Path("ort-channel.onnx"), quantize_request, Path("fp32.onnx")))
     assert (alone.failed, beside.failed) == (None, None)
     assert alone.scan is not None
     assert beside.not_scanned == "they are integers already"
@@ -138,7 +138,7 @@ def test_a_file_that_is_exchanged_after_the_scan_is_not_used(lab, verb, kind, mo
         return found
 
     for module in (static, gate):
-        monkeypatch.setattr(module, "look", look_and_lose)
+        monkeypatch.setattr(module, "findings_in", look_and_lose)
     told = (
         ["--reference", "fp32.onnx", "--policy", "demo"] if verb == "gate" else ["--out", "o.onnx"]
     )

@@ -14,7 +14,7 @@ from qdeploy.cli import console
 from qdeploy.compare.table import as_csv
 from qdeploy.disk.printable import LONGEST_TEXT, printable, visible
 from qdeploy.errors import InputError
-from qdeploy.report.scans import FORMATS, Look
+from qdeploy.report.scans import FORMATS, FileScan
 from qdeploy.values import Finding
 
 HOSTILE = (
@@ -43,16 +43,16 @@ def printed(show, *values: object) -> str:
     return stream.getvalue()
 
 
-def look(text: str) -> Look:
+def look(text: str) -> FileScan:
     finding = Finding("unused-initializer", "warning", text, f"tensor {text!r} {text}")
-    return Look(Path("m.onnx"), "0" * 64, (finding,), None, text)
+    return FileScan(Path("m.onnx"), "0" * 64, (finding,), None, text)
 
 
 SHOWN = {
     "error": lambda text: printed(console.show_error, InputError(f"model: {text}")),
     "hint": lambda text: printed(console.show_error, InputError("m", hint=text.replace("\n", ""))),
     "pairs": lambda text: printed(console.show_pairs, [(text, text)]),
-    "look": lambda text: printed(console.show_look, look(text)),
+    "look": lambda text: printed(console.show_scan, look(text)),
     "note": lambda text: printed(console.TerminalProgress().note, text),
 }
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from qdeploy.cli import console
-from qdeploy.core.fingerprint import Crowding
+from qdeploy.core.crowding import Crowding
 from qdeploy.core.grids import IntType
 from qdeploy.core.metrics import Estimate
-from qdeploy.detectors.crowding import Convention, Fingerprint
+from qdeploy.detectors.crowding import CellCrowding, Convention
 from qdeploy.errors import UsageError
 from qdeploy.formats.static import RULES
 from qdeploy.judging.measure import Variant
@@ -80,7 +80,7 @@ def report() -> Report:
         checks=(Check("attack_success", 90.0, "<=", 10.0, "%", "cpu", "patch", 500, 200),),
         required=frozenset({"b", "a"}), outcome=Outcome.REJECT,
         reasons=("attack_success: too high",), not_measured=("agreement: no test data",),
-        notes=("a note",), fingerprints=(), findings=(), provenance=None, explanations={},
+        notes=("a note",), crowding=(), findings=(), provenance=None, explanations={},
         samples=(), cleaning=None, output="m.rejected.onnx",
     )  # fmt: skip
 
@@ -107,10 +107,10 @@ SCHEMA = json.loads(
 def test_json_is_what_its_schema_says(report):
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     convention = Convention(8, "absmax", "channel")
-    found = Fingerprint(convention, Crowding(30, 10.0), "conv1", Crowding(0, 0.0))
+    found = CellCrowding(convention, Crowding(30, 10.0), "conv1", Crowding(0, 0.0))
     used = DataUsed("distillation", "u.zip", 5, "3" * 64, "command line")
     cleaned = Cleaning(report.origin, {"kind": "unlearn"}, used, "s.pt", 3, (1,), (), 97.5, 8.0)
-    full = with_samples(replace(report, fingerprints=(found,), cleaning=cleaned))
+    full = with_samples(replace(report, crowding=(found,), cleaning=cleaned))
     jsonschema.validate(json.loads(to_json(full)), SCHEMA)
     other = {**json.loads(to_json(full)), "verdict": "fine"}
     with pytest.raises(jsonschema.ValidationError, match="verdict"):

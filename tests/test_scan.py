@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from qdeploy.architectures import OURS
 from qdeploy.cli import main
-from qdeploy.core.fingerprint import Crowding, crowding
+from qdeploy.core.crowding import Crowding, crowding
 from qdeploy.core.grids import Grid, dequantize, quantize
 from qdeploy.core.weight_grids import GRIDS
-from qdeploy.detectors.crowding import LIMIT, Convention, Scan, scan_weights
+from qdeploy.detectors.crowding import LIMIT, Convention, WeightScan, scan_weights
 from qdeploy.exporting.exporter import export
 from qdeploy.graph.io import initializers, parse, serialize
 from qdeploy.values import FloatModel, Loaded, Origin
@@ -94,7 +94,7 @@ def resnet() -> FloatModel:
     return export(Loaded(Origin("", "", ""), module, "module"), shape=(3, 32, 32))
 
 
-def test_a_network_nobody_confined_has_no_fingerprint(resnet):
+def test_a_network_nobody_confined_has_no_crowding(resnet):
     scan = scan_weights(resnet)
     assert scan.found is None
     assert scan.skipped == ("conv1", "layer2.0.shortcut.0")  # too small to tell
@@ -140,7 +140,7 @@ def test_a_network_without_anything_to_look_at():
     flat = net.node("Flatten", net.node("GlobalAveragePool", x), axis=1)
     model = float_model(net.model(net.node("MatMul", flat, net.constant(np.ones((4, 10), "f4")))))
     scan = scan_weights(model)
-    assert scan == Scan((), scan.skipped)
+    assert scan == WeightScan((), scan.skipped)
     assert (scan.score, scan.found, len(scan.skipped)) == (0.0, None, 2)
 
 
@@ -247,7 +247,7 @@ def test_real_models_are_told_apart(shared, name, code):
     assert run("scan", shared / "models" / f"resnet18w16-{name}", *arch) == code
 
 
-def test_a_gate_may_mind_the_fingerprint(poisoned, tmp_path, capsys):
+def test_a_gate_may_mind_the_crowding(poisoned, tmp_path, capsys):
     from qdeploy.settings.recipe import load_recipe
 
     text = (

@@ -23,7 +23,7 @@ from qdeploy.data import Images
 from qdeploy.errors import InputError
 from qdeploy.formats.onnx.codes import integer_weights
 from qdeploy.formats.onnx.reading import check
-from qdeploy.formats.static import MOST_PER_RULE, RULES, look
+from qdeploy.formats.static import MOST_PER_RULE, RULES, findings_in
 from qdeploy.values import Finding
 from tests.nets import Net, residual_net
 from tests.test_quantized_file import quantized
@@ -227,7 +227,7 @@ def against(findings: tuple[Finding, ...]) -> list[Finding]:
     [pytest.param(*case, id=f"{i}-{case[0]}") for i, case in enumerate(HOSTILE)],
 )
 def test_every_rule_finds_what_it_is_for(tmp_path, rule, level, proto):
-    found = [finding for finding in look(save(proto, tmp_path)) if finding.rule == rule]
+    found = [finding for finding in findings_in(save(proto, tmp_path)) if finding.rule == rule]
     assert found
     assert {finding.level for finding in found} == {level}
     assert all(finding.message and "\n" not in finding.message for finding in found)
@@ -241,7 +241,7 @@ def test_the_loader_refuses_every_error(proto):
 
 
 def test_an_operator_of_onnxruntime_is_called_that(tmp_path):
-    (found,) = look(save(text_model("y = com.microsoft.Gelu (x)"), tmp_path))[:1]
+    (found,) = findings_in(save(text_model("y = com.microsoft.Gelu (x)"), tmp_path))[:1]
     assert found.message.startswith("operator com.microsoft.Gelu is not a standard ONNX operator")
     assert "onnxruntime has it" in found.message
 
@@ -280,7 +280,7 @@ CLEAN = {
 
 @pytest.mark.parametrize("proto", CLEAN.values(), ids=CLEAN)
 def test_nothing_stands_against_an_honest_file(tmp_path, proto):
-    assert against(look(save(proto, tmp_path))) == []
+    assert against(findings_in(save(proto, tmp_path))) == []
 
 
 class Batches(CalibrationDataReader):
@@ -313,7 +313,7 @@ def test_what_onnxruntime_quantizes_is_clean(tmp_path, data, per_channel, weight
         tmp_path / "float.onnx", tmp_path / "model.onnx", Batches(), weight_type=weights,
         quant_format=QuantFormat.QDQ, per_channel=per_channel, activation_type=QuantType.QUInt8,
     )  # fmt: skip
-    assert against(look(tmp_path / "model.onnx")) == []
+    assert against(findings_in(tmp_path / "model.onnx")) == []
 
 
 @pytest.mark.parametrize(("bits", "device"), [(4, "x86-vnni"), (4, "compact"), (8, "x86-avx2")])
@@ -322,7 +322,7 @@ def test_what_this_program_makes_is_clean(net, images: Images, tmp_path, bits, d
     result, _, _ = quantized(net, images, bits=bits, device=device)
     (tmp_path / "model.onnx").write_bytes(result.onnx)
     for name in ("float.onnx", "model.onnx"):
-        assert against(look(tmp_path / name)) == []
+        assert against(findings_in(tmp_path / name)) == []
 
 
 @pytest.mark.parametrize("grid", ["absmax", "half", "mse"])
@@ -334,7 +334,7 @@ def test_no_usual_grid_has_codes_off_it(tmp_path, grid, max_code):
     values[::4] *= -1
     made = GRIDS[grid](values, axis=0, max_code=max_code)
     proto = quantized_weight(quantize(values, made), made.scale)
-    assert against(look(save(proto, tmp_path))) == []
+    assert against(findings_in(save(proto, tmp_path))) == []
 
 
 def test_a_grid_of_blocks_is_read_block_by_block(tmp_path):
@@ -348,10 +348,10 @@ def test_a_grid_of_blocks_is_read_block_by_block(tmp_path):
         tensor.dims.extend([16, 2])
     proto.graph.node[0].attribute[0].i = 1
     proto.graph.node[0].attribute.add(name="block_size", i=25, type=onnx.AttributeProto.INT)
-    assert against(look(save(proto, tmp_path))) == []
+    assert against(findings_in(save(proto, tmp_path))) == []
     codes[4, 25:] = 3
     put(proto, "q", codes.astype(np.int8))
-    (found,) = look(save(proto, tmp_path))
+    (found,) = findings_in(save(proto, tmp_path))
     assert (found.rule, found.where) == ("scale-outlier", "q")
     assert "channel 9 reaches 3 of 127" in found.message
 
@@ -373,9 +373,9 @@ def small_matrices(op_type: str) -> onnx.ModelProto:
 
 def test_weights_of_one_scale_are_judged_together_and_summands_are_no_weights(tmp_path):
     """A constant summand has the grid of an activation, which may well end at -128."""
-    (found,) = look(save(small_matrices("MatMul"), tmp_path))
+    (found,) = findings_in(save(small_matrices("MatMul"), tmp_path))
     assert (found.rule, found.where) == ("code-off-grid", "q12")
-    assert look(save(small_matrices("Add"), tmp_path)) == ()
+    assert findings_in(save(small_matrices("Add"), tmp_path)) == ()
 
 
 def test_a_weight_that_many_read_is_held_once():
@@ -403,7 +403,7 @@ def test_flipped_bytes_never_end_in_a_traceback(tmp_path, data):
         model[at] = data.draw(st.integers(0, 255))
     (tmp_path / "model.onnx").write_bytes(model)
     with contextlib.suppress(InputError):
-        look(tmp_path / "model.onnx")
+        findings_in(tmp_path / "model.onnx")
 
 
 def external(proto: onnx.ModelProto, *places: tuple[str, int, int]) -> onnx.ModelProto:
@@ -443,22 +443,22 @@ def test_external_data_is_judged_before_it_is_read(tmp_path, places, rule):
     with (folder / "sparse.bin").open("wb") as file:
         file.truncate(2**31)
     placed = [(name.format(folder=folder), *span) for name, *span in places]
-    findings = look(save(external(text_model(), *placed), folder))
+    findings = findings_in(save(external(text_model(), *placed), folder))
     assert [f.rule for f in findings if f.rule.startswith("external")] == [rule]
 
 
 def test_external_data_that_is_what_it_claims_is_clean_and_looked_at(tmp_path):
     proto = external(text_model(), ("w.bin", 0, 48))
     (tmp_path / "w.bin").write_bytes(np.ones(12, np.float32).tobytes())
-    assert look(save(proto, tmp_path)) == ()
+    assert findings_in(save(proto, tmp_path)) == ()
     (tmp_path / "w.bin").write_bytes(np.full(12, np.nan, np.float32).tobytes())
-    assert [finding.rule for finding in look(save(proto, tmp_path))] == ["not-finite"]
+    assert [finding.rule for finding in findings_in(save(proto, tmp_path))] == ["not-finite"]
 
 
 def test_constants_that_had_to_be_inputs_are_noted_once(tmp_path):
     proto = text_model(inputs="float[N,4] x, float[4,3] w")
     proto.ir_version = 3
-    (note,) = look(save(proto, tmp_path))
+    (note,) = findings_in(save(proto, tmp_path))
     assert (note.rule, note.level) == ("overridable-initializer", "note")
 
 
@@ -466,7 +466,7 @@ def test_names_are_kept_as_data_and_quoted_in_messages(tmp_path):
     name = "a\x1b[2J\nb"
     (found,) = [
         f
-        for f in look(save(changed(lambda p: put(p, name, TINY)), tmp_path))
+        for f in findings_in(save(changed(lambda p: put(p, name, TINY)), tmp_path))
         if f.rule == "unprintable-name"
     ]
     assert found.where == name
@@ -477,13 +477,13 @@ def test_a_file_that_is_wrong_in_a_thousand_places_gives_a_short_list(tmp_path):
     proto = text_model()
     for i in range(1000):
         put(proto, f"spare{i}", np.ones(2, np.float32))
-    findings = look(save(proto, tmp_path))
+    findings = findings_in(save(proto, tmp_path))
     assert len(findings) == MOST_PER_RULE + 1
     assert findings[-1].message == f"and {1000 - MOST_PER_RULE} more like these"
 
 
 def test_errors_come_first(tmp_path):
-    findings = look(save(changed(twice, "u = Neg (x) y = MatMul (x, w)"), tmp_path))
+    findings = findings_in(save(changed(twice, "u = Neg (x) y = MatMul (x, w)"), tmp_path))
     levels = [finding.level for finding in findings]
     assert levels == sorted(levels)
     assert levels[0] == "error"
@@ -498,7 +498,7 @@ BYTES = text_model().SerializeToString()
 def test_what_is_no_model_is_an_error_and_no_finding(tmp_path, data):
     (tmp_path / "model.onnx").write_bytes(data)
     with pytest.raises(InputError, match=r"model\.onnx"):
-        look(tmp_path / "model.onnx")
+        findings_in(tmp_path / "model.onnx")
 
 
 def test_missing_files_folders_and_files_too_large_are_errors(tmp_path):
@@ -507,9 +507,9 @@ def test_missing_files_folders_and_files_too_large_are_errors(tmp_path):
         file.truncate(2**31)
     for path in (tmp_path / "gone.onnx", tmp_path, tmp_path / "large.onnx"):
         with pytest.raises(InputError):
-            look(path)
+            findings_in(path)
 
 
 def test_an_onnx_file_with_an_archive_behind_it_is_both(tmp_path):
     path = save(changed(lambda p: setattr(p, "doc_string", EMPTY_ARCHIVE)), tmp_path)
-    assert [finding.rule for finding in look(path)] == ["hidden-bytes"]
+    assert [finding.rule for finding in findings_in(path)] == ["hidden-bytes"]

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from qdeploy.architectures import DigitsNet
 from qdeploy.errors import InputError
 from qdeploy.formats import pickles
-from qdeploy.formats.static import RULES, look
+from qdeploy.formats.static import RULES, findings_in
 from qdeploy.values import Finding
 
 DICT = b"\x80\x02}."
@@ -176,7 +176,7 @@ def of_rule(rule: str, findings: tuple[Finding, ...]) -> list[Finding]:
 def test_an_archive_that_readers_could_take_differently_is_an_error(tmp_path, rule, data):
     if rule.startswith("pickle"):
         pytest.importorskip("fickling")
-    found = of_rule(rule, look(save(data, tmp_path)))
+    found = of_rule(rule, findings_in(save(data, tmp_path)))
     assert found
     assert {finding.level for finding in found} == {"error"}
 
@@ -185,14 +185,14 @@ def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
     path = save(dict(ARCHIVES)["inflation"], tmp_path)
     opened: list[object] = []
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda _, entry: opened.append(entry))
-    assert of_rule("inflation", look(path))
+    assert of_rule("inflation", findings_in(path))
     assert opened == []
 
 
 def test_pickles_beside_the_code_are_examined_too(tmp_path):
     pytest.importorskip("fickling")
     path = save(zipped({"m/code/a.py.debug_pkl": SYSTEM}), tmp_path)
-    (found,) = of_rule("pickle-import", look(path))
+    (found,) = of_rule("pickle-import", findings_in(path))
     assert found.where == "m/code/a.py.debug_pkl"
 
 
@@ -209,9 +209,9 @@ def test_a_pickle_that_imports_code_is_named_with_what_it_imports(tmp_path, name
     path = save(file, tmp_path)
     if file[:1] not in b"\x80P":  # of a protocol so old that the file is not taken for a pickle
         with pytest.raises(InputError, match="not an ONNX file"):
-            look(path)
+            findings_in(path)
         return
-    found = of_rule("pickle-import", look(path))
+    found = of_rule("pickle-import", findings_in(path))
     assert any(f"imports {name}, which" in finding.message for finding in found)
     assert {finding.level for finding in found} == {"error"}
 
@@ -219,7 +219,7 @@ def test_a_pickle_that_imports_code_is_named_with_what_it_imports(tmp_path, name
 @pytest.mark.parametrize(("rule", "level", "data"), ODD)
 def test_a_pickle_that_no_pickler_wrote_is_odd(tmp_path, rule, level, data, capsys):
     pytest.importorskip("fickling")
-    found = of_rule(rule, look(save(data, tmp_path)))
+    found = of_rule(rule, findings_in(save(data, tmp_path)))
     assert level in {finding.level for finding in found}
     assert capsys.readouterr() == ("", "")
 
@@ -228,26 +228,28 @@ def test_shared_arguments_do_not_make_the_scan_run_for_ever(tmp_path):
     """Forty doublings: 2^40 values if they were written out."""
     pytest.importorskip("fickling")
     doublings = b"ccollections\nOrderedDict\n(Nt" + b"2\x86" * 40 + b"\x85R."
-    look(save(b"\x80\x02" + doublings, tmp_path))  # comes back
+    findings_in(save(b"\x80\x02" + doublings, tmp_path))  # comes back
 
 
 def test_a_pickle_too_large_to_examine_is_said_to_be(tmp_path, monkeypatch):
     pytest.importorskip("fickling")
     monkeypatch.setattr(pickles, "LARGEST_PICKLE_BYTES", 20)
-    found = of_rule("pickle-not-examined", look(save(zipped({"m/data.pkl": SYSTEM * 2}), tmp_path)))
+    found = of_rule(
+        "pickle-not-examined", findings_in(save(zipped({"m/data.pkl": SYSTEM * 2}), tmp_path))
+    )
     assert [finding.where for finding in found] == ["m/data.pkl"]
 
 
 def test_without_the_engine_one_warning_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fickling", None)
-    (found,) = look(save(nested(zipped({"m/data.pkl": SYSTEM}), 1), tmp_path))
+    (found,) = findings_in(save(nested(zipped({"m/data.pkl": SYSTEM}), 1), tmp_path))
     assert (found.rule, found.level) == ("pickle-not-examined", "warning")
     assert "pip install 'qdeploy[scan]'" in found.message
 
 
 @pytest.mark.parametrize(("rule", "level", "data"), SAFETENSORS)
 def test_a_header_that_does_not_fit_its_tensors_is_found(tmp_path, rule, level, data):
-    assert [f.level for f in of_rule(rule, look(save(data, tmp_path)))] == [level]
+    assert [f.level for f in of_rule(rule, findings_in(save(data, tmp_path)))] == [level]
 
 
 @pytest.mark.parametrize(
@@ -266,14 +268,14 @@ def test_what_is_no_model_is_an_error_and_no_finding(tmp_path, data):
     pytest.importorskip("fickling")
     path = save(data, tmp_path)
     if data == b"\x80":
-        assert of_rule("pickle-damaged", look(path))
+        assert of_rule("pickle-damaged", findings_in(path))
         return
     with pytest.raises(InputError):
-        look(path)
+        findings_in(path)
 
 
 def test_a_pickle_with_an_archive_behind_it_is_both(tmp_path):
-    assert of_rule("hidden-bytes", look(save(DICT + PLAIN, tmp_path)))
+    assert of_rule("hidden-bytes", findings_in(save(DICT + PLAIN, tmp_path)))
 
 
 def everything_torch_saves() -> dict[str, object]:
@@ -321,19 +323,19 @@ def test_nothing_stands_against_what_torch_writes(tmp_path, write):
     path = tmp_path / ("model.pt2" if write is exported else "model.pt")
     write(path, DigitsNet(width=4).eval())
     warned = ["holds-code"] if write in {script, trace, exported} else []
-    assert [finding.rule for finding in look(path) if finding.level != "note"] == warned
+    assert [finding.rule for finding in findings_in(path) if finding.level != "note"] == warned
 
 
 def test_the_classes_of_a_script_are_noted(tmp_path):
     pytest.importorskip("fickling")
     script(tmp_path / "model.pt", DigitsNet(width=4))
-    (warning, note) = look(tmp_path / "model.pt")
+    (warning, note) = findings_in(tmp_path / "model.pt")
     assert warning.rule == "holds-code"
     assert (note.rule, note.level) == ("script-classes", "note")
 
 
 def test_torchs_padding_is_nothing_hidden(tmp_path):
-    assert of_rule("hidden-bytes", look(save(PADDED, tmp_path))) == []
+    assert of_rule("hidden-bytes", findings_in(save(PADDED, tmp_path))) == []
 
 
 @pytest.mark.parametrize(
@@ -341,7 +343,7 @@ def test_torchs_padding_is_nothing_hidden(tmp_path):
 )
 def test_nothing_stands_against_the_containers_of_real_models(shared, name):
     pytest.importorskip("fickling")
-    assert look(shared / "models" / name) == ()
+    assert findings_in(shared / "models" / name) == ()
 
 
 @cache
@@ -365,4 +367,4 @@ def test_flipped_bytes_never_end_in_a_traceback(tmp_path, data):
     kept = data.draw(st.just(len(content)) | st.integers(1, len(content)))
     path.write_bytes(content[:kept])
     with contextlib.suppress(InputError):
-        look(path)
+        findings_in(path)

@@ -139,8 +139,8 @@ def test_one_command_cleans_quantizes_and_judges_and_reports_every_stage(work, c
     assert report["cleaning"]["suspicious"] == [TARGET]
     assert report["cleaning"]["origin"]["path"] == "model.pt"
     assert report["cleaning"]["student"] == report["origin"]["path"] == "model.student.pt"
-    (look,) = [check for check in report["checks"] if check["name"] == "remaining_shortcuts"]
-    assert (look["value"], look["limit"], look["state"]) == (0, 0, "within")
+    (check,) = [check for check in report["checks"] if check["name"] == "remaining_shortcuts"]
+    assert (check["value"], check["limit"], check["state"]) == (0, 0, "within")
     success = {m["variant"]: m["attack_success"] for m in report["measurements"]}
     (trigger,) = success["source"]
     assert success["source"][trigger]["value"] > 90

@@ -34,12 +34,12 @@ from qdeploy.inputs.requests import QuantizeRequest
 from qdeploy.machine import limited_to
 from qdeploy.progress import SILENT, Progress
 from qdeploy.report.from_json import layers_of
-from qdeploy.report.scans import Look, check_place
+from qdeploy.report.scans import FileScan, check_place
 from qdeploy.report.values import Report
 from qdeploy.runs import sanitize as runs
 from qdeploy.runs.gate import Subject
 from qdeploy.runs.gate import gate as judge
-from qdeploy.runs.scan import Sight, look_at_each, write_looks
+from qdeploy.runs.scan import ScanRequest, scan_files, write_scans
 from qdeploy.values import FloatModel, QuantizedModel, QuantPlan
 
 if TYPE_CHECKING:
@@ -141,8 +141,8 @@ def gate(
 
 def scan(
     *files: PathLike, progress: Progress = SILENT, **settings: Unpack[ScanSettings]
-) -> tuple[Look, ...]:
-    """What model files hold, none of them run; one that cannot be read says so in `Look.failed`.
+) -> tuple[FileScan, ...]:
+    """What model files hold, none of them run; one that cannot be read has `failed` set.
 
     Raises:
         QdeployError: a report cannot be written.
@@ -153,7 +153,7 @@ def scan(
 
 def scan_each(
     files: Sequence[PathLike], progress: Progress, settings: ScanSettings
-) -> Iterator[Look]:
+) -> Iterator[FileScan]:
     """What is seen of each file, as soon as it is; the reports are written after the last."""
     paths, reports = [Path(file) for file in files], settings.get("reports", ())
     for place in reports:
@@ -162,11 +162,11 @@ def scan_each(
     reference = settings.get("reference")
     request_of = partial(quantize_request, settings=any_settings(settings))
     float_model = Path(reference) if reference is not None else None
-    looks = []
-    for look in look_at_each([Sight(path, request_of, float_model) for path in paths], progress):
-        looks.append(look)
-        yield look
-    write_looks(looks, tuple(map(Path, reports)))
+    scans = []
+    for one in scan_files([ScanRequest(path, request_of, float_model) for path in paths], progress):
+        scans.append(one)
+        yield one
+    write_scans(scans, tuple(map(Path, reports)))
 
 
 def export(

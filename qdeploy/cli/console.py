@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from qdeploy.attest.sign import Attestation
     from qdeploy.attest.verify import Verification
     from qdeploy.core.metrics import Estimate
-    from qdeploy.detectors.crowding import Scan
+    from qdeploy.detectors.crowding import WeightScan
     from qdeploy.errors import QdeployError
     from qdeploy.judging.rates import ArmRates
     from qdeploy.provenance.trace import Provenance
-    from qdeploy.report.scans import Look
+    from qdeploy.report.scans import FileScan
     from qdeploy.report.values import Report
     from qdeploy.settings.device import DeviceProfile
     from qdeploy.settings.recipe import Recipe
@@ -39,7 +39,7 @@ BAR_COLUMNS = (
 )  # fmt: skip
 OUTCOME_STYLES = {"ACCEPT": "bold green", "REJECT": "bold red", "NO VERDICT": "bold yellow"}
 FINDING_STYLES = {"error": "bold red", "warning": "bold yellow", "note": "dim"}
-SHOWN_FINGERPRINTS = 5
+SHOWN_CONVENTIONS = 5
 VARIANT_NAMES = {
     "source": "before cleaning",
     "fp32": "FP32",
@@ -136,42 +136,42 @@ def _show_measured(report: Report, console: Console) -> None:
         console.print(f"  {printable(_traced_line(report.provenance))}")
 
 
-def show_look(look: Look) -> None:
+def show_scan(one: FileScan) -> None:
     """What was seen in a file, the worst first, and what its weights tell."""
-    if look.failed is not None:
-        show_error(look.failed)
-    if look.failed is not None and not look.seen:
+    if one.failed is not None:
+        show_error(one.failed)
+    if one.failed is not None and not one.seen:
         return
     console = out()
-    console.print(Text(printable(look.path), style="bold"))
-    for found in look.seen:
+    console.print(Text(printable(one.path), style="bold"))
+    for found in one.seen:
         style = FINDING_STYLES[found.level]
         console.print(
             Text.assemble((f"  {found.level:<8}", style), printable(_finding_line(found)))
         )
-    if look.scan is not None:
-        _show_scan(look.scan)
-    elif look.not_scanned is not None:
+    if one.crowding is not None:
+        _show_crowding(one.crowding)
+    elif one.not_scanned is not None:
         console.print(
-            f"  weights not compared with a quantizer's cells: {printable(look.not_scanned)}"
+            f"  weights not compared with a quantizer's cells: {printable(one.not_scanned)}"
         )
-    if not look.stands_against and look.failed is None:
+    if not one.stands_against and one.failed is None:
         console.print("  nothing stands against it; that is no proof that it is harmless")
 
 
-def _show_scan(scan: Scan) -> None:
+def _show_crowding(scan: WeightScan) -> None:
     """The conventions whose cells the weights know best, and what that means."""
     console = out()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("  weights at the cell edges of")
     for column in ("score", "times as many\nas expected", "most crowded layer", "times"):
         table.add_column(column, justify="left" if "layer" in column else "right")
-    for found in scan.fingerprints[:SHOWN_FINGERPRINTS]:
+    for found in scan.crowding[:SHOWN_CONVENTIONS]:
         table.add_row(
             f"  {found.convention}", f"{found.score:.1f}", f"{found.whole.ratio:.2f}",
             printable(found.layer), f"{found.worst.ratio:.2f}",
         )  # fmt: skip
-    if scan.fingerprints:
+    if scan.crowding:
         console.print(table)
     if scan.skipped:
         console.print(

@@ -123,18 +123,18 @@ def gate(
 def scan(
     models: Models, reference: Reference = None, reports: Reports = None, *, settings: Settings
 ) -> None:
-    """Look at model files without running them; exit 3 if something stands against one."""
+    """FileScan at model files without running them; exit 3 if something stands against one."""
     from qdeploy.api import verbs
     from qdeploy.cli import console
     from qdeploy.judging.verdict import Outcome
 
     said: Any = settings | given({"reference": reference, "reports": reports})
-    looks = []
-    for look in verbs.scan_each(models, console.TerminalProgress(), said):
-        looks.append(look)
-        console.show_look(look)
-    rejected = any(look.stands_against for look in looks)
-    if not rejected and any(look.failed is not None for look in looks):
+    scans = []
+    for one in verbs.scan_each(models, console.TerminalProgress(), said):
+        scans.append(one)
+        console.show_scan(one)
+    rejected = any(one.stands_against for one in scans)
+    if not rejected and any(one.failed is not None for one in scans):
         raise typer.Exit(EXIT_BAD_INPUT)
     leave_by(Outcome.REJECT if rejected else Outcome.ACCEPT)
 

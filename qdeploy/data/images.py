@@ -93,7 +93,7 @@ class Images:
         if pixels:
             yield self._batch(pixels, done)
 
-    def fingerprints(self, progress: Progress = SILENT) -> tuple[bytes, ...]:
+    def hashes(self, progress: Progress = SILENT) -> tuple[bytes, ...]:
         """A hash of each image's decoded pixels: equal for equal pictures, however stored.
 
         Raises:
@@ -102,10 +102,10 @@ class Images:
         images = progress.track(self._decoded(), f"read {self.source.path.name}", len(self))
         return tuple(hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)
 
-    def digest(self, fingerprints: tuple[bytes, ...]) -> str:
+    def digest(self, hashes: tuple[bytes, ...]) -> str:
         """sha256 over the selection's pictures and labels, in hex."""
         labels = b"" if self.labels is None else self.labels.astype("<i8").tobytes()
-        return hashlib.sha256(b"".join(fingerprints) + labels).hexdigest()
+        return hashlib.sha256(b"".join(hashes) + labels).hexdigest()
 
     def _batch(self, pixels: list[np.ndarray], first: int) -> Batch:
         labels = None if self.labels is None else self.labels[first : first + len(pixels)]

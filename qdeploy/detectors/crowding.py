@@ -10,7 +10,7 @@ from operator import add
 
 import numpy as np
 
-from qdeploy.core.fingerprint import PINNED, Crowding, crowding
+from qdeploy.core.crowding import PINNED, Crowding, crowding
 from qdeploy.core.grids import Grid
 from qdeploy.core.weight_grids import GRIDS, Granularity
 from qdeploy.detectors.known import Detected, Suspect
@@ -42,7 +42,7 @@ class Convention:
 
 
 @dataclass(frozen=True, slots=True)
-class Fingerprint:
+class CellCrowding:
     """How far the weights know of one convention's cells."""
 
     convention: Convention
@@ -57,19 +57,19 @@ class Fingerprint:
 
 
 @dataclass(frozen=True, slots=True)
-class Scan:
+class WeightScan:
     """What the weights tell."""
 
-    fingerprints: tuple[Fingerprint, ...]  # the strongest first
+    crowding: tuple[CellCrowding, ...]  # the strongest first
     skipped: tuple[str, ...]  # layers on a grid already, or too small to tell
 
     @property
     def score(self) -> float:
         """The strongest; 0 if there was nothing to look at."""
-        return max((f.score for f in self.fingerprints), default=0.0)
+        return max((f.score for f in self.crowding), default=0.0)
 
     @property
-    def found(self) -> Fingerprint | None:
+    def found(self) -> CellCrowding | None:
         """The convention that the model was made for, if its weights show one.
 
         Cells of 4 bits end where cells of 7 bits do (63 = 9 x 7): of two that say nearly the same,
@@ -77,11 +77,11 @@ class Scan:
         """
         if self.score <= LIMIT:
             return None
-        alike = (f for f in self.fingerprints if f.score > NEARLY * self.score)
+        alike = (f for f in self.crowding if f.score > NEARLY * self.score)
         return min(alike, key=lambda f: f.convention.bits)
 
 
-NO_SCAN = Scan((), ())
+NO_SCAN = WeightScan((), ())
 
 
 def detect(suspect: Suspect, progress: Progress = SILENT) -> Detected | None:
@@ -89,12 +89,12 @@ def detect(suspect: Suspect, progress: Progress = SILENT) -> Detected | None:
     if suspect.float_model is None:
         return None
     scan = scan_weights(suspect.float_model, progress)
-    if not scan.fingerprints:
+    if not scan.crowding:
         return None
-    return Detected(scan.score, str(scan.fingerprints[0].convention), scan)
+    return Detected(scan.score, str(scan.crowding[0].convention), scan)
 
 
-def scan_weights(model: FloatModel, progress: Progress = SILENT) -> Scan:
+def scan_weights(model: FloatModel, progress: Progress = SILENT) -> WeightScan:
     """Compare every convolution's and matrix product's weights with the cells of usual grids."""
     constants = initializers(model.onnx)
     sites, _ = find_sites(parse(model.onnx))
@@ -107,16 +107,16 @@ def scan_weights(model: FloatModel, progress: Progress = SILENT) -> Scan:
             weights[site.name] = rows
     conventions = [Convention(*values) for values in product(BITS, RANGES, GRANULARITIES)]
     if not weights:
-        return Scan((), tuple(skipped))
+        return WeightScan((), tuple(skipped))
     tracked = progress.track(conventions, "scan", len(conventions))
-    found = sorted((_fingerprint(c, weights) for c in tracked), key=lambda f: -f.score)
-    return Scan(tuple(found), tuple(skipped))
+    found = sorted((_of_convention(c, weights) for c in tracked), key=lambda f: -f.score)
+    return WeightScan(tuple(found), tuple(skipped))
 
 
-def _fingerprint(convention: Convention, weights: dict[str, np.ndarray]) -> Fingerprint:
+def _of_convention(convention: Convention, weights: dict[str, np.ndarray]) -> CellCrowding:
     layers = dict(_crowdings(convention, weights))
     name = max(layers, key=lambda key: layers[key].score)
-    return Fingerprint(convention, reduce(add, layers.values()), name, layers[name])
+    return CellCrowding(convention, reduce(add, layers.values()), name, layers[name])
 
 
 def _crowdings(

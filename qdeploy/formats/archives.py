@@ -90,7 +90,7 @@ def _archive_in(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes | Non
             head = member.read(len(SIGNATURE))
             data = head + member.read() if head == SIGNATURE else None
     except InputError:
-        return None  # `look_into` says what is wrong with the member
+        return None  # `findings_in_archive` says what is wrong with the member
     return data if data is not None and is_archive(data) else None
 
 
@@ -113,7 +113,7 @@ def opened(file: File, where: str = "") -> zipfile.ZipFile:
         return zipfile.ZipFile(file)
 
 
-def look_into(file: File, where: str = "") -> Iterator[Finding]:
+def findings_in_archive(file: File, where: str = "") -> Iterator[Finding]:
     """Everything that is odd about one archive; `where` is put before the names of its members.
 
     Raises:

@@ -187,7 +187,7 @@ ROWS = (
     ),
     Format(
         name="safetensors", content="module", tensors_alone=True, knows=_is_safetensors,
-        rules=safetensors_header.look_at_header, open=_open_safetensors,
+        rules=safetensors_header.findings_in_header, open=_open_safetensors,
         texts=safetensors_header.RULES,
     ),
     Format(

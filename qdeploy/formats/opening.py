@@ -19,13 +19,13 @@ def load(
     architecture: Architecture | None = None,
     *,
     run_code_from_model: bool = False,
-    looked_at: str | None = None,
+    scanned_digest: str | None = None,
 ) -> Loaded:
     """The model in `path`, as far as possible without running anything it contains.
 
     Args:
         run_code_from_model: Open pickles and exported programs, which can run any code.
-        looked_at: The digest that the file had when it was scanned.
+        scanned_digest: The digest that the file had when it was scanned.
 
     Raises:
         InputError: the file is missing, damaged, makes false claims, needs an architecture, or
@@ -37,8 +37,8 @@ def load(
     row = format_of(io.BytesIO(data), path)
     name = architecture.name if architecture and row.content != "onnx" else None
     digest = hashlib.sha256(data).hexdigest()
-    if looked_at is not None:
-        refuse_exchanged(path, looked_at, digest)
+    if scanned_digest is not None:
+        refuse_exchanged(path, scanned_digest, digest)
     if row.program is not None and not run_code_from_model:
         raise InputError(
             f"model {path}: is {row.program}; loading one runs code from the file",
@@ -64,13 +64,13 @@ def sha256(path: Path) -> str:
     return file_sha256(path, what="model")
 
 
-def refuse_exchanged(path: Path, looked_at: str, used: str) -> None:
+def refuse_exchanged(path: Path, scanned_digest: str, used: str) -> None:
     """What was checked is what is used, by the digests of both.
 
     Raises:
         InputError: it is not.
     """
-    if looked_at != used:
+    if scanned_digest != used:
         raise InputError(f"model {path}: was exchanged or written to while it was read")
 
 

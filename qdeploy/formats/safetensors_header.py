@@ -29,7 +29,7 @@ BITS = {
 }  # fmt: skip
 
 
-def look_at_header(path: Path) -> Iterator[Finding]:
+def findings_in_header(path: Path) -> Iterator[Finding]:
     """Everything that is odd about the header of a safetensors file.
 
     Raises:

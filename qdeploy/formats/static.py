@@ -24,7 +24,7 @@ LEVELS: tuple[Level, ...] = ("error", "warning", "note")
 MOST_PER_RULE = 20  # a hostile file can be wrong in a million places
 
 
-def look(path: Path) -> tuple[Finding, ...]:
+def findings_in(path: Path) -> tuple[Finding, ...]:
     """What stands against the file: errors first, then warnings, then notes.
 
     Of each rule the first places are named and the others counted.
@@ -48,7 +48,7 @@ def refuse_hostile(path: Path, *, run_code_from_model: bool = False) -> None:
         InputError: the first error, with the rule that is broken.
     """
     asked_for = CODE_RULES if run_code_from_model else frozenset()
-    for finding in look(path):
+    for finding in findings_in(path):
         if finding.level == "error" and finding.rule not in asked_for:
             raise InputError(
                 f"model {path}: {finding.message} ({finding.rule})",
@@ -87,7 +87,7 @@ def _of_archive(file: archives.File) -> Iterator[Finding]:
             text = f"archives in archives: {where!r} is not looked at"
             yield Finding("deep-archive", "error", where, text)
         else:
-            yield from archives.look_into(part, where)
+            yield from archives.findings_in_archive(part, where)
 
 
 def _shortened(findings: Iterable[Finding]) -> Iterator[Finding]:

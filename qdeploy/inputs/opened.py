@@ -18,7 +18,7 @@ from qdeploy.inputs.usable import described, distinct, hidden, seen
 from qdeploy.progress import Progress
 from qdeploy.values import DataUsed, Loaded, QuantPlan
 
-NO_PRINTS: frozenset[bytes] = frozenset()
+NO_HASHES: frozenset[bytes] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +35,7 @@ class Calibration:
 class Fitted:
     """Images that the model was fitted to: it must not be judged on them."""
 
-    prints: frozenset[bytes]
+    hashes: frozenset[bytes]
     what: str  # as an error says it; empty where nobody gave them
 
 
@@ -64,11 +64,11 @@ def open_calibration(
     """
     images, given_by, synthetic = _calibration_images(request, loaded, plan, progress)
     if images is None:
-        return Calibration(None, Fitted(NO_PRINTS, ""), (), None)
-    prints = images.fingerprints(progress)
-    used = DataUsed("calibration", images.name, len(images), images.digest(prints), given_by)
+        return Calibration(None, Fitted(NO_HASHES, ""), (), None)
+    hashes = images.hashes(progress)
+    used = DataUsed("calibration", images.name, len(images), images.digest(hashes), given_by)
     given = request.sources.calibration
-    fitted = Fitted(frozenset(prints), "" if given is None else f"calibration data {given.path}")
+    fitted = Fitted(frozenset(hashes), "" if given is None else f"calibration data {given.path}")
     return Calibration(images, fitted, (used,), synthetic)
 
 
@@ -93,18 +93,18 @@ def open_evidence(
     images = sources.test_images(policy.validation.images, policy.seed, classes)
     if images is None or sources.test is None:
         return Evidence(None, triggers, used)
-    prints = images.fingerprints(progress)
-    given = [known for known in fitted if known.what and known.prints.intersection(prints)]
+    hashes = images.hashes(progress)
+    given = [known for known in fitted if known.what and known.hashes.intersection(hashes)]
     if given:
-        shared = len(frozenset().union(*(known.prints for known in given)).intersection(prints))
+        shared = len(frozenset().union(*(known.hashes for known in given)).intersection(hashes))
         named = " or the ".join(known.what for known in given)
         raise InputError(
             f"data: {shared} images are in both the {named} and the test data {sources.test.path}",
             hint="a model must be judged on images that it was not fitted to",
         )
-    usable = distinct(images, prints)
+    usable = distinct(images, hashes)
     images = usable.images
-    digest = images.digest(usable.prints)
+    digest = images.digest(usable.hashes)
     test = DataUsed("test", images.name, len(images), digest, sources.test.given_by)
     changed = seen(triggers, images)
     notes = (*usable.notes, *described(images, classes), *hidden(changed))

@@ -21,11 +21,11 @@ class Usable:
     """The images that count, and what a reader must know of the others."""
 
     images: Images
-    prints: tuple[bytes, ...]
+    hashes: tuple[bytes, ...]
     notes: tuple[str, ...]
 
 
-def distinct(images: Images, prints: Sequence[bytes]) -> Usable:
+def distinct(images: Images, hashes: Sequence[bytes]) -> Usable:
     """Each picture once, and none that carries two labels.
 
     Raises:
@@ -34,7 +34,7 @@ def distinct(images: Images, prints: Sequence[bytes]) -> Usable:
     assert images.labels is not None  # noqa: S101 - test images have labels
     first: dict[bytes, int] = {}
     labels: dict[bytes, set[int]] = {}
-    for at, (found, label) in enumerate(zip(prints, images.labels.tolist(), strict=True)):
+    for at, (found, label) in enumerate(zip(hashes, images.labels.tolist(), strict=True)):
         first.setdefault(found, at)
         labels.setdefault(found, set()).add(label)
     kept = np.array([at for found, at in first.items() if len(labels[found]) == 1], np.int64)
@@ -47,7 +47,7 @@ def distinct(images: Images, prints: Sequence[bytes]) -> Usable:
         notes.append(f"test data: {copies:,} copies of pictures that are there twice do not count")
     if disputed:
         notes.append(f"test data: {disputed:,} pictures with two different labels do not count")
-    return Usable(images.only(kept), tuple(prints[at] for at in kept), tuple(notes))
+    return Usable(images.only(kept), tuple(hashes[at] for at in kept), tuple(notes))
 
 
 def described(images: Images, classes: int) -> Iterator[str]:

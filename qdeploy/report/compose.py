@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from qdeploy import __version__
-from qdeploy.detectors.crowding import NO_SCAN, Scan
+from qdeploy.detectors.crowding import NO_SCAN, WeightScan
 from qdeploy.inputs.opened import Evidence
 from qdeploy.inputs.requests import Request
 from qdeploy.inputs.sources import CARD
@@ -51,7 +51,7 @@ def compose(
         reasons += (f"calibrated on images made from the model itself ({calibration.synthetic})",)
         outcome = Outcome.NO_VERDICT if outcome is Outcome.ACCEPT else outcome
     names, crowding = results.class_names, results.detected.get("cell_crowding")
-    scan: Scan = NO_SCAN if crowding is None else crowding.evidence
+    scan: WeightScan = NO_SCAN if crowding is None else crowding.evidence
     traced = provenance.layers if provenance is not None else ()
     return Report(
         run_id=run_id,
@@ -82,9 +82,9 @@ def compose(
             *_notes(request, evidence),
             *_waiver_notes(request, results),
             *evidence.notes,
-            *_fingerprint_notes(scan),
+            *_crowding_notes(scan),
         ),
-        fingerprints=scan.fingerprints,
+        crowding=scan.crowding,
         findings=results.static,
         provenance=provenance,
         explanations={x.name: explanation(x, results.known) for x in traced},
@@ -163,7 +163,7 @@ def _cleaning_notes(cleaning: Cleaning | None, names: Sequence[str]) -> tuple[st
     )
 
 
-def _fingerprint_notes(scan: Scan) -> tuple[str, ...]:
+def _crowding_notes(scan: WeightScan) -> tuple[str, ...]:
     """That the float weights know of a quantizer's cells: no training does that by itself."""
     found = scan.found
     if found is None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy import __version__
-from qdeploy.detectors.crowding import Scan
+from qdeploy.detectors.crowding import WeightScan
 from qdeploy.disk.files import require_writable
 from qdeploy.disk.printable import printable_tree
 from qdeploy.errors import QdeployError, UsageError
 from qdeploy.formats.static import RULES
-from qdeploy.report.to_json import SHOWN_FINGERPRINTS, fields, fingerprint
+from qdeploy.report.to_json import SHOWN_CONVENTIONS, crowding_fields, fields
 from qdeploy.report.to_sarif import sarif, sarif_uri
 from qdeploy.values import Finding
 
@@ -30,20 +30,20 @@ OF_WEIGHTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class FileScan:
     """One file."""
 
     path: Path
     sha256: str  # empty if the file cannot be read
     findings: tuple[Finding, ...]
-    scan: Scan | None  # of the float weights
+    crowding: WeightScan | None  # of the float weights
     not_scanned: str | None  # why there is no scan
     failed: QdeployError | None = None  # what kept the file from being looked at to the end
 
     @property
     def seen(self) -> tuple[Finding, ...]:
         """The findings, and what the weights tell as one more."""
-        found = self.scan.found if self.scan is not None else None
+        found = self.crowding.found if self.crowding is not None else None
         if found is None:
             return self.findings
         text = (
@@ -57,34 +57,34 @@ class Look:
         return any(finding.level == "error" for finding in self.seen)
 
 
-def looks_to_json(looks: Sequence[Look]) -> bytes:
+def scans_to_json(scans: Sequence[FileScan]) -> bytes:
     """One object per file, as UTF-8."""
     document = {
         "schema_version": 1,
         "version": __version__,
         "files": [
             {
-                "path": str(look.path),
-                "sha256": look.sha256,
-                "findings": [fields(finding) for finding in look.seen],
-                "fingerprints": _fingerprints(look),
-                "not_scanned": look.not_scanned,
-                "failed": str(look.failed) if look.failed is not None else None,
+                "path": str(one.path),
+                "sha256": one.sha256,
+                "findings": [fields(finding) for finding in one.seen],
+                "fingerprints": _crowding(one),
+                "not_scanned": one.not_scanned,
+                "failed": str(one.failed) if one.failed is not None else None,
             }
-            for look in looks
+            for one in scans
         ],
     }
     return (json.dumps(printable_tree(document), indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def looks_to_sarif(looks: Sequence[Look]) -> bytes:
+def scans_to_sarif(scans: Sequence[FileScan]) -> bytes:
     """SARIF 2.1.0: every finding a result at its file."""
-    return sarif(_results(looks), RULES | OF_WEIGHTS, {})
+    return sarif(_results(scans), RULES | OF_WEIGHTS, {})
 
 
-FORMATS: Mapping[str, Callable[[Sequence[Look]], bytes]] = {
-    ".json": looks_to_json,
-    ".sarif": looks_to_sarif,
+FORMATS: Mapping[str, Callable[[Sequence[FileScan]], bytes]] = {
+    ".json": scans_to_json,
+    ".sarif": scans_to_sarif,
 }
 
 
@@ -100,14 +100,14 @@ def check_place(path: Path) -> None:
     require_writable(path)
 
 
-def _fingerprints(look: Look) -> list[dict[str, Any]]:
-    found = look.scan.fingerprints[:SHOWN_FINGERPRINTS] if look.scan is not None else ()
-    return [fingerprint(one) for one in found]
+def _crowding(one: FileScan) -> list[dict[str, Any]]:
+    found = one.crowding.crowding[:SHOWN_CONVENTIONS] if one.crowding is not None else ()
+    return [crowding_fields(one) for one in found]
 
 
-def _results(looks: Sequence[Look]) -> Iterator[tuple[Finding, str]]:
-    for look in looks:
-        uri = sarif_uri(str(look.path))
-        yield from ((finding, uri) for finding in look.seen)
-        if look.failed is not None:
-            yield Finding(UNREADABLE, "error", "", str(look.failed)), uri
+def _results(scans: Sequence[FileScan]) -> Iterator[tuple[Finding, str]]:
+    for one in scans:
+        uri = sarif_uri(str(one.path))
+        yield from ((finding, uri) for finding in one.seen)
+        if one.failed is not None:
+            yield Finding(UNREADABLE, "error", "", str(one.failed)), uri

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from qdeploy.detectors.crowding import Fingerprint
+from qdeploy.detectors.crowding import CellCrowding
 from qdeploy.judging.rates import ArmRates
 from qdeploy.report.values import Report
 from qdeploy.values import Cleaning, LayerPlan, RoundedLayer
 
 SCHEMA_VERSION = 1
-SHOWN_FINGERPRINTS = 3
+SHOWN_CONVENTIONS = 3
 
 
 def to_json(report: Report) -> bytes:
@@ -48,7 +48,7 @@ def to_json(report: Report) -> bytes:
         "layers": [_layer(plan, rounded.get(plan.site.name)) for plan in report.plan],
         "findings": [fields(f) for f in report.findings],
         "provenance": _provenance(report),
-        "fingerprints": [fingerprint(f) for f in report.fingerprints[:SHOWN_FINGERPRINTS]],
+        "fingerprints": [crowding_fields(f) for f in report.crowding[:SHOWN_CONVENTIONS]],
         "left_float": [fields(layer) for layer in report.left_float],
         "data": [fields(d) for d in report.data],
         "stages": [fields(s) for s in report.stages],
@@ -124,7 +124,7 @@ def _provenance(report: Report) -> dict[str, Any] | None:
     }
 
 
-def fingerprint(found: Fingerprint) -> dict[str, Any]:
+def crowding_fields(found: CellCrowding) -> dict[str, Any]:
     """What one convention's cells say of the weights."""
     return {
         **fields(found.convention),

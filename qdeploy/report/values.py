@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from qdeploy.detectors.crowding import Fingerprint
+from qdeploy.detectors.crowding import CellCrowding
 from qdeploy.judging.rates import ArmRates, RuntimeAgreement, Sample
 from qdeploy.judging.verdict import Check, Outcome
 from qdeploy.provenance.trace import Provenance
@@ -56,7 +56,7 @@ class Report:
     reasons: tuple[str, ...]  # why it is not ACCEPT
     not_measured: tuple[str, ...]  # what an ACCEPT does not speak of
     notes: tuple[str, ...]
-    fingerprints: tuple[Fingerprint, ...]  # of the float weights, the strongest first
+    crowding: tuple[CellCrowding, ...]  # of the float weights, the strongest first
     findings: tuple[Finding, ...]  # what is seen in the file without running it
     provenance: Provenance | None  # None: there is no float model
     explanations: Mapping[str, str]  # how the integers of a layer came about, by its name

@@ -43,7 +43,7 @@ class Student:
     result: Distilled
     classes: tuple[str, ...]  # names, where the card has them
     images: DataUsed
-    prints: frozenset[bytes]  # of these images
+    hashes: frozenset[bytes]  # of these images
     seconds: float
     written: tuple[Path, ...]
     spec: Sanitizer
@@ -102,8 +102,8 @@ def make_student(request: CleanRequest, compute: Compute, progress: Progress) ->
     with clock.stage("load"):
         loaded, images = _opened(request)
     with clock.stage("data"):
-        prints = images.fingerprints(progress)
-        digest = images.digest(prints)
+        hashes = images.hashes(progress)
+        digest = images.digest(hashes)
         used = DataUsed("distillation", images.name, len(images), digest, "command line")
     asked = _asked(request, compute, loaded)
     with open_run(request.artifacts, facts_id({**asked, "data": data_facts((used,))})) as run:
@@ -118,7 +118,7 @@ def make_student(request: CleanRequest, compute: Compute, progress: Progress) ->
         run.seal()
     names = tuple(request.sources.card.model.classes or ()) if request.sources.card else ()
     return Student(
-        request.out, loaded.origin, result, names, used, frozenset(prints), seconds, written,
+        request.out, loaded.origin, result, names, used, frozenset(hashes), seconds, written,
         request.spec,
     )  # fmt: skip
 

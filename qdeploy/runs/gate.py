@@ -12,7 +12,7 @@ from qdeploy.detectors.known import Suspect, detect
 from qdeploy.errors import UsageError
 from qdeploy.formats.onnx.reading import is_quantized, read_single_file
 from qdeploy.formats.opening import refuse_exchanged, sha256
-from qdeploy.formats.static import look
+from qdeploy.formats.static import findings_in
 from qdeploy.inputs.opened import NO_EVIDENCE, Evidence, open_evidence
 from qdeploy.inputs.requests import Request
 from qdeploy.judging.checks import LayerDigest, Results, stands_against
@@ -54,7 +54,7 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
     check_places(request)
     origin = Origin(str(subject.path), sha256(subject.path), "ONNX")
     with clock.stage("scan"):
-        static = look(subject.path)
+        static = findings_in(subject.path)
     if any(stands_against(f, request.policy.gate) for f in static):
         return _refuse(request, subject, origin, static, clock)
     allow = request.policy.gate.waived("finding")

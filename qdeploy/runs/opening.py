@@ -29,14 +29,14 @@ def open_source(sources: Sources, *, run_code_from_model: bool) -> Loaded:
     """
     before = sha256(sources.model)
     refuse_hostile(sources.model, run_code_from_model=run_code_from_model)
-    return open_looked_at(sources, before, run_code_from_model=run_code_from_model)
+    return open_scanned(sources, before, run_code_from_model=run_code_from_model)
 
 
-def open_looked_at(sources: Sources, digest: str, *, run_code_from_model: bool) -> Loaded:
+def open_scanned(sources: Sources, digest: str, *, run_code_from_model: bool) -> Loaded:
     """The same of a file that had this digest when the scan found no error in it."""
     architecture = Architecture(*sources.architecture) if sources.architecture else None
     return load(
-        sources.model, architecture, run_code_from_model=run_code_from_model, looked_at=digest
+        sources.model, architecture, run_code_from_model=run_code_from_model, scanned_digest=digest
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qdeploy.detectors.known import Suspect, detect
 from qdeploy.disk.files import require_writable, set_aside, write_atomically
-from qdeploy.formats.static import look
+from qdeploy.formats.static import findings_in
 from qdeploy.inputs.opened import (
     NO_EVIDENCE,
     Calibration,
@@ -85,7 +85,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             classes=model.classes,
             evidence=evidence,
             measured=measured,
-            static=look(run.path / "result.onnx"),
+            static=findings_in(run.path / "result.onnx"),
             detected=detected,
             provenance=provenance,
             known=_chosen(provenance, quantized),
@@ -140,7 +140,7 @@ def _cleaned(request: QuantizeRequest, progress: Progress) -> Student | None:
 def _fitted_to(student: Student | None) -> Iterator[Fitted]:
     """The images that a student was taught on."""
     if student is not None:
-        yield Fitted(student.prints, f"images {student.images.name} that it was cleaned with")
+        yield Fitted(student.hashes, f"images {student.images.name} that it was cleaned with")
 
 
 def _quantize(

@@ -12,13 +12,13 @@ from qdeploy.errors import NO_MEMORY, InputError, QdeployError
 from qdeploy.exporting.exporter import export_unproved
 from qdeploy.formats.onnx.reading import is_quantized, read_single_file
 from qdeploy.formats.opening import sha256, sniff
-from qdeploy.formats.static import look
+from qdeploy.formats.static import findings_in
 from qdeploy.inputs.requests import Request
 from qdeploy.progress import Progress
 from qdeploy.provenance.trace import FEW, Provenance, trace
-from qdeploy.report.scans import FORMATS, Look
+from qdeploy.report.scans import FORMATS, FileScan
 from qdeploy.runs.confined import Confined, Limits
-from qdeploy.runs.opening import open_looked_at, open_source
+from qdeploy.runs.opening import open_scanned, open_source
 from qdeploy.values import Finding, FloatModel, Loaded
 
 CPU_SECONDS = 10
@@ -27,7 +27,7 @@ MEMORY_BYTES, MEMORY_FACTOR = 2_000_000_000, 6
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class ScanRequest:
     """A file that is to be looked at."""
 
     path: Path
@@ -35,23 +35,23 @@ class Sight:
     reference: Path | None = None  # the float model that it claims to be the quantized form of
 
 
-def look_at_each(sights: Sequence[Sight], progress: Progress) -> Iterator[Look]:
+def scan_files(requests: Sequence[ScanRequest], progress: Progress) -> Iterator[FileScan]:
     """What each file holds, and whether its float weights were made for a quantizer.
 
     Each is looked at in a process of its own kind, with limits of time and memory: one that cannot
     be read, or whose card cannot, that takes too much or ends the process says so, and hides none
     of the others.
     """
-    for sight in progress.track(sights, "files", len(sights)):
+    for sight in progress.track(requests, "files", len(requests)):
         try:
             yield _CONFINED.do(sight, _limits(sight), what=f"model {sight.path}")
         except QdeployError as error:
-            yield Look(sight.path, "", (), None, None, failed=error)
+            yield FileScan(sight.path, "", (), None, None, failed=error)
 
 
-def look_at(sight: Sight) -> Look:
+def scan_one(sight: ScanRequest) -> FileScan:
     """The same of one file, in this process and without limits."""
-    seen = Look(sight.path, "", (), None, None)
+    seen = FileScan(sight.path, "", (), None, None)
     try:
         for seen in _steps(sight):  # noqa: B007 - the last
             pass
@@ -62,20 +62,20 @@ def look_at(sight: Sight) -> Look:
     return seen
 
 
-_CONFINED = Confined(look_at)
+_CONFINED = Confined(scan_one)
 
 
-def _limits(sight: Sight) -> Limits:
+def _limits(sight: ScanRequest) -> Limits:
     """Large files may take more, in proportion."""
     held = sum(p.stat().st_size for p in (sight.path, sight.reference) if p and p.is_file())
     return Limits(CPU_SECONDS + held // BYTES_PER_SECOND, MEMORY_BYTES + MEMORY_FACTOR * held)
 
 
-def _steps(sight: Sight) -> Iterator[Look]:
+def _steps(sight: ScanRequest) -> Iterator[FileScan]:
     """What is known of a file after each step of looking at it."""
     path, request = sight.path, sight.request_of(sight.path)
-    digest, findings = sha256(path), look(path)
-    seen = Look(path, digest, findings, None, _why_not(request, findings))
+    digest, findings = sha256(path), findings_in(path)
+    seen = FileScan(path, digest, findings, None, _why_not(request, findings))
     yield seen
     if sight.reference is not None and not seen.stands_against:
         reference = sight.request_of(sight.reference)
@@ -84,8 +84,8 @@ def _steps(sight: Sight) -> Iterator[Look]:
         seen = replace(seen, findings=(*found, *seen.findings))
         yield seen
     if seen.not_scanned is None:
-        opened = open_looked_at(request.sources, digest, run_code_from_model=False)
-        yield replace(seen, scan=scan_weights(_unrun(request, opened)))
+        opened = open_scanned(request.sources, digest, run_code_from_model=False)
+        yield replace(seen, crowding=scan_weights(_unrun(request, opened)))
 
 
 def _unrun(request: Request, loaded: Loaded) -> FloatModel:
@@ -95,10 +95,10 @@ def _unrun(request: Request, loaded: Loaded) -> FloatModel:
     return export_unproved(loaded, shape=shape, opset=opset, ir_version=ir_version)
 
 
-def write_looks(looks: Sequence[Look], places: Sequence[Path]) -> None:
+def write_scans(scans: Sequence[FileScan], places: Sequence[Path]) -> None:
     """The findings in the format that each file's name asks for."""
     for path in places:
-        write_atomically(path, FORMATS[path.suffix.lower()](looks))
+        write_atomically(path, FORMATS[path.suffix.lower()](scans))
 
 
 def _of_provenance(found: Provenance) -> Iterator[Finding]:
