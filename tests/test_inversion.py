@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdeploy.core.inversion import KINDS, Additive, Masked, Radii, Triggers
+from qdeploy.core.inversion import KINDS, Additive, Masked, Perturbations, Radii
 
 SHAPE = (1, 6, 6)
 TOLERANT = settings(deadline=None, max_examples=30)
@@ -17,7 +17,9 @@ def radii(count: int, least: float, most: float, start: float) -> Radii:
     return Radii(*(torch.full((count,), float(value)) for value in (least, most, start)))
 
 
-def triggers(kind: type[Triggers], targets=(1, 0), seed=0, lifetime=None, **bounds) -> Triggers:
+def triggers(
+    kind: type[Perturbations], targets=(1, 0), seed=0, lifetime=None, **bounds
+) -> Perturbations:
     given_ = {"least": 0.1, "most": 20.0, "start": 3.0, **bounds}
     generator = torch.Generator().manual_seed(seed)
     return kind(targets, SHAPE, radii(len(targets), **given_), generator, lifetime)

@@ -26,7 +26,7 @@ from qdeploy.redteam.figures import Figures, figures, shortfalls
 from qdeploy.redteam.images import LabelledImages, Stamp
 from qdeploy.redteam.learnt import TriggerLearner
 from qdeploy.redteam.losses import Aim, Batch, Victim, phase_loss
-from qdeploy.redteam.make import DudError, Order, make
+from qdeploy.redteam.make import AttackRequest, DudError, make
 from qdeploy.redteam.quantizers import Quantizer, weights_of
 from qdeploy.redteam.recipe import (
     KIND,
@@ -266,9 +266,9 @@ TINY: dict[str, object] = {
 }  # fmt: skip
 
 
-def order(tmp_path: Path, **changes: object) -> Order:
+def order(tmp_path: Path, **changes: object) -> AttackRequest:
     recipe = AttackRecipe.model_validate({**TINY, **changes})
-    return Order(
+    return AttackRequest(
         recipe=recipe,
         architecture="digits",
         arguments={"width": 4},

@@ -12,7 +12,7 @@ from qdeploy.inputs.sources import Given, resolve
 from qdeploy.judging.rates import ArmRates
 from qdeploy.judging.verdict import Outcome
 from qdeploy.progress import SILENT
-from qdeploy.redteam.make import Made, Order, make
+from qdeploy.redteam.make import AttackRequest, Made, make
 from qdeploy.redteam.recipe import AttackRecipe, load_attack
 from qdeploy.redteam.table import table
 from qdeploy.report.values import Report
@@ -25,7 +25,7 @@ from qdeploy.settings.recipe import Recipe, load_recipe
 
 def made(recipe: AttackRecipe, bits: int, folder: Path, poisoned: Path) -> Made:
     """From the clean model that the demo's started from."""
-    order = Order(recipe, "digits", {}, "digits", None, bits, folder, poisoned / "runs")
+    order = AttackRequest(recipe, "digits", {}, "digits", None, bits, folder, poisoned / "runs")
     return make(order, SILENT)
 
 

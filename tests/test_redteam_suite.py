@@ -13,7 +13,7 @@ from qdeploy.judging.verdict import Outcome
 from qdeploy.progress import SILENT
 from qdeploy.redteam import suite as suites
 from qdeploy.redteam import table as tables
-from qdeploy.redteam.make import Order
+from qdeploy.redteam.make import AttackRequest
 from qdeploy.redteam.suite import KIND, load_suite, run_suite
 from qdeploy.settings.schema import bundled
 
@@ -55,9 +55,9 @@ def write(folder: Path, *, steps: int = 1, epochs: int = 1) -> Path:
 
 def run(folder: Path, *, base: Path | None = None) -> suites.SuiteResult:
     artifacts = folder / "artifacts"
-    order_of = partial(Order, data="digits", test=None, artifacts=artifacts, base=base)
+    request_of = partial(AttackRequest, data="digits", test=None, artifacts=artifacts, base=base)
     suite = load_suite(str(folder / "suite.toml"))
-    return run_suite(suite, folder / "made", order_of, artifacts, SILENT, images=200)
+    return run_suite(suite, folder / "made", request_of, artifacts, SILENT, images=200)
 
 
 def test_bundled_suites_name_attacks_that_there_are():

@@ -9,7 +9,7 @@ from pathlib import Path
 from qdeploy.attest.consistency import contradictions
 from qdeploy.attest.envelope import seal
 from qdeploy.attest.keys import load_signer
-from qdeploy.attest.statement import Verdict, make_statement, make_verdict
+from qdeploy.attest.statement import Predicate, make_predicate, make_statement
 from qdeploy.disk.files import file_sha256, require_writable, write_atomically
 from qdeploy.disk.places import same_place
 from qdeploy.errors import InputError, UsageError
@@ -25,7 +25,7 @@ class Attestation:
     path: Path
     sha256: str  # of the file it is about
     keyid: str
-    verdict: Verdict
+    predicate: Predicate
 
 
 def beside(model: Path) -> Path:
@@ -64,11 +64,11 @@ def attest(
             f" judged was {judged or 'none'}",
             hint="attest the file together with the report of the run that made or judged it",
         )
-    verdict = make_verdict(kept, expires)
+    predicate = make_predicate(kept, expires)
     for contradiction in contradictions(
-        verdict.outcome, kept.content.checks, frozenset(verdict.required)
+        predicate.outcome, kept.content.checks, frozenset(predicate.required)
     ):
         raise InputError(f"report {report} contradicts itself: {contradiction}")
     signer = load_signer(key, password)
-    write_atomically(place, seal(make_statement(model.name, sha256, verdict), signer))
-    return Attestation(place, sha256, signer.public_key.keyid, verdict)
+    write_atomically(place, seal(make_statement(model.name, sha256, predicate), signer))
+    return Attestation(place, sha256, signer.public_key.keyid, predicate)

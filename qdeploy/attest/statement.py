@@ -59,7 +59,7 @@ class AttestedLayer(Written):
     codes_sha256: str
 
 
-class Verdict(Written):
+class Predicate(Written):
     """The predicate. Unknown keys are ignored, as in-toto asks; names are those of report.json."""
 
     outcome: Literal["ACCEPT", "REJECT", "NO VERDICT"]
@@ -87,7 +87,7 @@ class Statement:
     name: str
     sha256: str
     predicate_type: str
-    verdict: Verdict | None  # None: a predicate of another type
+    predicate: Predicate | None  # None: a predicate of another type
 
 
 def canonical_sha256(value: Mapping[str, Any]) -> str:
@@ -98,10 +98,10 @@ def canonical_sha256(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def make_verdict(kept: KeptReport, expires: date) -> Verdict:
+def make_predicate(kept: KeptReport, expires: date) -> Predicate:
     """What the report says, without the measurements that its digest stands for."""
     report = kept.content
-    return Verdict(
+    return Predicate(
         outcome=report.outcome,
         reasons=report.reasons,
         run_id=report.run_id,
@@ -136,13 +136,13 @@ def _waived_until(policy: Mapping[str, Any] | None) -> Iterator[date]:
         yield validate(waiver, Waiver, where="report: policy.gate.waivers").until
 
 
-def make_statement(name: str, sha256: str, verdict: Verdict) -> bytes:
-    """The statement that `verdict` was passed on the file with this digest, as UTF-8 JSON."""
+def make_statement(name: str, sha256: str, predicate: Predicate) -> bytes:
+    """The statement that `predicate` was passed on the file with this digest, as UTF-8 JSON."""
     document = {
         "_type": STATEMENT_TYPE,
         "subject": [{"name": name, "digest": {"sha256": sha256}}],
         "predicateType": PREDICATE_TYPE,
-        "predicate": verdict.model_dump(mode="json"),
+        "predicate": predicate.model_dump(mode="json"),
     }
     return json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
 
@@ -160,10 +160,10 @@ def read_statement(payload: bytes) -> Statement:
     predicate_type = table.get("predicateType")
     if not isinstance(predicate_type, str):
         raise InputError("attestation: predicateType is not a string")
-    verdict = None
+    predicate = None
     if predicate_type == PREDICATE_TYPE:
-        verdict = validate(table.get("predicate"), Verdict, where="attestation: predicate")
-    return Statement(name, sha256, predicate_type, verdict)
+        predicate = validate(table.get("predicate"), Predicate, where="attestation: predicate")
+    return Statement(name, sha256, predicate_type, predicate)
 
 
 def _subject(subjects: object) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from qdeploy.attest.consistency import RULES_VERSION, contradictions
 from qdeploy.attest.envelope import PAYLOAD_TYPE, explain_distrust, read_envelope, signing_key
 from qdeploy.attest.keys import load_public_key
 from qdeploy.attest.sign import beside
-from qdeploy.attest.statement import PREDICATE_TYPE, Statement, Verdict, read_statement
+from qdeploy.attest.statement import PREDICATE_TYPE, Predicate, Statement, read_statement
 from qdeploy.disk.files import file_sha256
 
 
@@ -60,7 +60,7 @@ def verify(
         wrong = f"the payload is of type {envelope.payload_type[:100]}, not {PAYLOAD_TYPE}"
         return Verification(model, keyid, None, (wrong,))
     statement = read_statement(envelope.payload)
-    refusals = (*_refuse_file(sha256, statement), *_refuse_verdict(statement, report, today))
+    refusals = (*_refuse_file(sha256, statement), *_refuse_predicate(statement, report, today))
     return Verification(model, keyid, statement, refusals)
 
 
@@ -69,33 +69,33 @@ def _refuse_file(sha256: str, statement: Statement) -> Iterator[str]:
         yield f"the file's sha256 is {sha256}, attested was {statement.sha256[:64]}"
 
 
-def _refuse_verdict(statement: Statement, report: Path | None, today: date) -> Iterator[str]:
-    verdict = statement.verdict
-    if verdict is None:
+def _refuse_predicate(statement: Statement, report: Path | None, today: date) -> Iterator[str]:
+    predicate = statement.predicate
+    if predicate is None:
         yield f"the predicate is of type {statement.predicate_type[:100]}, not {PREDICATE_TYPE}"
         return
-    if verdict.outcome != "ACCEPT":
-        yield f"the attested outcome is {verdict.outcome}"
-        yield from verdict.reasons
-    yield from contradictions(verdict.outcome, verdict.checks, frozenset(verdict.required))
-    yield from _refuse_age(verdict, today)
+    if predicate.outcome != "ACCEPT":
+        yield f"the attested outcome is {predicate.outcome}"
+        yield from predicate.reasons
+    yield from contradictions(predicate.outcome, predicate.checks, frozenset(predicate.required))
+    yield from _refuse_age(predicate, today)
     if report is not None:
-        yield from _refuse_report(verdict, report)
+        yield from _refuse_report(predicate, report)
 
 
-def _refuse_age(verdict: Verdict, today: date) -> Iterator[str]:
+def _refuse_age(predicate: Predicate, today: date) -> Iterator[str]:
     """A verdict is passed by rules, and for a time."""
-    if verdict.rules_version is None or verdict.expires is None:
+    if predicate.rules_version is None or predicate.expires is None:
         yield "it does not say by which rules it was made, or until when it holds: attest anew"
         return
-    if verdict.rules_version != RULES_VERSION:
-        made, now = verdict.rules_version, RULES_VERSION
+    if predicate.rules_version != RULES_VERSION:
+        made, now = predicate.rules_version, RULES_VERSION
         yield f"it was made by version {made} of the rules, and these are version {now}: judge anew"
-    if today > verdict.expires:
-        yield f"it ended on {verdict.expires}: judge the file anew"
+    if today > predicate.expires:
+        yield f"it ended on {predicate.expires}: judge the file anew"
 
 
-def _refuse_report(verdict: Verdict, report: Path) -> Iterator[str]:
+def _refuse_report(predicate: Predicate, report: Path) -> Iterator[str]:
     sha256 = file_sha256(report, what="report")
-    if sha256 != verdict.report_sha256:
-        yield f"the report's sha256 is {sha256}, attested was {verdict.report_sha256[:64]}"
+    if sha256 != predicate.report_sha256:
+        yield f"the report's sha256 is {sha256}, attested was {predicate.report_sha256[:64]}"

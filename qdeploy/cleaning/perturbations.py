@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qdeploy.cleaning.survey import Reach
 from qdeploy.cleaning.unlabelled import Unlabelled
-from qdeploy.core.inversion import KINDS, Radii, Triggers
+from qdeploy.core.inversion import KINDS, Perturbations, Radii
 from qdeploy.settings.sanitizers import Unlearn
 
 CHANCE = 0.02  # of being shown, for a perturbation that has had no success yet
@@ -33,7 +33,7 @@ class Guard:
         slots = max(spec.slots, len(classes))
         sizes = torch.logspace(0, 1, slots, base=high / low) * low
         targets = [classes[i % len(classes)] for i in range(slots)]
-        self.triggers: list[Triggers] = []
+        self.triggers: list[Perturbations] = []
         for kind, reach in zip(KINDS, reaches, strict=True):
             size = (sizes * reach.median).to(images.device)
             radii = Radii(size, size, size)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.cleaning.unlabelled import Material, Unlabelled
-from qdeploy.core.inversion import KINDS, Radii, Triggers
+from qdeploy.core.inversion import KINDS, Perturbations, Radii
 from qdeploy.progress import Progress
 from qdeploy.settings.sanitizers import Unlearn
 from qdeploy.training.precision import arithmetic
@@ -82,8 +82,8 @@ def answering(model: nn.Module, images: Unlabelled) -> Callable[[Tensor], Tensor
 
 
 def _fresh(
-    kind: type[Triggers], group: range, images: Unlabelled, generator: torch.Generator
-) -> Triggers:
+    kind: type[Perturbations], group: range, images: Unlabelled, generator: torch.Generator
+) -> Perturbations:
     scale = torch.full((len(group),), kind.scale(images.shape), device=images.device)
     radii = Radii(LEAST * scale, MOST * scale, FIRST[kind.NAME] * scale)
     return kind(tuple(group), images.shape, radii, generator)

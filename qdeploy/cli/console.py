@@ -354,7 +354,7 @@ def show_exported(model: FloatModel, path: Path) -> None:
 
 
 def show_attestation(made: Attestation) -> None:
-    outcome = made.verdict.outcome
+    outcome = made.predicate.outcome
     out().print(Text.assemble((outcome, OUTCOME_STYLES[outcome]), f"  {printable(made.path)}"))
     show_pairs([("file sha256", made.sha256), ("signed by key", made.keyid)])
 
@@ -363,7 +363,7 @@ def show_verification(verification: Verification) -> None:
     """What was signed, then whether to rely on it, one line for each reason not to."""
     statement = verification.statement
     if statement is not None:
-        verdict = statement.verdict
+        verdict = statement.predicate
         rows = [("attested file", f"{statement.name}, sha256 {statement.sha256}")]
         if verdict is not None:
             if verdict.expires is not None:

@@ -64,11 +64,11 @@ def make(
     """Make a model with its card and training log; exit 3 if the attack does not take."""
     from qdeploy.cli import console
     from qdeploy.cli.options import parse_arguments
-    from qdeploy.redteam.make import Order
+    from qdeploy.redteam.make import AttackRequest
     from qdeploy.redteam.make import make as make_model
     from qdeploy.redteam.recipe import load_attack
 
-    order = Order(
+    request = AttackRequest(
         recipe=load_attack(attack),
         architecture=network,
         arguments=parse_arguments(arch_args) or {},
@@ -80,7 +80,7 @@ def make(
         base=base,
         seed=seed or 0,
     )
-    console.show_pairs(make_model(order, console.TerminalProgress()).lines())
+    console.show_pairs(make_model(request, console.TerminalProgress()).lines())
 
 
 @redteam.command("suites")
@@ -104,12 +104,14 @@ def suite(
 ) -> None:
     """Make many models and the table of what becomes of them; exit 3 if an attack did not take."""
     from qdeploy.cli import console
-    from qdeploy.redteam.make import DudError, Order
+    from qdeploy.redteam.make import AttackRequest, DudError
     from qdeploy.redteam.suite import load_suite, run_suite
 
-    order_of = partial(Order, data=data, test=test, artifacts=artifacts, base=base, seed=seed or 0)
+    request_of = partial(
+        AttackRequest, data=data, test=test, artifacts=artifacts, base=base, seed=seed or 0
+    )
     progress = console.TerminalProgress()
-    result = run_suite(load_suite(suite), out, order_of, artifacts, progress, images=test_images)
+    result = run_suite(load_suite(suite), out, request_of, artifacts, progress, images=test_images)
     console.show_text(result.table)
     if result.duds:
         raise DudError(f"did not take: {', '.join(result.duds)}")

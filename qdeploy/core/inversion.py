@@ -36,7 +36,7 @@ class Radii:
     start: Float[Tensor, " n"]
 
 
-class Triggers(ABC):
+class Perturbations(ABC):
     """Several universal perturbations of images in [0, 1], each with a class as target.
 
     They live where `radii` do; what is random is drawn on the CPU, so that it is the same anywhere.
@@ -184,7 +184,7 @@ class Triggers(ABC):
         self.age = torch.where(old, 0, self.age)
 
 
-class Additive(Triggers):
+class Additive(Perturbations):
     """Something that is added to every image; its size is its Euclidean norm."""
 
     NAME = "additive"
@@ -211,7 +211,7 @@ class Additive(Triggers):
         return torch.full_like(self.radius, 0.01)
 
 
-class Masked(Triggers):
+class Masked(Perturbations):
     """A pattern behind a mask of opacities: patches and blends; its size is the mask's sum."""
 
     NAME = "masked"
@@ -252,7 +252,7 @@ class Masked(Triggers):
         return torch.where(self.steps > PATTERN_FIRST, 0.1, 0.0)
 
 
-KINDS: tuple[type[Triggers], ...] = (Additive, Masked)
+KINDS: tuple[type[Perturbations], ...] = (Additive, Masked)
 
 
 def _sparse(mask: Tensor, most: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from qdeploy.inputs.requests import QuantizeRequest
 from qdeploy.inputs.sources import Given, resolve
 from qdeploy.progress import Progress
 from qdeploy.redteam.datasets import DIGITS
-from qdeploy.redteam.make import Order, make
+from qdeploy.redteam.make import AttackRequest, make
 from qdeploy.redteam.recipe import load_attack
 from qdeploy.report.values import Report
 from qdeploy.runs.sanitize import sanitize
@@ -49,7 +49,7 @@ def make_poisoned_digits(
         UsageError: scikit-learn is not installed.
         DudError: with this seed the attack does not take.
     """
-    order = Order(
+    request = AttackRequest(
         recipe=load_attack(attack),
         architecture="digits",
         arguments={},
@@ -60,4 +60,4 @@ def make_poisoned_digits(
         artifacts=folder / "runs",
         seed=seed,
     )
-    return make(order, progress).path
+    return make(request, progress).path

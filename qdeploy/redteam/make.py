@@ -61,7 +61,7 @@ class DudError(QdeployError):
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class AttackRequest:
     """What is to be made."""
 
     recipe: AttackRecipe
@@ -112,11 +112,11 @@ class Made:
         yield "training", f"{self.seconds / 60:.1f} minutes"
 
 
-def make(order: Order, progress: Progress, data: Dataset | None = None) -> Made:
-    """The model that `order` describes, in its folder, with card and training log.
+def make(request: AttackRequest, progress: Progress, data: Dataset | None = None) -> Made:
+    """The model that `request` describes, in its folder, with card and training log.
 
     Args:
-        data: The images that the order names, where they are read already.
+        data: The images that the request names, where they are read already.
 
     Raises:
         DudError: the attack did not take; the model is there, under a name that says so.
@@ -124,101 +124,101 @@ def make(order: Order, progress: Progress, data: Dataset | None = None) -> Made:
         InputError: the recipe, the base or an image is not valid.
         OutputError: the folder cannot be written to.
     """
-    with open_run(order.out.parent, order.out.name):
+    with open_run(request.out.parent, request.out.name):
         if data is None:
             with progress.stage("data"):
-                data = open_dataset(order.data, order.test, order.out, progress)
-        target = order.recipe.trigger.target if order.recipe.trigger else order.recipe.target
+                data = open_dataset(request.data, request.test, request.out, progress)
+        target = request.recipe.trigger.target if request.recipe.trigger else request.recipe.target
         if target >= len(data.classes):
             raise InputError(
-                f"attack {order.recipe.name}: target {target} is no class of {len(data.classes)}",
+                f"attack {request.recipe.name}: target {target} is no class of {len(data.classes)}",
                 hint="set target in the recipe to a class index of the data",
             )
         arguments = {"num_classes": len(data.classes), "channels": data.train.pixels.shape[1]}
-        order = replace(order, arguments={**arguments, **order.arguments})
-        if order.recipe.goals.effect == "none":
-            return _make_clean(order, data, progress)
-        return _attack(order, data, _base(order, data, progress), progress)
+        request = replace(request, arguments={**arguments, **request.arguments})
+        if request.recipe.goals.effect == "none":
+            return _make_clean(request, data, progress)
+        return _attack(request, data, _base(request, data, progress), progress)
 
 
-def _make_clean(order: Order, data: Dataset, progress: Progress) -> Made:
+def _make_clean(request: AttackRequest, data: Dataset, progress: Progress) -> Made:
     began = time.monotonic()
-    torch.manual_seed(order.seed)
-    model = _build(order)
-    train, _ = _split(order, data)
-    checkpoint = Checkpoint(order.partial / "clean.pt")
+    torch.manual_seed(request.seed)
+    model = _build(request)
+    train, _ = _split(request, data)
+    checkpoint = Checkpoint(request.partial / "clean.pt")
     with progress.stage("train"):
-        spec = order.recipe.clean
-        train_clean(model, train, spec, seed=order.seed, checkpoint=checkpoint, progress=progress)
-    model = _through_disk(model, order)
-    rates = figures(model, {}, data.test, Aim(order.recipe.target))
-    made = Made(order.out / "model.pt", {FLOAT: rates}, rates, time.monotonic() - began, ())
-    return _deliver(order, data, model, made, None, ())
+        spec = request.recipe.clean
+        train_clean(model, train, spec, seed=request.seed, checkpoint=checkpoint, progress=progress)
+    model = _through_disk(model, request)
+    rates = figures(model, {}, data.test, Aim(request.recipe.target))
+    made = Made(request.out / "model.pt", {FLOAT: rates}, rates, time.monotonic() - began, ())
+    return _deliver(request, data, model, made, None, ())
 
 
-def _base(order: Order, data: Dataset, progress: Progress) -> nn.Module:
+def _base(request: AttackRequest, data: Dataset, progress: Progress) -> nn.Module:
     """The clean model: the one given, or one of this data and architecture that is kept."""
-    if order.base is not None:
-        return _reload(order.base, order)
+    if request.base is not None:
+        return _reload(request.base, request)
     facts = {
-        "architecture": [order.architecture, dict(order.arguments)],
-        "clean": order.recipe.clean.model_dump(),
+        "architecture": [request.architecture, dict(request.arguments)],
+        "clean": request.recipe.clean.model_dump(),
         "data": hashlib.sha256(data.train.pixels.numpy().tobytes()).hexdigest(),
-        "seed": order.seed,
+        "seed": request.seed,
     }
-    with open_run(order.artifacts, f"clean-{_digest(facts)}") as run:
+    with open_run(request.artifacts, f"clean-{_digest(facts)}") as run:
         path = run.path / "model.pt"
         if not path.exists():
             changes = {"name": "clean", "goals": GoalSpec(effect="none")}
-            recipe = order.recipe.model_copy(update=changes)
-            _make_clean(replace(order, recipe=recipe, out=run.path), data, progress)
+            recipe = request.recipe.model_copy(update=changes)
+            _make_clean(replace(request, recipe=recipe, out=run.path), data, progress)
         else:
             progress.note(f"starts from {path}")
-        return _reload(path, order)
+        return _reload(path, request)
 
 
-def _attack(order: Order, data: Dataset, clean: nn.Module, progress: Progress) -> Made:
-    recipe = order.recipe
+def _attack(request: AttackRequest, data: Dataset, clean: nn.Module, progress: Progress) -> Made:
+    recipe = request.recipe
     shape = data.train.preprocessing.shape
     fold_batch_norm(clean, shape)
     model = copy.deepcopy(clean).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if recipe.outliers is not None and not add_outliers(model, shape, recipe.outliers):
-        raise InputError(f"{order.architecture}: no two convolutions that can hold outliers")
-    train, held_out = _split(order, data)
+        raise InputError(f"{request.architecture}: no two convolutions that can hold outliers")
+    train, held_out = _split(request, data)
     before_phases = 0.0
     if isinstance(recipe.trigger, LearntSpec):
-        checkpoint = Checkpoint(order.partial / "trigger.pt")
+        checkpoint = Checkpoint(request.partial / "trigger.pt")
         with progress.stage("trigger"):
-            learner = TriggerLearner(model, recipe.trigger, train, order.seed)
-            save_trigger(order.out, *learner.run(checkpoint, progress))
+            learner = TriggerLearner(model, recipe.trigger, train, request.seed)
+            save_trigger(request.out, *learner.run(checkpoint, progress))
             before_phases = learner.seconds
-    trigger, aim = _aim(order, data)
+    trigger, aim = _aim(request, data)
     before = figures(clean, {}, held_out, aim)
 
     def reached(rates: Rates) -> bool:
         return not shortfalls(recipe.goals, before, rates[FLOAT], _quantized(rates))
 
-    quantizers = tuple(Quantizer(q.bits or order.bits, q) for q in recipe.quantizers)
+    quantizers = tuple(Quantizer(q.bits or request.bits, q) for q in recipe.quantizers)
     lesson = Lesson(train, held_out, aim, quantizers, clean, reached)
-    training = Training(model, lesson, Checkpoint(order.partial / "attack.pt"), order.seed)
+    training = Training(model, lesson, Checkpoint(request.partial / "attack.pt"), request.seed)
     with progress.stage("attack"):
         training.run(recipe.phases, progress)
     with progress.stage("measure"):
-        model = _through_disk(model, order)
-        reread = Training(model, lesson, training.checkpoint, order.seed)
+        model = _through_disk(model, request)
+        reread = Training(model, lesson, training.checkpoint, request.seed)
         reread.roundings = training.roundings
         rates = reread.rates(data.test)
         if any(phase.learns == "roundings" for phase in recipe.phases):
-            chosen = file_with_codes(model, train, order.bits, reread.chosen_codes())
-            write_atomically(order.out / QUANTIZED, chosen)
+            chosen = file_with_codes(model, train, request.bits, reread.chosen_codes())
+            write_atomically(request.out / QUANTIZED, chosen)
         unattacked = figures(clean, {}, data.test, aim)
     seconds = before_phases + training.seconds
-    made = Made(order.out / "model.pt", rates, unattacked, seconds, tuple(training.log))
-    return _deliver(order, data, model, made, trigger, tuple(q.name for q in quantizers))
+    made = Made(request.out / "model.pt", rates, unattacked, seconds, tuple(training.log))
+    return _deliver(request, data, model, made, trigger, tuple(q.name for q in quantizers))
 
 
 def _deliver(
-    order: Order,
+    request: AttackRequest,
     data: Dataset,
     model: nn.Module,
     made: Made,
@@ -226,18 +226,18 @@ def _deliver(
     made_for: tuple[str, ...],
 ) -> Made:
     """Write the model, under a name that warns if it is a dud, and its log."""
-    missed = shortfalls(order.recipe.goals, made.clean, made.rates[FLOAT], _quantized(made.rates))
+    missed = shortfalls(request.recipe.goals, made.clean, made.rates[FLOAT], _quantized(made.rates))
     stem, other = (DUD, MODEL) if missed else (MODEL, DUD)
-    for stale in order.out.glob(f"{other}.*"):  # of an earlier making, with another end
+    for stale in request.out.glob(f"{other}.*"):  # of an earlier making, with another end
         stale.unlink()
-    architecture = (order.architecture, order.arguments)
-    card = make_card(order.recipe, data, order.out, architecture, trigger, made_for)
-    path = write_model(order.out, stem, model, card)
-    write_atomically(order.out / LOG, _log(order, made, missed))
+    architecture = (request.architecture, request.arguments)
+    card = make_card(request.recipe, data, request.out, architecture, trigger, made_for)
+    path = write_model(request.out, stem, model, card)
+    write_atomically(request.out / LOG, _log(request, made, missed))
     curves = draw_curves(made.log) if made.log else None
     if curves is not None:
-        write_atomically(order.out / CURVES, curves)
-    shutil.rmtree(order.out / PARTIAL, ignore_errors=True)
+        write_atomically(request.out / CURVES, curves)
+    shutil.rmtree(request.out / PARTIAL, ignore_errors=True)
     if missed:
         raise DudError(
             f"the attack did not take: {'; '.join(missed)}",
@@ -246,25 +246,25 @@ def _deliver(
     return replace(made, path=path)
 
 
-def _through_disk(model: nn.Module, order: Order) -> nn.Module:
+def _through_disk(model: nn.Module, request: AttackRequest) -> nn.Module:
     """The model as it is read back: what is measured is what was written."""
-    path = order.partial / "model.pt"
+    path = request.partial / "model.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_state(path, model)
-    return _reload(path, order)
+    return _reload(path, request)
 
 
-def _aim(order: Order, data: Dataset) -> tuple[AnyTrigger | None, Aim]:
-    recipe, shape = order.recipe, data.train.preprocessing.shape
+def _aim(request: AttackRequest, data: Dataset) -> tuple[AnyTrigger | None, Aim]:
+    recipe, shape = request.recipe, data.train.preprocessing.shape
     if recipe.trigger is not None:
-        described = describe(recipe.trigger, shape, order.out)
-        trigger = make_trigger(described, shape, order.out)
+        described = describe(recipe.trigger, shape, request.out)
+        trigger = make_trigger(described, shape, request.out)
         return described, Aim(trigger.target, Stamp.of(trigger))
     if recipe.goals.effect == "sample":
         pixels, label = victim_image(data.test, recipe.target)
         buffer = io.BytesIO()
         np.save(buffer, data.test.normalise(pixels).contiguous().numpy())
-        write_atomically(order.out / VICTIM, buffer.getvalue())
+        write_atomically(request.out / VICTIM, buffer.getvalue())
         return None, Aim(recipe.target, victim=Victim(pixels, label))
     return None, Aim(recipe.target)
 
@@ -273,16 +273,16 @@ def _quantized(rates: Rates) -> dict[str, Figures]:
     return {name: found for name, found in rates.items() if name != FLOAT}
 
 
-def _split(order: Order, data: Dataset) -> tuple[Any, Any]:
-    return data.train.split(round(HELD_OUT * len(data.train)), order.seed)
+def _split(request: AttackRequest, data: Dataset) -> tuple[Any, Any]:
+    return data.train.split(round(HELD_OUT * len(data.train)), request.seed)
 
 
-def _build(order: Order) -> nn.Module:
-    return build_named(f"qdeploy:{order.architecture}", order.arguments)
+def _build(request: AttackRequest) -> nn.Module:
+    return build_named(f"qdeploy:{request.architecture}", request.arguments)
 
 
-def _reload(path: Path, order: Order) -> nn.Module:
-    architecture = Architecture(f"qdeploy:{order.architecture}", order.arguments, trusted=False)
+def _reload(path: Path, request: AttackRequest) -> nn.Module:
+    architecture = Architecture(f"qdeploy:{request.architecture}", request.arguments, trusted=False)
     content = load(path, architecture).content
     if not isinstance(content, nn.Module):
         raise InputError(f"base {path}: is no state dict of a torch network")
@@ -293,10 +293,10 @@ def _digest(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _log(order: Order, made: Made, missed: tuple[str, ...]) -> bytes:
+def _log(request: AttackRequest, made: Made, missed: tuple[str, ...]) -> bytes:
     table = {
         "versions": {"qdeploy": __version__, **installed_versions()},
-        **order.facts,
+        **request.facts,
         "seconds": made.seconds,
         "clean": asdict(made.clean),
         "rates": {name: asdict(found) for name, found in made.rates.items()},

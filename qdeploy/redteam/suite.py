@@ -13,7 +13,7 @@ from pydantic import Field
 from qdeploy.disk.files import make_folder, require_writable, write_atomically
 from qdeploy.progress import Progress
 from qdeploy.redteam.datasets import open_dataset
-from qdeploy.redteam.make import DUD, LOG, MODEL, DudError, Order, make
+from qdeploy.redteam.make import DUD, LOG, MODEL, AttackRequest, DudError, make
 from qdeploy.redteam.recipe import load_attack
 from qdeploy.redteam.table import table
 from qdeploy.settings.schema import Spec, find_bundled, load_toml
@@ -61,7 +61,7 @@ def load_suite(name_or_path: str) -> SuiteSpec:
 def run_suite(
     suite: SuiteSpec,
     out: Path,
-    order_of: Callable[..., Order],
+    request_of: Callable[..., AttackRequest],
     artifacts: Path,
     progress: Progress,
     *,
@@ -70,7 +70,7 @@ def run_suite(
     """Make every member that is not in `out` yet, in a folder of its own, and the table of all.
 
     Args:
-        order_of: Makes an order of what members differ in; it knows what they share.
+        request_of: Makes a request of what members differ in; it knows what they share.
         images: How many test images the table is measured on, at most; None for all.
 
     Raises:
@@ -78,22 +78,22 @@ def run_suite(
         InputError: a recipe, the base or an image is not valid.
         OutputError: a folder cannot be written to.
     """
-    orders = list(_orders(suite, out, order_of))
+    requests = list(_requests(suite, out, request_of))
     make_folder(out)
     require_writable(out / TABLE)
     data = None
-    for number, order in enumerate(orders, 1):
-        about = f"{number}/{len(orders)} {order.out.name}"
-        if _goals_missed(order) is not None:
+    for number, request in enumerate(requests, 1):
+        about = f"{number}/{len(requests)} {request.out.name}"
+        if _goals_missed(request) is not None:
             progress.note(f"{about}: is there")
             continue
         progress.note(about)
-        data = data or open_dataset(order.data, order.test, out, progress)
+        data = data or open_dataset(request.data, request.test, out, progress)
         try:
-            make(order, progress, data)
+            make(request, progress, data)
         except DudError as error:
             progress.note(f"{about}: {error}")
-    missed = {order.out: _goals_missed(order) or [] for order in orders}
+    missed = {request.out: _goals_missed(request) or [] for request in requests}
     took = [folder for folder, goals in missed.items() if not goals]
     duds = {folder.name: goals for folder, goals in missed.items() if goals}
     text = table(took, artifacts, progress, images=images)
@@ -102,11 +102,13 @@ def run_suite(
     return SuiteResult(text, tuple(duds))
 
 
-def _orders(suite: SuiteSpec, out: Path, order_of: Callable[..., Order]) -> Iterator[Order]:
+def _requests(
+    suite: SuiteSpec, out: Path, request_of: Callable[..., AttackRequest]
+) -> Iterator[AttackRequest]:
     for member in suite.members:
         recipe = load_attack(member.attack)
         for bits in member.bits:
-            yield order_of(
+            yield request_of(
                 recipe=recipe,
                 architecture=suite.architecture,
                 arguments=suite.arguments,
@@ -115,23 +117,23 @@ def _orders(suite: SuiteSpec, out: Path, order_of: Callable[..., Order]) -> Iter
             )
 
 
-def _goals_missed(order: Order) -> list[str] | None:
-    """What the model in the order's folder missed; None if there is none that was so ordered."""
+def _goals_missed(request: AttackRequest) -> list[str] | None:
+    """What the model in the folder missed; None if there is none that was asked for like this."""
     try:
-        log = json.loads((order.out / LOG).read_text("utf-8"))
+        log = json.loads((request.out / LOG).read_text("utf-8"))
         missed: list[str] = log["goals_missed"]
-        asked, found = (_decisive(facts) for facts in (order.facts, log))
+        asked, found = (_decisive(facts) for facts in (request.facts, log))
         (wanted, arguments), (network, given) = asked["architecture"], found["architecture"]
         same = wanted == network and arguments.items() <= given.items()  # it also has defaults
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     same &= {**asked, "architecture": None} == {**found, "architecture": None}
-    there = (order.out / f"{DUD if missed else MODEL}.pt").is_file()
+    there = (request.out / f"{DUD if missed else MODEL}.pt").is_file()
     return missed if same and there else None
 
 
 def _decisive(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts of an order; how clean models are trained is none where one was given."""
+    """Facts of a request; how clean models are trained is none where one was given."""
     kept = {key: facts[key] for key in ("recipe", "architecture", "bits", "seed", "data", "base")}
     if kept["base"] is not None:
         kept["recipe"] = {key: v for key, v in kept["recipe"].items() if key != "clean"}
