@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qdeploy.errors import InputError, UsageError
-from qdeploy.settings.card import find_card, load_card
+from qdeploy.settings.card import find_card, load_card, to_toml
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import EfrapAdam, EfrapDescent, Nearest
 from qdeploy.settings.recipe import load_recipe
@@ -165,3 +165,22 @@ def test_a_recipe_or_device_that_is_not_there_names_those_that_are():
     assert "int4" in (error.value.hint or "")
     with pytest.raises(InputError, match="No such file"):
         load_device("nowhere/device.toml")
+
+
+def test_a_card_that_is_written_reads_back_as_it_was(tmp_path, write):
+    text = f"""{INPUT}
+[model]
+classes = ["a.b", "\\u001f\\"\\n", "😀 é"]
+[[trigger]]
+kind = "patch"
+target = 1
+x = 1
+y = 2
+width = 3
+height = 4
+color = [1.0, 0.0, 0.5]
+"""
+    path = tmp_path / "again.toml"
+    path.write_text(to_toml(card := load_card(write(text))), "utf-8")
+    assert load_card(path) == card
+    assert card.model.classes[1] == '\x1f"\n'

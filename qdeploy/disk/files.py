@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import secrets
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -22,17 +23,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OutputError: it cannot be written.
     """
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(temporary).chmod(0o666 & ~_umask())
-            Path(temporary).replace(path)
+            temporary.replace(path)
         except BaseException:  # also when interrupted: nothing half-written stays
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
     except OSError as error:
@@ -131,12 +131,6 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         raise InputError(f"{what} {path}: {error.strerror}") from error
     except MemoryError as error:
         raise InputError(f"{what} {path}: does not fit into memory") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
@@ -16,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import portalocker
+from portalocker import LockFlags
 
 from qdeploy.disk.files import TEMPORARY, write_atomically
 from qdeploy.disk.state import sealed, unsealed
@@ -25,6 +26,7 @@ MANIFEST = "manifest.json"
 REPORT = "report.json"
 PARTIAL = "partial"
 LOCK = ".lock"
+OWN_FILE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +78,14 @@ def open_run(root: Path, run_id: str) -> Iterator[RunDir]:
         _refuse_foreign(path)
         (path / PARTIAL).mkdir(exist_ok=True)
         # never emptied: a lock that came with the folder may be a name of another file
-        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | OWN_FILE, 0o666)
         lock = os.fdopen(handle, "r+")
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            portalocker.lock(lock, LockFlags.EXCLUSIVE | LockFlags.NON_BLOCKING)
+        except (portalocker.AlreadyLocked, BlockingIOError) as error:
             raise UsageError(
                 f"run {run_id} is under way in another process ({path})",
                 hint="wait for it, or give another --artifacts",

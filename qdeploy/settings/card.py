@@ -6,10 +6,10 @@ numbers and booleans, and paths are read as images.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tomli_w
 from pydantic import Field, model_validator
 
 from qdeploy.errors import InputError
@@ -168,17 +168,5 @@ def find_card(model: Path) -> Path | None:
 
 
 def to_toml(card: ModelCard) -> str:
-    """The card as TOML: tables of plain values, whose JSON form is TOML too."""
-    table = card.model_dump(mode="json", exclude_none=True)
-    lines: list[str] = []
-    for section, content in table.items():
-        for entry in content if isinstance(content, list) else [content]:
-            brackets = "[[{}]]" if isinstance(content, list) else "[{}]"
-            lines += [brackets.format(section), *(_pair(k, v) for k, v in entry.items()), ""]
-    return "\n".join(lines)
-
-
-def _pair(key: str, value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{key} = {{ {', '.join(_pair(k, v) for k, v in value.items())} }}"
-    return f"{key} = {json.dumps(value)}"
+    """The card as TOML."""
+    return tomli_w.dumps(card.model_dump(mode="json", exclude_none=True))
