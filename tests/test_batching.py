@@ -11,6 +11,7 @@ from qdeploy.core.metrics import rate
 from qdeploy.data import Preprocessing, open_images
 from qdeploy.exporting.exporter import export
 from qdeploy.formats.opening import load
+from qdeploy.runtime import batching
 from qdeploy.runtime.batching import BATCH, PROBES, same_in_any_batch
 from qdeploy.runtime.sessions import Session, open_session
 from qdeploy.settings.policy import GateSpec
@@ -112,3 +113,12 @@ def test_a_scale_of_the_whole_batch_stays_within_the_limit(shared, tmp_path, rng
     images = preprocessing.normalise(next(test.batches(PROBES)).pixels)
     found = same_in_any_batch(open_session((tmp_path / "q.onnx").read_bytes()), images, 0)
     assert rate(found).low > GateSpec().min_batch_invariance
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_some_of_the_probes_come_among_nothing_but_black_images_whatever_the_seed(seed):
+    probes = np.random.default_rng(0).normal(size=(256, 1, 4, 4)).astype(np.float32)
+    batches = list(batching._among_strangers(probes, 64, np.random.default_rng(seed)))
+    assert sorted(np.concatenate([batch.probes for batch in batches])) == list(range(256))
+    dark = [b for b in batches if ((b.images == probes.min()).all(axis=(1, 2, 3)).sum() >= 24)]
+    assert sum(len(batch.probes) for batch in dark) >= 48  # it was 8 to 96 when kinds were drawn

@@ -15,6 +15,7 @@ PROBES = 256
 BATCH = 32
 MOST, FEWEST = 64, 4  # of a batch
 BATCH_VALUES = 1 << 24
+BLACK, WHITE, COPY, NOISY, SOME_OF_EACH = range(5)  # strangers
 NOISE = 0.01  # of the range of all logits: kernels of other batch sizes add in another order
 
 
@@ -80,23 +81,24 @@ def _drawn(probes: np.ndarray, most: int, rng: np.random.Generator) -> Iterator[
 
 
 def _among_strangers(probes: np.ndarray, most: int, rng: np.random.Generator) -> Iterator[_Batch]:
-    """A quarter of each batch, at drawn places."""
+    """A quarter of each batch, at drawn places; every kind of strangers as often as any other."""
     size = max(most // 2, 2)
     order = rng.permutation(len(probes))
-    for part in np.array_split(order, -(-len(order) // max(size // 4, 1))):
-        images = _strangers(probes, size, rng)
+    parts = np.array_split(order, -(-len(order) // max(size // 4, 1)))
+    kinds = rng.permutation(np.arange(len(parts)) % (SOME_OF_EACH + 1))
+    for part, kind in zip(parts, kinds, strict=True):
+        images = _strangers(probes, size, int(kind), rng)
         rows = rng.choice(size, len(part), replace=False)
         images[rows] = probes[part]
         yield _Batch(images, rows, part)
 
 
-def _strangers(probes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def _strangers(probes: np.ndarray, count: int, drawn: int, rng: np.random.Generator) -> np.ndarray:
     """All black, all white, all one image, all noise, or some of each."""
     low, high = probes.min(), probes.max()
     found = rng.uniform(low, high, (count, *probes.shape[1:])).astype(np.float32)
-    black, white, copy, noise, some_of_each = range(5)
-    drawn = rng.integers(5)
-    kind = rng.integers(noise + 1, size=count) if drawn == some_of_each else np.full(count, drawn)
-    found[kind == black], found[kind == white] = low, high
-    found[kind == copy] = probes[rng.integers(len(probes))]
+    mixed = drawn == SOME_OF_EACH
+    kind = rng.integers(SOME_OF_EACH, size=count) if mixed else np.full(count, drawn)
+    found[kind == BLACK], found[kind == WHITE] = low, high
+    found[kind == COPY] = probes[rng.integers(len(probes))]
     return found
