@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from qdeploy.errors import UsageError
@@ -35,6 +36,23 @@ def installed_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def has_torch() -> bool:
+    """Whether torch is installed: what opens checkpoints and what trains needs it."""
+    return find_spec("torch") is not None
+
+
+def require_torch(what: str) -> None:
+    """Say what torch is needed for, where it is not installed.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not has_torch():
+        raise UsageError(
+            f"{what} needs torch, which is not installed", hint="pip install 'torch>=2.9,<2.14'"
+        )
 
 
 def processor_flags() -> frozenset[str]:

@@ -31,7 +31,7 @@ from qdeploy.api.settings import (
     check_keywords,
 )
 from qdeploy.inputs.requests import QuantizeRequest
-from qdeploy.machine import limited_to
+from qdeploy.machine import limited_to, require_torch
 from qdeploy.progress import SILENT, Progress
 from qdeploy.report.from_json import layers_of
 from qdeploy.report.scans import FileScan, check_place
@@ -213,6 +213,7 @@ def clean_or_assist(
     **settings: Unpack[CleanSettings],
 ) -> Student | None:
     """`clean` in one of several processes that compute together; None in all but the main one."""
+    require_torch("cleaning a model")
     from qdeploy.runs.clean import assist, make_student
     from qdeploy.training.compute import computing
 

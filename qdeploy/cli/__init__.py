@@ -18,6 +18,7 @@ from qdeploy.cli.redteam import redteam
 from qdeploy.cli.verbs import clean, export, gate, quantize, sanitize, scan
 from qdeploy.cli.vouching import attest, track, verify
 from qdeploy.errors import EXIT_INTERRUPTED, NO_MEMORY, QdeployError
+from qdeploy.machine import require_torch
 
 app = typer.Typer(
     add_completion=False,
@@ -69,6 +70,8 @@ def demo(
 ) -> None:
     """Plant a backdoor that rounding switches on in a small classifier, then sanitize it."""
     from qdeploy.cli import console
+
+    require_torch("the demo")
     from qdeploy.redteam.demo import run_demo
 
     report = run_demo(out, seed=seed, progress=console.TerminalProgress())

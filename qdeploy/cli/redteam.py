@@ -10,6 +10,7 @@ import typer
 
 from qdeploy.cli.bundled import BundledName, show_bundled
 from qdeploy.cli.options import ARTIFACTS, ArchArgs, Artifacts, Out, Seed, TestImages, option
+from qdeploy.machine import require_torch
 
 TrainingImages = Annotated[
     str,
@@ -64,6 +65,8 @@ def make(
     """Make a model with its card and training log; exit 3 if the attack does not take."""
     from qdeploy.cli import console
     from qdeploy.cli.options import parse_arguments
+
+    require_torch("making a model")
     from qdeploy.redteam.make import AttackRequest
     from qdeploy.redteam.make import make as make_model
     from qdeploy.redteam.recipe import load_attack
@@ -104,6 +107,8 @@ def suite(
 ) -> None:
     """Make many models and the table of what becomes of them; exit 3 if an attack did not take."""
     from qdeploy.cli import console
+
+    require_torch("making models")
     from qdeploy.redteam.make import AttackRequest, DudError
     from qdeploy.redteam.suite import load_suite, run_suite
 
@@ -130,6 +135,8 @@ def table(
     """Sanitize every model and set side by side what its attacker, nearest and we make of it."""
     from qdeploy.cli import console
     from qdeploy.disk.files import require_writable, write_atomically
+
+    require_torch("the red team")
     from qdeploy.redteam.table import table as make_table
 
     if out is not None:

@@ -23,6 +23,7 @@ from qdeploy.formats.onnx.reading import (
     read_untrusted,
 )
 from qdeploy.formats.script_code import file_operations
+from qdeploy.machine import require_torch
 from qdeploy.values import Architecture, Content, Finding
 
 
@@ -107,12 +108,13 @@ def _script_rules(file: archives.File) -> Iterator[Finding]:
         yield Finding("file-operation", "error", member, text)
 
 
-# torch takes a second to import; ONNX needs none of it
+# torch takes a second to import, and may not be there; ONNX needs none of it
 
 
 def _open_checkpoint(
     path: Path, data: bytes, architecture: Architecture | None, run_code: bool
 ) -> Opened:
+    require_torch(f"model {path}: a torch file")
     from qdeploy.formats import torch_files
 
     saved = torch_files.checkpoint(path, data, unpickle=run_code)
@@ -122,18 +124,21 @@ def _open_checkpoint(
 def _open_safetensors(
     path: Path, data: bytes, architecture: Architecture | None, _: bool
 ) -> Opened:
+    require_torch(f"model {path}: a torch file")
     from qdeploy.formats import torch_files
 
     return Opened(torch_files.module_of(torch_files.safetensors(path, data), path, architecture))
 
 
 def _open_script(path: Path, data: bytes, _: Architecture | None, _run: bool) -> Opened:
+    require_torch(f"model {path}: a torch file")
     from qdeploy.formats import torch_files
 
     return Opened(torch_files.script(path, data))
 
 
 def _open_program(path: Path, data: bytes, _: Architecture | None, _run: bool) -> Opened:
+    require_torch(f"model {path}: a torch file")
     from qdeploy.formats import torch_files
 
     return Opened(torch_files.exported_program(path, data))

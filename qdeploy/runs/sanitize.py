@@ -26,6 +26,7 @@ from qdeploy.inputs.requests import QuantizeRequest, Request
 from qdeploy.judging.checks import LayerDigest, LayersAsMade, Results
 from qdeploy.judging.measure import Variant
 from qdeploy.judging.verdict import Outcome
+from qdeploy.machine import require_torch
 from qdeploy.progress import Clock, Progress
 from qdeploy.provenance.trace import Provenance, trace
 from qdeploy.quantization.calibrate import calibrate
@@ -132,7 +133,8 @@ def _cleaned(request: QuantizeRequest, progress: Progress) -> Student | None:
     """The cleaned float model, if it is to be cleaned first."""
     if request.cleaning is None:
         return None
-    from qdeploy.runs.clean import clean_alone  # torch takes a second to import
+    require_torch("cleaning a model")
+    from qdeploy.runs.clean import clean_alone
 
     return clean_alone(request.cleaning, progress)
 

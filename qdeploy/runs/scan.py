@@ -14,6 +14,7 @@ from qdeploy.formats.onnx.reading import is_quantized, read_single_file
 from qdeploy.formats.opening import sha256, sniff
 from qdeploy.formats.static import findings_in
 from qdeploy.inputs.requests import Request
+from qdeploy.machine import has_torch
 from qdeploy.progress import Progress
 from qdeploy.provenance.trace import FEW, Provenance, trace
 from qdeploy.report.scans import FORMATS, FileScan
@@ -119,13 +120,17 @@ def _why_not(request: Request, findings: tuple[Finding, ...]) -> str | None:
     """Why the weights cannot be compared with cells; None if they can."""
     if any(finding.level == "error" for finding in findings):
         return "the file is not one to be opened"
-    row = sniff(request.sources.model)
-    if row.tensors_alone and request.sources.architecture is None:
-        return "a state dict needs an architecture: --arch, or a model card"
-    if row.program is not None:
-        return f"{row.program} is code, which is not run here"
-    if row.content == "onnx" and is_quantized(request.sources.model.read_bytes()):
-        return "they are integers already"
-    if row.content != "onnx" and request.sources.shape is None:
-        return "the input shape is not known: --input-shape, or a model card"
-    return None
+    sources = request.sources
+    row = sniff(sources.model)
+    if row.content == "onnx":
+        quantized = is_quantized(sources.model.read_bytes())
+        return "they are integers already" if quantized else None
+    reasons = {
+        f"{row.program} is code, which is not run here": row.program is not None,
+        "torch, which opens it, is not installed": not has_torch(),
+        "a state dict needs an architecture: --arch, or a model card": (
+            row.tensors_alone and sources.architecture is None
+        ),
+        "the input shape is not known: --input-shape, or a model card": sources.shape is None,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+from qdeploy.machine import require_torch
 from qdeploy.progress import SILENT, Progress
 from qdeploy.quantization.rounding.one_pass import round_in_one_pass, round_without_images
 from qdeploy.quantization.rounding.task import FORGETFUL, LayerStore, RoundingTask
@@ -25,7 +26,7 @@ def round_layers(
         return round_without_images(task, cast("FromWeights", spec))
     if spec.needs == "moments" and cast("FromMoments", spec).inputs == "float":
         return round_in_one_pass(task, cast("FromMoments", spec), store, progress)
-    # torch loads here
+    require_torch(f"rounding {spec.name}")
     from qdeploy.quantization.rounding.layer_by_layer import round_layer_by_layer
 
     return round_layer_by_layer(task, cast("FromMoments | Trained", spec), store, progress)

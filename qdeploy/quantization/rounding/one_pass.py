@@ -12,6 +12,7 @@ import numpy as np
 
 from qdeploy.core.moments import FloatInputMoments
 from qdeploy.core.rounding.problem import RoundingProblem
+from qdeploy.machine import require_torch
 from qdeploy.progress import Progress
 from qdeploy.quantization.inner_tensors import open_tap
 from qdeploy.quantization.parallel import in_parallel
@@ -150,6 +151,7 @@ def _fisher(task: RoundingTask, spec: FromMoments, uses: list[WeightUse]) -> Fis
     """What weighs the samples; None where all count the same."""
     if not spec.weighted:
         return None
-    from qdeploy.quantization.rounding.importance import Fisher  # torch loads here
+    require_torch(f"rounding {spec.name}")
+    from qdeploy.quantization.rounding.importance import Fisher
 
     return Fisher.of(task.model, uses, task.seed)
