@@ -14,6 +14,7 @@ import yaml
 
 from qdeploy.cli import app
 from qdeploy.formats.static import RULES
+from qdeploy.settings.checks import ROWS
 from qdeploy.settings.policy import Policy
 from qdeploy.settings.schema import load_toml
 
@@ -117,3 +118,13 @@ def test_the_github_action_hands_on_what_the_gate_says(tmp_path, code):
     assert (tmp_path / "output").read_text() == f"exit-code={code}\n"
     assert (tmp_path / "summary").read_text() == "## said\n"
     assert not (tmp_path / "owned").exists()
+
+
+def test_the_page_on_the_gate_has_a_line_for_every_check():
+    lines = (ROOT / "docs" / "gate.md").read_text("utf-8").splitlines()
+    for row in ROWS:
+        (line,) = [line for line in lines if line.startswith(f"| `{row.name}` |")]
+        assert row.says[1:-1] in line
+        assert row.key is None or row.key in line
+        limit = row.limit if row.key is None else row.default
+        assert ("not checked" if limit is None else f"{row.relation} {limit:g} {row.unit}") in line
