@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import torch
 from filelock import FileLock
 
 from qdeploy.data import Images, Preprocessing, images_from_array
+from qdeploy.machine import installed_versions
 from qdeploy.progress import SILENT
 from qdeploy.redteam.demo import make_poisoned_digits
 from qdeploy.values import FloatModel
@@ -29,6 +33,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("any machine, busy or not")
 
 SHARED = Path(__file__).parents[2] / "shared"
+PACKAGE = Path(__file__).parents[1] / "qdeploy"
+MAKERS = (
+    "architectures", "core", "data", "exporting", "formats", "graph", "quantization", "redteam",
+    "settings", "training",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +100,31 @@ def lab_files(once, poisoned) -> Path:
 
 
 @pytest.fixture(scope="session")
-def poisoned(once) -> Path:
-    """The demo's model, card and data: benign in float, backdoored by 4-bit nearest rounding."""
-    return once("poisoned", lambda folder: make_poisoned_digits(folder, seed=0, progress=SILENT))
+def poisoned(once, pytestconfig) -> Path:
+    """The demo's model, card and data: benign in float, backdoored by 4-bit nearest rounding.
+
+    It is kept between runs for as long as nothing changes that it is made with.
+    """
+    if pytestconfig.cache is None:
+        return once("poisoned", lambda f: make_poisoned_digits(f, seed=0, progress=SILENT))
+    kept = pytestconfig.cache.mkdir("poisoned") / makers_digest()
+
+    def fill(folder: Path) -> None:
+        if kept.exists():
+            shutil.copytree(kept, folder, dirs_exist_ok=True)
+            return
+        make_poisoned_digits(folder, seed=0, progress=SILENT)
+        unfinished = kept.with_name(f"{kept.name}.{os.getpid()}")
+        shutil.copytree(folder, unfinished)
+        unfinished.rename(kept)
+
+    return once("poisoned", fill)
+
+
+def makers_digest() -> str:
+    """Of all sources that may have a part in making a poisoned model, and of the libraries."""
+    said = hashlib.sha256(json.dumps(installed_versions(), sort_keys=True).encode())
+    for room in MAKERS:
+        for path in sorted((PACKAGE / room).rglob("*.py")):
+            said.update(path.read_bytes())
+    return said.hexdigest()[:16]

@@ -35,7 +35,7 @@ def test_scan_hands_no_file_to_a_runtime(lab, monkeypatch):
     alone = scan_one(ScanRequest(Path("clean.onnx"), quantize_request))
     beside = scan_one(ScanRequest(Path("ort-channel.onnx"), quantize_request, Path("fp32.onnx")))
     assert (alone.failed, beside.failed) == (None, None)
-    assert alone.scan is not None
+    assert alone.crowding is not None
     assert beside.not_scanned == "they are integers already"
 
 
@@ -125,7 +125,7 @@ def test_a_file_that_is_exchanged_after_the_scan_is_not_used(lab, verb, kind, mo
     subject = Path("subject").with_suffix(Path(kind).suffix)
     shutil.copy(kind, subject)
     shutil.copy("model.toml", "subject.toml")
-    honest = static.look
+    honest = static.findings_in
 
     def look_and_lose(path: Path) -> tuple[Finding, ...]:
         found = honest(path)

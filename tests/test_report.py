@@ -94,7 +94,8 @@ def test_json_holds_everything_and_null_for_what_was_not_measured(report):
     assert document["checks"][0]["within"] is False
     assert document["checks"][0]["low"] is None
     assert document["required"] == ["a", "b"]
-    fields = {name.replace("rates", "measurements") for name in Report.__slots__}
+    renames = {"rates": "measurements", "crowding": "fingerprints"}
+    fields = {renames.get(name, name) for name in Report.__slots__}
     renamed = {"plan", "classes", "runtimes", "latencies", "samples", "explanations"}
     assert fields - renamed <= set(document)
 

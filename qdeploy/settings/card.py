@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tomli_w
+import tomlkit
 from pydantic import Field, model_validator
 
 from qdeploy.errors import InputError
@@ -169,4 +169,4 @@ def find_card(model: Path) -> Path | None:
 
 def to_toml(card: ModelCard) -> str:
     """The card as TOML."""
-    return tomli_w.dumps(card.model_dump(mode="json", exclude_none=True))
+    return tomlkit.dumps(card.model_dump(mode="json", exclude_none=True))
