@@ -3,18 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo check test test-all lint clean
 
 demo: $(VENV)/.demo  ## Poison a small classifier, sanitize it, leave model and report in artifacts/demo
 	$(BIN)/qdeploy demo
 
 PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
+check: lint  ## Style, types, and the tests that take no time: about a minute
+	$(PYTEST) -m 'not slow and not costly'
+
 test: $(VENV)/.test  ## Run the tests, but for those that take long
 	$(PYTEST) -m 'not slow'
 
-test-all: $(VENV)/.test  ## Run every test: several times as long
-	$(PYTEST)
+test-all: $(VENV)/.test  ## Run every test, all types checked at run time: several times as long
+	$(PYTEST) --jaxtyping-packages=qdeploy,beartype.beartype
 
 lint: $(VENV)/.lint  ## Style and types
 	$(BIN)/ruff check .

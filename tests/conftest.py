@@ -40,6 +40,28 @@ MAKERS = (
 )  # fmt: skip
 
 
+# Files whose tests take more than a second or two, and fixtures that take tens of them to make.
+COSTLY_FILES = frozenset({
+    "test_adam", "test_attest", "test_batch_axis", "test_batching", "test_compare", "test_compute",
+    "test_distillation", "test_export_torch", "test_fuzz_commands", "test_fuzz_readers",
+    "test_graph_limits", "test_mlflow", "test_onnxruntime_quantizer", "test_program",
+    "test_provenance", "test_provenance_differences", "test_quantized_file", "test_redteam",
+    "test_redteam_defence", "test_redteam_suite", "test_redteam_weights", "test_rounding_stage",
+    "test_safe_kernels", "test_scan", "test_silence", "test_trained_methods", "test_unlearning",
+    "test_weight_grids",
+})  # fmt: skip
+COSTLY_FIXTURES = frozenset({"backdoored", "lab_files", "poisoned", "shared"})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make check` leaves out."""
+    for item in items:
+        fixtures = COSTLY_FIXTURES & set(getattr(item, "fixturenames", ()))
+        if fixtures or item.path.stem in COSTLY_FILES:
+            item.add_marker(pytest.mark.costly)
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
     """A folder that one of the processes of this run fills, for all of them."""
