@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,6 +89,27 @@ def test_links_between_the_documents_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize(
+    ("torch", "calls"),
+    [("true", [". "]), ("", ["--no-compile -r ./requirements-light.txt", "--no-deps ."])],
+)
+def test_the_github_action_installs_its_own_checkout_without_torch_unless_asked(
+    tmp_path, torch, calls
+):
+    action = yaml.safe_load((ROOT / ".github/actions/gate/action.yml").read_text("utf-8"))
+    step = action["runs"]["steps"][0]
+    assert set(step["env"]) == {"TORCH", "SOURCE"}
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho "$@ " >> called\n')
+    program.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCH": torch, "SOURCE": "."}
+    subprocess.run(["/bin/bash", "-e", "-c", step["run"]], cwd=tmp_path, env=env, check=True)
+    called = (tmp_path / "called").read_text().splitlines()
+    assert len(called) == len(calls)
+    assert all(part in line for part, line in zip(calls, called, strict=True))
+    assert (ROOT / "requirements-light.txt").exists()
+
+
 @pytest.mark.parametrize("code", [0, 3, 4])
 def test_the_github_action_hands_on_what_the_gate_says(tmp_path, code):
     """Its script, as the runner calls it, with a program that notes how it was called."""
@@ -128,3 +150,14 @@ def test_the_page_on_the_gate_has_a_line_for_every_check():
         assert row.key is None or row.key in line
         limit = row.limit if row.key is None else row.default
         assert ("not checked" if limit is None else f"{row.relation} {limit:g} {row.unit}") in line
+
+
+def test_the_light_install_is_the_whole_one_without_what_opens_and_trains_torch_models():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = (ROOT / "requirements-light.txt").read_text("utf-8").splitlines()
+    light = {line for line in lines if line and not line.startswith("#")}
+    whole = {d for d in project["dependencies"] if not d.startswith(("torch>", "safetensors"))}
+    assert whole <= light
+    assert {re.split(">=", line)[0] for line in light - whole} == {
+        "cryptography", "securesystemslib",  # of the extra that attests
+    }  # fmt: skip
