@@ -58,6 +58,15 @@ def test_pairing_narrows_the_interval():
     assert paired.high - paired.low < rate(first).high - rate(first).low
 
 
+def test_the_interval_of_a_paired_difference_covers_the_truth_nineteen_times_in_twenty():
+    rng, truth, held = np.random.default_rng(0), 100 * (0.06 - 0.04), 0
+    for _ in range(1000):
+        kind = rng.choice(4, size=400, p=[0.85, 0.05, 0.06, 0.04])  # both, none, first, second
+        found = paired_difference(np.isin(kind, [0, 2]), np.isin(kind, [0, 3]))
+        held += found.low <= truth <= found.high
+    assert 930 <= held <= 975
+
+
 def test_accuracy_by_class_counts_only_that_class():
     labels = np.array([0, 0, 1, 1, 1])
     predicted = np.array([0, 1, 1, 1, 0], np.int32)

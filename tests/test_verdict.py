@@ -176,6 +176,8 @@ def test_findings_of_the_static_scan_reject_unless_they_are_allowed():
     assert both.state == alone.state == "off"
     assert alone.subject == "custom-operator"
     assert checked(waived, static=(error,))[0].state == "within"
+    other = GateSpec(waivers=(waiver("finding", "external-*"), waiver("float", "custom-*")))
+    assert checked(other, static=(error,))[0].state == "off"
     assert checked(static=(warning,))[0].state == "within"
 
 
