@@ -138,7 +138,10 @@ def poisoned(once, pytestconfig) -> Path:
         make_poisoned_digits(folder, seed=0, progress=SILENT)
         unfinished = kept.with_name(f"{kept.name}.{os.getpid()}")
         shutil.copytree(folder, unfinished)
-        unfinished.rename(kept)
+        try:
+            unfinished.rename(kept)
+        except OSError:  # another run was first
+            shutil.rmtree(unfinished)
 
     return once("poisoned", fill)
 
@@ -146,7 +149,7 @@ def poisoned(once, pytestconfig) -> Path:
 def makers_digest() -> str:
     """Of all sources that may have a part in making a poisoned model, and of the libraries."""
     said = hashlib.sha256(json.dumps(installed_versions(), sort_keys=True).encode())
-    for room in MAKERS:
-        for path in sorted((PACKAGE / room).rglob("*.py")):
-            said.update(path.read_bytes())
+    rooms = [sorted((PACKAGE / room).rglob("*.py")) for room in MAKERS]
+    for path in [*sorted(PACKAGE.glob("*.py")), *(path for room in rooms for path in room)]:
+        said.update(path.read_bytes())
     return said.hexdigest()[:16]

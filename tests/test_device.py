@@ -6,8 +6,11 @@ import json
 
 import pytest
 
+from qdeploy.errors import UsageError
+from qdeploy.graph.io import identity
+from qdeploy.runtime.known import runtime_of
 from qdeploy.settings import device as devices
-from qdeploy.settings.device import AUTO, load_device, misfit, own_device
+from qdeploy.settings.device import AUTO, RuntimeSpec, load_device, misfit, own_device
 from qdeploy.settings.policy import Policy
 from qdeploy.settings.recipe import load_recipe
 from tests import gate_lab
@@ -67,3 +70,20 @@ def test_what_does_not_fit_is_said_wherever_it_is_used(on_avx2, lab_files, tmp_p
         own = json.loads((lab / "own.json").read_text("utf-8"))
         assert own["device"]["name"] == "x86-avx2"
         assert not any("this processor" in note for note in own["notes"])
+
+
+def test_runtimes_are_told_apart_by_their_options():
+    boards = [RuntimeSpec(provider="far", options={"address": a}) for a in ("a:1", "b:1")]
+    assert [board.label for board in boards] == ["far a:1", "far b:1"]
+
+
+def test_an_option_that_a_runtime_does_not_have_is_an_error():
+    spec = RuntimeSpec(provider="cpu", options={"address": "a:1"})
+    with pytest.raises(UsageError, match="runtime cpu takes no options: address"):
+        runtime_of(spec).open(identity(), spec)
+
+
+def test_a_runtime_that_nobody_has_written_is_an_error_with_those_there_are():
+    with pytest.raises(UsageError, match="there is no runtime 'tpu'") as failed:
+        runtime_of(RuntimeSpec(provider="tpu"))
+    assert failed.value.hint == "have cpu, cuda"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qdeploy.api.settings import (
+    ARTIFACTS,
     CleaningSettings,
     CleanSettings,
     EvidenceSettings,
@@ -32,7 +33,6 @@ from qdeploy.settings.recipe import Recipe, load_recipe
 from qdeploy.settings.sanitizers import Sanitizer, sanitizer
 from qdeploy.settings.schema import validate
 
-ARTIFACTS = Path("artifacts")
 OF_CLEANING = ("images", "image_count", "schedule", "epochs", "watch", "further", "accelerator")
 NOTHING_SAID: SanitizeSettings = {}
 

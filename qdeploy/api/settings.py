@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypedDict, get_type_hints
+
+ARTIFACTS = Path("artifacts")  # where run directories are kept unless somebody says otherwise
 
 PathLike = str | os.PathLike[str]
 SanitizerKind = Literal["unlearn", "asd", "kd", "bcu"]

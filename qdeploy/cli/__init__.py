@@ -10,10 +10,10 @@ from typing import Annotated, NoReturn
 import typer
 
 from qdeploy import __version__
+from qdeploy.api.settings import ARTIFACTS
 from qdeploy.cli.bundled import devices, policies, recipes
 from qdeploy.cli.comparing import compare
 from qdeploy.cli.leaving import leave_by
-from qdeploy.cli.options import ARTIFACTS
 from qdeploy.cli.redteam import redteam
 from qdeploy.cli.verbs import clean, export, gate, quantize, sanitize, scan
 from qdeploy.cli.vouching import attest, track, verify

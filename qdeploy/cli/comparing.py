@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 from qdeploy.cli.options import (
+    Arch,
     ArchArgs,
+    Calibration,
+    CalibrationImages,
+    DataRoots,
     Device,
     EvidenceOptions,
     Models,
     Out,
+    Settings,
     TestImages,
     given,
     option,
+    parse_arguments,
     takes,
 )
-
-Settings = dict[str, Any]  # keywords of a verb
 
 
 @takes(EvidenceOptions)
@@ -47,24 +50,11 @@ def compare(
         int | None,
         option("--steps", "Of methods that train; else as published.", "Comparison", at_least=1),
     ] = None,
-    calibration: Annotated[
-        Path | None,
-        option("--calibration", "Folder, zip or npz of images; labels are not used.", "Data"),
-    ] = None,
-    calibration_images: Annotated[
-        int | None, option("--calibration-images", "How many of them, at most.", "Data", at_least=1)
-    ] = None,
+    calibration: Calibration = None,
+    calibration_images: CalibrationImages = None,
     test_images: TestImages = None,
-    data_roots: Annotated[
-        list[Path] | None,
-        option(
-            "--data-root", "Folder that the card may reach besides its own; repeatable.", "Model"
-        ),
-    ] = None,
-    arch: Annotated[
-        str | None,
-        option("--arch", "file.py:factory or package.module:factory, for state dicts.", "Model"),
-    ] = None,
+    data_roots: DataRoots = None,
+    arch: Arch = None,
     arch_args: ArchArgs = None,
     device: Device = None,
     *,
@@ -73,7 +63,6 @@ def compare(
     """Set rounding methods side by side: every one on every grid, on every model."""
     from qdeploy.api.requests import quantize_request
     from qdeploy.cli import console
-    from qdeploy.cli.options import parse_arguments
     from qdeploy.compare.matrix import parse_matrix
     from qdeploy.compare.run import compare as compare_all
 

@@ -16,8 +16,7 @@ import typer
 
 from qdeploy.errors import UsageError
 
-ARTIFACTS = Path("artifacts")
-SanitizerKind = Literal["unlearn", "asd", "kd", "bcu"]
+Settings = dict[str, Any]  # keywords of a verb
 
 
 def option(flag: str, help_text: str, panel: str, *, at_least: int | None = None) -> Any:
@@ -61,6 +60,21 @@ ArchArgs = Annotated[
     list[str] | None,
     option("--arch-args", "Arguments of the factory, as width=16; repeatable.", "Model"),
 ]
+Arch = Annotated[
+    str | None,
+    option("--arch", "file.py:factory or package.module:factory, for state dicts.", "Model"),
+]
+DataRoots = Annotated[
+    list[Path] | None,
+    option("--data-root", "Folder that the card may reach besides its own; repeatable.", "Model"),
+]
+Calibration = Annotated[
+    Path | None,
+    option("--calibration", "Folder, zip or npz of images; labels are not used.", "Data"),
+]
+CalibrationImages = Annotated[
+    int | None, option("--calibration-images", "How many of them, at most.", "Data", at_least=1)
+]
 Reference = Annotated[
     Path | None,
     typer.Option("--reference", help="The float model that it was made from, in any format."),
@@ -82,16 +96,8 @@ class ModelOptions(Group):
     card: Annotated[
         Path | None, option("--card", "Model card; else NAME.toml beside the model.", "Model")
     ] = None
-    data_roots: Annotated[
-        list[Path] | None,
-        option(
-            "--data-root", "Folder that the card may reach besides its own; repeatable.", "Model"
-        ),
-    ] = None
-    arch: Annotated[
-        str | None,
-        option("--arch", "file.py:factory or package.module:factory, for state dicts.", "Model"),
-    ] = None
+    data_roots: DataRoots = None
+    arch: Arch = None
     arch_args: ArchArgs = None
     input_shape: Annotated[
         str | None, option("--input-shape", "Channels,height,width; else from the card.", "Model")
@@ -130,13 +136,8 @@ class ModelOptions(Group):
 class CalibrationOptions(Group):
     """The images that scales and integers are fitted to."""
 
-    calibration: Annotated[
-        Path | None,
-        option("--calibration", "Folder, zip or npz of images; labels are not used.", "Data"),
-    ] = None
-    calibration_images: Annotated[
-        int | None, option("--calibration-images", "How many of them, at most.", "Data", at_least=1)
-    ] = None
+    calibration: Calibration = None
+    calibration_images: CalibrationImages = None
     synthetic_calibration: Annotated[
         bool,
         option(

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from qdeploy.api.settings import ARTIFACTS
 from qdeploy.cli.bundled import BundledName, show_bundled
-from qdeploy.cli.options import ARTIFACTS, ArchArgs, Artifacts, Out, Seed, TestImages, option
+from qdeploy.cli.options import ArchArgs, Artifacts, Out, Seed, TestImages, option
 from qdeploy.machine import require_torch
 
 TrainingImages = Annotated[

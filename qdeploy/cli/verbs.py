@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from qdeploy.api.settings import ARTIFACTS, SanitizerKind
 from qdeploy.cli.leaving import leave_by
 from qdeploy.cli.options import (
-    ARTIFACTS,
     Artifacts,
     CalibrationOptions,
     Device,
@@ -23,8 +23,8 @@ from qdeploy.cli.options import (
     QuantizationOptions,
     Reference,
     Reports,
-    SanitizerKind,
     Seed,
+    Settings,
     TeachingOptions,
     TestImages,
     given,
@@ -32,8 +32,6 @@ from qdeploy.cli.options import (
     takes,
 )
 from qdeploy.errors import EXIT_BAD_INPUT
-
-Settings = dict[str, Any]  # keywords of a verb
 
 
 @takes(
@@ -163,6 +161,7 @@ def clean(
     ],
     sanitizer: Annotated[
         SanitizerKind,
+        Settings,
         option(
             "--sanitizer",
             "Seek triggers and unlearn them, shift attention, distil alone, or forget.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,8 +13,6 @@ from qdeploy.cli.options import (
     File,
     option,
 )
-
-Settings = dict[str, Any]  # keywords of a verb
 
 
 def attest(

@@ -94,9 +94,8 @@ class Matrix:
         combinations = product(self.activations, self.bits, self.grids, methods, range(self.seeds))
         for activations, bits, of_grid, name, seed in combinations:
             cell = Cell(full_name(name), of_grid, bits, activations, seed)
-            fixed = (
-                not method(name).draws and method(name).needs == "nothing" and activations == "none"
-            )
+            row = method(name)
+            fixed = row.needs == "nothing" and not row.draws and activations == "none"
             if cell.runs and not (fixed and seed):
                 yield cell
 

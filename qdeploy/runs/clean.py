@@ -1,4 +1,4 @@
-"""Distil a model file into a student file."""
+"""Clean a model file: a student file that answers as it does, and what is told of it."""
 
 from __future__ import annotations
 
@@ -96,9 +96,8 @@ def make_student(request: CleanRequest, compute: Compute, progress: Progress) ->
     began = time.monotonic()
     _check_places(request)
     clock = Clock(progress)
-    request = replace(
-        request, seed=compute.same(request.seed)
-    )  # a private one is each process' own
+    seed = compute.same(request.seed)  # a private one is each process' own
+    request = replace(request, seed=seed)
     with clock.stage("load"):
         loaded, images = _opened(request)
     with clock.stage("data"):

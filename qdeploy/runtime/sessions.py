@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
-from qdeploy.errors import InputError, ProviderError, first_line
+from qdeploy.errors import InputError, ProviderError, UsageError, first_line
 from qdeploy.formats.onnx.nodes import operators
 from qdeploy.machine import cores
 from qdeploy.runtime.watchdog import WATCHDOG
@@ -113,7 +113,15 @@ class OnnxRuntime:
     def open(
         self, model: bytes, spec: RuntimeSpec, *, spinning: bool = True, saturating: bool = False
     ) -> Session:
-        """See `open_session`."""
+        """See `open_session`.
+
+        Raises:
+            UsageError: the device profile gives options, of which this runtime has none.
+        """
+        if spec.options:
+            raise UsageError(
+                f"device: runtime {self.provider} takes no options: {', '.join(spec.options)}"
+            )
         return open_session(
             model,
             self.provider,

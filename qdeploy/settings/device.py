@@ -24,7 +24,9 @@ class RuntimeSpec(Spec):
 
     @property
     def label(self) -> str:
-        return self.provider if self.optimizations == "all" else f"{self.provider}, unoptimized"
+        """What it is called in results: runtimes that differ have different labels."""
+        unoptimized = () if self.optimizations == "all" else ("unoptimized",)
+        return ", ".join((" ".join((self.provider, *self.options.values())), *unoptimized))
 
 
 Bits = Literal["4", "8"]
