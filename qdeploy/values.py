@@ -209,11 +209,14 @@ class QuantizedModel:
     misfit: str | None = None  # what of the device's figures this machine cannot give
 
 
+Variant = Literal["source", "fp32", "nearest", "result"]
+
+
 @dataclass(frozen=True, slots=True)
 class Arm:
     """One file on one runtime."""
 
-    variant: Literal["source", "fp32", "nearest", "result"]
+    variant: Variant
     runtime: str  # as `RuntimeSpec.label` has it
 
 
@@ -233,7 +236,7 @@ class Predictions:
 class Latency:
     """Median seconds per run of one variant, alternated with the others in one loop."""
 
-    variant: str
+    variant: Variant
     batch: int
     seconds: float
     runs: int
@@ -245,10 +248,21 @@ class Latency:
 class FileMade:
     """One of the files that were measured, as it lay on disk."""
 
-    variant: str
+    variant: Variant
     sha256: str
     size_bytes: int
     kernels: Mapping[str, int]  # operators the CPU runtime really runs
+
+
+@dataclass(frozen=True, slots=True)
+class StageTime:
+    """How long a stage of a run took."""
+
+    name: str
+    seconds: float
+
+
+Explanation = Literal["nearest", "as reported", "unexplained"]  # how a layer's integers came about
 
 
 @dataclass(frozen=True, slots=True)

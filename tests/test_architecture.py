@@ -31,7 +31,7 @@ LEVELS = (
 LIBRARIES = {
     "typer": {"cli"},
     "rich": {"cli"},
-    "pydantic": {"settings", "redteam"},
+    "pydantic": {"settings", "redteam", "report"},
     "onnxruntime": {"runtime"},
     "onnx": {"formats", "graph", "provenance"},
     "onnx_ir": {"formats", "graph", "provenance"},

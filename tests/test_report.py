@@ -15,7 +15,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from qdeploy.cli import console
+from qdeploy.cli import console, main
 from qdeploy.core.crowding import Crowding
 from qdeploy.core.grids import IntType
 from qdeploy.core.metrics import Estimate
@@ -26,14 +26,15 @@ from qdeploy.judging.measure import Variant
 from qdeploy.judging.rates import AgainstFloat, ArmRates, RuntimeAgreement, Sample
 from qdeploy.judging.verdict import Check, Outcome
 from qdeploy.provenance.trace import LayerTrace, Provenance
-from qdeploy.report import to_json as to_json_module
+from qdeploy.report.document import DOCUMENTS, WrittenReport, json_schema
+from qdeploy.report.kept import read_report
 from qdeploy.report.render import FORMATS, check_format, render
 from qdeploy.report.to_html import to_html
-from qdeploy.report.to_json import to_json
+from qdeploy.report.to_json import to_json, written
 from qdeploy.report.to_junit import to_junit
 from qdeploy.report.to_markdown import to_markdown
 from qdeploy.report.to_sarif import to_sarif
-from qdeploy.report.values import Report, StageTime
+from qdeploy.report.values import Report
 from qdeploy.settings.checks import CHECKS
 from qdeploy.settings.recipe import WeightGridSpec
 from qdeploy.values import (
@@ -46,6 +47,7 @@ from qdeploy.values import (
     LayerPlan,
     Origin,
     RoundedLayer,
+    StageTime,
     WeightSite,
 )
 
@@ -100,9 +102,7 @@ def test_json_holds_everything_and_null_for_what_was_not_measured(report):
     assert fields - renamed <= set(document)
 
 
-SCHEMA = json.loads(
-    (Path(to_json_module.__file__).parent / "report.schema.json").read_text("utf-8")
-)
+SCHEMA = json_schema(WrittenReport)
 
 
 def test_json_is_what_its_schema_says(report):
@@ -113,9 +113,25 @@ def test_json_is_what_its_schema_says(report):
     cleaned = Cleaning(report.origin, {"kind": "unlearn"}, used, "s.pt", 3, (1,), (), 97.5, 8.0)
     full = with_samples(replace(report, crowding=(found,), cleaning=cleaned))
     jsonschema.validate(json.loads(to_json(full)), SCHEMA)
-    other = {**json.loads(to_json(full)), "verdict": "fine"}
-    with pytest.raises(jsonschema.ValidationError, match="verdict"):
-        jsonschema.validate(other, SCHEMA)
+    less = json.loads(to_json(full))
+    del less["checks"][0]["within"]
+    with pytest.raises(jsonschema.ValidationError, match="within"):
+        jsonschema.validate(less, SCHEMA)
+
+
+def test_what_is_read_back_is_what_was_written(report, tmp_path):
+    (tmp_path / "r.json").write_bytes(to_json(report))
+    assert read_report(tmp_path / "r.json").content == written(report)
+    more = {**json.loads(to_json(report)), "of_a_later_version": 1}
+    (tmp_path / "r.json").write_text(json.dumps(more))
+    assert read_report(tmp_path / "r.json").content == written(report)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_command_line_prints_the_schema(name, capsys):
+    with pytest.raises(SystemExit):
+        main(["schema", name])
+    assert json.loads(capsys.readouterr().out) == json_schema(DOCUMENTS[name])
 
 
 def test_json_is_the_same_every_time(report):

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from qdeploy.attest.consistency import RULES_VERSION
 from qdeploy.errors import InputError
-from qdeploy.report.kept import KeptReport, Written, parse_object
+from qdeploy.report.document import Written
+from qdeploy.report.kept import KeptReport, parse_object
 from qdeploy.settings.schema import validate
 from qdeploy.settings.waivers import Waiver
 
@@ -102,7 +103,7 @@ def make_predicate(kept: KeptReport, expires: date) -> Predicate:
     """What the report says, without the measurements that its digest stands for."""
     report = kept.content
     return Predicate(
-        outcome=report.outcome,
+        outcome=report.outcome.value,
         reasons=report.reasons,
         run_id=report.run_id,
         started=report.started,
@@ -116,10 +117,12 @@ def make_predicate(kept: KeptReport, expires: date) -> Predicate:
         device=_settings(report.device),
         required=report.required,
         checks=tuple(
-            AttestedCheck(**check.model_dump(exclude={"state", "within"}), within=check.holds)
+            AttestedCheck(
+                **check.model_dump(exclude={"state", "within", "required"}), within=check.holds
+            )
             for check in report.checks
         ),
-        data=tuple(AttestedData(**data.model_dump()) for data in report.data),
+        data=tuple(map(AttestedData.model_validate, report.data)),
         layers=tuple(
             AttestedLayer(name=layer.name, codes_sha256=layer.codes_sha256)
             for layer in report.layers

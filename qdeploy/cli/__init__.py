@@ -11,7 +11,7 @@ import typer
 
 from qdeploy import __version__
 from qdeploy.api.settings import ARTIFACTS
-from qdeploy.cli.bundled import devices, policies, recipes
+from qdeploy.cli.bundled import devices, policies, recipes, schema
 from qdeploy.cli.comparing import compare
 from qdeploy.cli.leaving import leave_by
 from qdeploy.cli.redteam import redteam
@@ -44,6 +44,7 @@ for command in (
     devices,
     recipes,
     policies,
+    schema,
 ):
     app.command()(command)
 app.command("distill", hidden=True, deprecated=True)(clean)

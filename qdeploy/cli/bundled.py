@@ -1,8 +1,9 @@
-"""Lists and shows the TOML files that come along."""
+"""Lists and shows what comes along: TOML files, and the schemas of what is written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,6 +32,24 @@ def show_bundled(
         console.show_text(find_bundled(kind, name).read_text("utf-8"))
     else:
         console.show_pairs((key, load(key).description) for key in bundled(kind))
+
+
+class Document(Enum):
+    """What is written as JSON."""
+
+    REPORT = "report"
+    SCAN = "scan"
+
+
+def schema(
+    document: Annotated[Document, typer.Argument(help="Of which document.")] = Document.REPORT,
+) -> None:
+    """Print the JSON schema of report.json, or of what `scan --report` writes."""
+    import json
+
+    from qdeploy.report.document import DOCUMENTS, json_schema
+
+    typer.echo(json.dumps(json_schema(DOCUMENTS[document.value]), indent=2))
 
 
 def devices(name: BundledName = None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from qdeploy.core.metrics import Estimate
 from qdeploy.detectors.known import Detected
@@ -20,6 +20,7 @@ from qdeploy.settings.device import BudgetSpec
 from qdeploy.settings.policy import GateSpec
 from qdeploy.values import (
     Cleaning,
+    Explanation,
     Finding,
     FloatLayer,
     LayerPlan,
@@ -207,9 +208,7 @@ def _traced(results: Results) -> tuple[LayerTrace, ...]:
     return () if found is None or found.not_compared is not None else found.layers
 
 
-def explanation(
-    layer: LayerTrace, known: AbstractSet[LayerDigest]
-) -> Literal["nearest", "as reported", "unexplained"]:
+def explanation(layer: LayerTrace, known: AbstractSet[LayerDigest]) -> Explanation:
     """How the integers of a layer came about."""
     if (layer.codes_sha256, layer.scales_sha256) in known:
         return "as reported"

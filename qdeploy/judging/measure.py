@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -30,9 +29,7 @@ from qdeploy.runtime.batching import PROBES, same_in_any_batch
 from qdeploy.runtime.known import Runner, runtime_of
 from qdeploy.runtime.measure import FORGETFUL, PredictionStore, measure_latency, predict
 from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION, DeviceProfile, RuntimeSpec
-from qdeploy.values import Arm, FileMade, Interface, Latency
-
-Variant = Literal["source", "fp32", "nearest", "result"]
+from qdeploy.values import Arm, FileMade, Interface, Latency, Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +145,6 @@ def _check_interface(sessions: Mapping[Arm, Runner], expected: Interface) -> Non
             )
 
 
-def _file(variant: str, data: bytes, runtime: RuntimeSpec) -> FileMade:
+def _file(variant: Variant, data: bytes, runtime: RuntimeSpec) -> FileMade:
     kernels = runtime_of(runtime).kernels(data)
     return FileMade(variant, hashlib.sha256(data).hexdigest(), len(data), kernels)

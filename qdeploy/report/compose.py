@@ -15,12 +15,12 @@ from qdeploy.judging.soundness import objections, sound
 from qdeploy.judging.verdict import Check, Outcome, explain, judge
 from qdeploy.machine import installed_versions
 from qdeploy.progress import Clock
-from qdeploy.report.values import Report, StageTime
+from qdeploy.report.values import Report
 from qdeploy.settings.checks import ANYTHING_ELSE, ROWS, CheckRow, Need
 from qdeploy.settings.device import misfit
 from qdeploy.settings.policy import GateSpec
 from qdeploy.settings.recipe import Recipe
-from qdeploy.values import Cleaning, named_classes
+from qdeploy.values import Cleaning, StageTime, named_classes
 
 MADE_HERE = frozenset(row.name for row in ROWS if row.made_here)
 NOT_RUN = "the file was not run"

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qdeploy import __version__
 from qdeploy.detectors.crowding import WeightScan
@@ -14,7 +13,8 @@ from qdeploy.disk.files import require_writable
 from qdeploy.disk.printable import printable_tree
 from qdeploy.errors import QdeployError, UsageError
 from qdeploy.formats.static import RULES
-from qdeploy.report.to_json import SHOWN_CONVENTIONS, crowding_fields, fields
+from qdeploy.report.document import SCHEMA_VERSION, WrittenScan, WrittenScans
+from qdeploy.report.to_json import SHOWN_CONVENTIONS, written_crowding
 from qdeploy.report.to_sarif import sarif, sarif_uri
 from qdeploy.values import Finding
 
@@ -59,22 +59,23 @@ class FileScan:
 
 def scans_to_json(scans: Sequence[FileScan]) -> bytes:
     """One object per file, as UTF-8."""
-    document = {
-        "schema_version": 1,
-        "version": __version__,
-        "files": [
-            {
-                "path": str(one.path),
-                "sha256": one.sha256,
-                "findings": [fields(finding) for finding in one.seen],
-                "fingerprints": _crowding(one),
-                "not_scanned": one.not_scanned,
-                "failed": str(one.failed) if one.failed is not None else None,
-            }
-            for one in scans
-        ],
-    }
-    return (json.dumps(printable_tree(document), indent=2, ensure_ascii=False) + "\n").encode()
+    document = WrittenScans(
+        schema_version=SCHEMA_VERSION, version=__version__, files=tuple(map(_written, scans))
+    )
+    table = printable_tree(json.loads(document.model_dump_json()))
+    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _written(one: FileScan) -> WrittenScan:
+    crowding = one.crowding.crowding[:SHOWN_CONVENTIONS] if one.crowding is not None else ()
+    return WrittenScan(
+        path=str(one.path),
+        sha256=one.sha256,
+        findings=one.seen,
+        fingerprints=tuple(map(written_crowding, crowding)),
+        not_scanned=one.not_scanned,
+        failed=str(one.failed) if one.failed is not None else None,
+    )
 
 
 def scans_to_sarif(scans: Sequence[FileScan]) -> bytes:
@@ -98,11 +99,6 @@ def check_place(path: Path) -> None:
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"--report {path}: a scan is written as {' or '.join(FORMATS)}")
     require_writable(path)
-
-
-def _crowding(one: FileScan) -> list[dict[str, Any]]:
-    found = one.crowding.crowding[:SHOWN_CONVENTIONS] if one.crowding is not None else ()
-    return [crowding_fields(one) for one in found]
 
 
 def _results(scans: Sequence[FileScan]) -> Iterator[tuple[Finding, str]]:

@@ -21,13 +21,8 @@ from qdeploy.values import (
     LayerPlan,
     Origin,
     RoundedLayer,
+    StageTime,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class StageTime:
-    name: str
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from qdeploy.formats.static import findings_in
 from qdeploy.inputs.opened import NO_EVIDENCE, Evidence, open_evidence
 from qdeploy.inputs.requests import Request
 from qdeploy.judging.checks import LayerDigest, Results, stands_against
-from qdeploy.judging.measure import Measured, Variant
+from qdeploy.judging.measure import Measured
 from qdeploy.progress import Clock, Progress
 from qdeploy.provenance.trace import Provenance, trace
 from qdeploy.report.compose import compose
@@ -27,7 +27,7 @@ from qdeploy.runs.run_id import data_facts, facts_id, input_facts
 from qdeploy.runs.rundir import RunDir, open_run
 from qdeploy.runs.writing import as_json, check_places, keep, write_reports
 from qdeploy.runtime.known import runtime_of
-from qdeploy.values import Finding, FloatModel, Interface, Origin
+from qdeploy.values import Finding, FloatModel, Interface, Origin, Variant
 
 
 @dataclass(frozen=True, slots=True)

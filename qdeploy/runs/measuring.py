@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from qdeploy.graph.io import identity
 from qdeploy.inputs.opened import Evidence
 from qdeploy.inputs.requests import Request
-from qdeploy.judging.measure import Measured, Trial, Variant, validate
+from qdeploy.judging.measure import Measured, Trial, validate
 from qdeploy.progress import Clock
 from qdeploy.runs.rundir import RunDir
 from qdeploy.runtime.known import runtime_of
-from qdeploy.values import Interface
+from qdeploy.values import Interface, Variant
 
 
 def check_providers(request: Request) -> None:

@@ -24,7 +24,6 @@ from qdeploy.inputs.opened import (
 )
 from qdeploy.inputs.requests import QuantizeRequest, Request
 from qdeploy.judging.checks import LayerDigest, LayersAsMade, Results
-from qdeploy.judging.measure import Variant
 from qdeploy.judging.verdict import Outcome
 from qdeploy.machine import require_torch
 from qdeploy.progress import Clock, Progress
@@ -41,7 +40,7 @@ from qdeploy.runs.run_id import data_facts, facts_id, input_facts
 from qdeploy.runs.rundir import RunDir, open_run
 from qdeploy.runs.writing import as_json, check_places, keep, write_reports
 from qdeploy.settings.device import misfit
-from qdeploy.values import FloatModel, QuantizedModel, QuantPlan
+from qdeploy.values import FloatModel, QuantizedModel, QuantPlan, Variant
 
 if TYPE_CHECKING:
     from qdeploy.runs.clean import Student

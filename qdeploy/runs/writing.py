@@ -9,12 +9,12 @@ from typing import Any
 
 from qdeploy.disk.files import require_writable, write_atomically
 from qdeploy.inputs.requests import Request
-from qdeploy.judging.measure import Variant
 from qdeploy.report.render import check_format, render
 from qdeploy.report.to_html import to_html
 from qdeploy.report.to_json import to_json
 from qdeploy.report.values import Report
 from qdeploy.runs.rundir import REPORT, RunDir
+from qdeploy.values import Variant
 
 PAGE = "report.html"
 

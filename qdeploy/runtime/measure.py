@@ -14,7 +14,7 @@ from qdeploy.data.triggers import Trigger
 from qdeploy.progress import SILENT, Progress
 from qdeploy.runtime.known import Runner, runtime_of
 from qdeploy.settings.device import RuntimeSpec
-from qdeploy.values import Arm, Latency, Predictions
+from qdeploy.values import Arm, Latency, Predictions, Variant
 
 BATCH_VALUES = 1 << 20  # of one input batch
 LARGEST_BATCH = 250
@@ -105,7 +105,7 @@ def argmax(logits: np.ndarray) -> np.ndarray:
 
 
 def measure_latency(
-    models: Iterable[tuple[str, bytes]],
+    models: Iterable[tuple[Variant, bytes]],
     shape: tuple[int, int, int],
     *,
     runtime: RuntimeSpec,
@@ -117,7 +117,7 @@ def measure_latency(
     One session is open at a time, since idle ones keep the cores busy. Only the ratios mean
     something on a machine that does other work. `saturating` is that of `Runtime.open`.
     """
-    seconds: dict[tuple[str, int], list[float]] = {}
+    seconds: dict[tuple[Variant, int], list[float]] = {}
     contestants = tuple(models)
     for _ in range(LATENCY_TURNS if runs else 0):
         for name, data in contestants:

@@ -28,6 +28,7 @@ class Spec(BaseModel):
 
 
 SpecType = TypeVar("SpecType", bound=Spec)
+ModelType = TypeVar("ModelType", bound=BaseModel)
 
 
 def load_toml(path: Path, model: type[SpecType], *, what: str) -> SpecType:
@@ -44,7 +45,7 @@ def load_toml(path: Path, model: type[SpecType], *, what: str) -> SpecType:
     return validate(table, model, where=f"{what} {path}")
 
 
-def validate(table: object, model: type[SpecType], *, where: str) -> SpecType:
+def validate(table: object, model: type[ModelType], *, where: str) -> ModelType:
     """`table` as a `model`; `where` begins the error message.
 
     Raises:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qdeploy.report.kept import KeptReport, WrittenEstimate, WrittenRates, WrittenReport
+from qdeploy.report.document import WrittenEstimate, WrittenRates, WrittenReport
+from qdeploy.report.kept import KeptReport
 
 LONGEST_NAME = 250
 LONGEST_PARAM = 500
@@ -36,7 +37,7 @@ def entries_of(kept: KeptReport) -> Entries:
     """The report as entries; what was not measured is left out."""
     report = kept.content
     tags = {
-        OUTCOME: report.outcome,
+        OUTCOME: report.outcome.value,
         RUN_ID: report.run_id,
         MODEL: report.judged_sha256,
         REPORT: kept.sha256,
