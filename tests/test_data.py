@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from qdeploy.data import (
     Images,
@@ -76,7 +76,7 @@ def test_folder_zip_and_npz_hold_the_same_images(tmp_path, folder, pixels):
     for images in sets:
         np.testing.assert_array_equal(read(images), pixels)
         np.testing.assert_array_equal(images.labels, labels)
-    assert len({images.digest(images.hashes()) for images in sets}) == 1
+    assert len({images.digest(images.decoded()[1]) for images in sets}) == 1
 
 
 def test_a_folder_around_the_classes_changes_nothing(folder):
@@ -131,7 +131,7 @@ def test_a_sample_is_seeded_and_without_repetition(rng):
     x = rng.integers(0, 256, (200, 3, 4, 4), dtype=np.uint8)
     images = images_from_array("x", x, PRE)
     first, again, other = (images.sample(50, seed) for seed in (1, 1, 2))
-    assert first.hashes() == again.hashes() != other.hashes()
+    assert first.decoded()[1] == again.decoded()[1] != other.decoded()[1]
     assert len(set(first.indices)) == 50
     assert len(images.sample(None, 0)) == len(images.sample(1000, 0)) == 200
 
@@ -145,7 +145,7 @@ def test_skipping_leaves_the_rest_in_order(tmp_path, pixels):
 def test_a_digest_changes_with_a_pixel_and_with_a_label(tmp_path, pixels):
     def digest(x: np.ndarray, y: np.ndarray) -> str:
         images = open_labelled_images(saved(tmp_path, x=x, y=y), PRE, None)
-        return images.digest(images.hashes())
+        return images.digest(images.decoded()[1])
 
     labels, touched = np.zeros(6, int), pixels.copy()
     touched[0, 0, 0, 0] ^= 1
@@ -155,7 +155,7 @@ def test_a_digest_changes_with_a_pixel_and_with_a_label(tmp_path, pixels):
 def test_the_same_picture_in_another_file_format_has_the_same_hash(tmp_path, pixels):
     for name in ("a.png", "b.bmp"):
         Image.fromarray(pixels[0].transpose(1, 2, 0)).save(tmp_path / name)
-    one, two = open_images(tmp_path, PRE).hashes()
+    one, two = open_images(tmp_path, PRE).decoded()[1]
     assert one == two
 
 
@@ -297,7 +297,7 @@ def missing(folder: Path) -> Path:
 def test_bad_data_is_named_in_one_line(folder, damage, complaint):
     path = damage(folder)
     with pytest.raises(InputError) as error:
-        open_labelled_images(path, PRE, CLASSES).hashes()
+        open_labelled_images(path, PRE, CLASSES).decoded()[1]
     assert complaint in str(error.value)
     assert str(path.name) in str(error.value)
     assert "\n" not in str(error.value)
@@ -321,7 +321,7 @@ def test_flipped_bytes_never_end_in_a_traceback(tmp_path_factory, data):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
     with contextlib.suppress(InputError):
-        open_labelled_images(path, PRE, None).hashes()
+        open_labelled_images(path, PRE, None).decoded()[1]
 
 
 def test_a_zip_entry_without_a_name_is_no_traceback(tmp_path):
@@ -331,3 +331,22 @@ def test_a_zip_entry_without_a_name_is_no_traceback(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"x", b"\0"))
     with pytest.raises(InputError):
         open_images(path, PRE)
+
+
+def test_decoded_images_are_the_same_and_are_not_decoded_again(folder, monkeypatch):
+    images = open_images(folder, PRE)
+    kept, hashes = images.decoded()
+    wanted = read(images)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    np.testing.assert_array_equal(read(kept), wanted)
+    assert kept.decoded()[1] == hashes
+    assert (kept.name, kept.source.keys) == (images.name, images.source.keys)
+
+
+def test_what_is_too_large_to_keep_is_streamed(folder, monkeypatch):
+    images = open_images(folder, PRE)
+    _, hashes = images.decoded()
+    monkeypatch.setattr("qdeploy.data.images.LARGEST_DECODED_BYTES", 10)
+    streamed, same = images.decoded()
+    assert streamed is images
+    assert same == hashes

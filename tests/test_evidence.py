@@ -63,7 +63,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path, name):
 def test_a_picture_without_a_known_white_is_an_error(tmp_path, kind):
     save(tmp_path / "d" / "a.tif", np.ones((4, 4), kind))
     with pytest.raises(InputError, match="32-bit or float values"):
-        open_images(tmp_path / "d", GRAY).hashes()
+        open_images(tmp_path / "d", GRAY).decoded()[1]
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_other_formats_are_not_decoded_whatever_they_are_called(tmp_path, kind, 
     Image.new("RGB", (32, 32)).save(buffer, kind)
     (tmp_path / picture).write_bytes(buffer.getvalue())
     with pytest.raises(InputError, match="not an image"):
-        open_images(tmp_path, GRAY).hashes()
+        open_images(tmp_path, GRAY).decoded()[1]
 
 
 def test_a_picture_of_more_pixels_than_any_is_not_decoded(tmp_path):
     save(tmp_path / "d" / "a.png", np.zeros((8000, 8000), np.uint8))
     with pytest.raises(InputError, match="8000x8000 is over"):
-        open_images(tmp_path / "d", GRAY).hashes()
+        open_images(tmp_path / "d", GRAY).decoded()[1]
 
 
 def test_one_nan_is_not_forgotten():
@@ -104,7 +104,7 @@ def test_links_are_followed_within_the_folder_and_into_a_root(tmp_path):
         open_images(tmp_path / "d", GRAY)
     assert "--data-root" in (error.value.hint or "")
     roots = ((tmp_path / "elsewhere").resolve(),)
-    assert len(open_images(tmp_path / "d", GRAY, roots).hashes()) == 3
+    assert len(open_images(tmp_path / "d", GRAY, roots).decoded()[1]) == 3
 
 
 def test_a_link_that_is_put_in_after_the_walk_is_not_followed(tmp_path):
@@ -114,7 +114,7 @@ def test_a_link_that_is_put_in_after_the_walk_is_not_followed(tmp_path):
     picture.unlink()
     picture.symlink_to(tmp_path / "private.png")
     with pytest.raises(InputError, match="lies outside of the folder"):
-        images.hashes()
+        images.decoded()[1]
 
 
 def test_folders_in_a_circle_and_without_an_end_are_errors(tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_a_zip_may_not_claim_what_its_bytes_cannot_hold(tmp_path):
     data[directory + 24 : directory + 28] = (50 << 20).to_bytes(4, "little")
     path.write_bytes(data)
     with pytest.raises(InputError, match="claims 52,428,800 bytes"):
-        open_images(path, GRAY).hashes()
+        open_images(path, GRAY).decoded()[1]
 
 
 def test_two_files_of_one_name_in_a_zip_are_an_error(tmp_path):

@@ -62,9 +62,11 @@ class Study:
         for seed in range(seeds):
             count = request.recipe.calibration.images
             images = request.sources.calibration_images(count, seed)
-            hashes = () if images is None else images.hashes(progress)
-            digests[seed] = None if images is None else images.digest(hashes)
-            fitted.update(hashes)
+            digests[seed] = None
+            if images is not None:
+                images, hashes = images.decoded(progress)
+                digests[seed] = images.digest(hashes)
+                fitted.update(hashes)
         given = request.sources.calibration
         known = (
             [] if given is None else [Fitted(frozenset(fitted), f"calibration data {given.path}")]

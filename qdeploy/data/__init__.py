@@ -1,4 +1,4 @@
-"""Images from a folder, a zip or an npz. Nothing here holds a data set in memory."""
+"""Images from a folder, a zip or an npz. What is larger than half a gigabyte is streamed."""
 
 from qdeploy.data.arrays import read_npy
 from qdeploy.data.decode import as_png, read_picture

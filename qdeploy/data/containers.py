@@ -73,14 +73,13 @@ def _open_file(path: Path) -> Container:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ArrayContainer:
+    """Images in memory: made rather than read, or decoded before."""
+
     path: Path
     pixels: UInt8[np.ndarray, "images channels height width"]
+    keys: tuple[str, ...]
     unread: tuple[str, ...] = ()
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return tuple(f"image {i}" for i in range(len(self.pixels)))
 
     def read(self, indices: Int64[np.ndarray, " n"]) -> Iterator[tuple[str, Any]]:
         for i in indices:
-            yield f"image {i}", self.pixels[i]
+            yield self.keys[i], self.pixels[i]

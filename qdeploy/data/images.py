@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ from qdeploy.errors import InputError
 from qdeploy.progress import SILENT, Progress
 
 LARGEST_ANNOTATIONS_BYTES = 64 << 20
+LARGEST_DECODED_BYTES = 512 << 20  # 3,500 pictures of 3 x 224 x 224
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev"})
 
 
@@ -93,14 +95,34 @@ class Images:
         if pixels:
             yield self._batch(pixels, done)
 
-    def hashes(self, progress: Progress = SILENT) -> tuple[bytes, ...]:
-        """A hash of each image's decoded pixels: equal for equal pictures, however stored.
+    def decoded(self, progress: Progress = SILENT) -> tuple[Images, tuple[bytes, ...]]:
+        """The same images with their pixels in memory, and a hash of each one's pixels.
+
+        Hashes are equal for equal pictures, however stored. A selection of more than
+        `LARGEST_DECODED_BYTES` is only proved to be whole, and decoded whenever it is streamed.
 
         Raises:
             InputError: an image is damaged or of the wrong size.
         """
+        shape = (len(self), *self.preprocessing.shape)
+        fits = math.prod(shape) <= LARGEST_DECODED_BYTES
+        pixels = np.empty(shape if fits else (0, *shape[1:]), np.uint8)
+        hashes = []
         images = progress.track(self._decoded(), f"read {self.source.path.name}", len(self))
-        return tuple(hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)
+        for at, image in enumerate(images):
+            hashes.append(hashlib.blake2b(image.tobytes(), digest_size=16).digest())
+            if fits:
+                pixels[at] = image
+        if not fits:
+            return self, tuple(hashes)
+        keys = tuple(self.source.keys[i] for i in self.indices)
+        kept = replace(
+            self,
+            source=ArrayContainer(self.source.path, pixels, keys, self.source.unread),
+            preprocessing=replace(self.preprocessing, resize=None),
+            indices=np.arange(len(self)),
+        )
+        return kept, tuple(hashes)
 
     def digest(self, hashes: tuple[bytes, ...]) -> str:
         """sha256 over the selection's pictures and labels, in hex."""
@@ -203,7 +225,8 @@ def images_from_array(
     preprocessing: Preprocessing,
 ) -> Images:
     """Images that were made rather than read."""
-    source = ArrayContainer(Path(name), pixels)
+    keys = tuple(f"image {i}" for i in range(len(pixels)))
+    source = ArrayContainer(Path(name), pixels, keys)
     return Images(source, preprocessing, np.arange(len(pixels)), None, None)
 
 

@@ -65,7 +65,7 @@ def open_calibration(
     images, given_by, synthetic = _calibration_images(request, loaded, plan, progress)
     if images is None:
         return Calibration(None, Fitted(NO_HASHES, ""), (), None)
-    hashes = images.hashes(progress)
+    images, hashes = images.decoded(progress)
     used = DataUsed("calibration", images.name, len(images), images.digest(hashes), given_by)
     given = request.sources.calibration
     fitted = Fitted(frozenset(hashes), "" if given is None else f"calibration data {given.path}")
@@ -93,7 +93,7 @@ def open_evidence(
     images = sources.test_images(policy.validation.images, policy.seed, classes)
     if images is None or sources.test is None:
         return Evidence(None, triggers, used)
-    hashes = images.hashes(progress)
+    images, hashes = images.decoded(progress)
     given = [known for known in fitted if known.what and known.hashes.intersection(hashes)]
     if given:
         shared = len(frozenset().union(*(known.hashes for known in given)).intersection(hashes))

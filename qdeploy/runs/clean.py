@@ -101,7 +101,7 @@ def make_student(request: CleanRequest, compute: Compute, progress: Progress) ->
     with clock.stage("load"):
         loaded, images = _opened(request)
     with clock.stage("data"):
-        hashes = images.hashes(progress)
+        images, hashes = images.decoded(progress)
         digest = images.digest(hashes)
         used = DataUsed("distillation", images.name, len(images), digest, "command line")
     asked = _asked(request, compute, loaded)
