@@ -43,7 +43,7 @@ LIBRARIES = {
     "PIL": {"data"},
     "threadpoolctl": {"quantization"},
     "jinja2": {"report"},
-    "matplotlib": {"redteam", "compare", "cleaning"},
+    "matplotlib": {"disk", "redteam"},
     "fickling": {"formats"},
     "cryptography": {"attest"},
     "securesystemslib": {"attest"},

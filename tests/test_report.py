@@ -236,6 +236,9 @@ def test_names_from_strangers_stay_names(report):
     assert b"<script>" not in to_html(renamed)
     assert b"<script>" not in to_markdown(renamed)
     assert b"\x1b" not in to_markdown(renamed)
+    odd = replace(renamed, notes=("\ud800",), policy={"gate": {"max_size": math.inf}})
+    document = json.loads(to_json(odd))
+    assert (document["notes"], document["policy"]["gate"]["max_size"]) == (["\ud800"], None)
     ET.fromstring(to_junit(renamed))
     json.loads(to_sarif(renamed))
 

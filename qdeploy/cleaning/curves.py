@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import io
-from importlib import import_module
 from typing import Any
 
 from qdeploy.cleaning.distil import Distilled, Reach
+from qdeploy.disk.svg import draw_svg
 
 
 def draw_distillation(result: Distilled) -> bytes | None:
     """An SVG of agreement and losses by epoch, and of the survey; None without matplotlib."""
-    try:
-        matplotlib = import_module("matplotlib")
-        figure_type = import_module("matplotlib.figure").Figure
-    except ImportError:
-        return None
     panels: dict[str, list[float | None]] = {
         "agreement with the teacher, %": [epoch.agreement for epoch in result.history],
         "KD loss": [epoch.kd for epoch in result.history],
@@ -26,8 +20,8 @@ def draw_distillation(result: Distilled) -> bytes | None:
     surveyed = result.surveyed
     kinds = () if surveyed is None else zip(surveyed.teacher, surveyed.student, strict=True)
     count = len(shown) + (0 if surveyed is None else len(surveyed.teacher))
-    with matplotlib.rc_context({"svg.hashsalt": "qdeploy", "font.size": 9}):
-        figure = figure_type(figsize=(4 * count, 3), layout="constrained")
+
+    def draw(figure: Any) -> None:
         axes = list(figure.subplots(1, count, squeeze=False)[0])
         for place, (before, after) in zip(axes, kinds, strict=False):
             _draw_reach(place, before, after)
@@ -38,9 +32,8 @@ def draw_distillation(result: Distilled) -> bytes | None:
             place.set(title=title, xlabel="epoch (dotted: the one kept)")
             place.xaxis.get_major_locator().set_params(integer=True)
             place.grid(alpha=0.3)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+
+    return draw_svg((4 * count, 3), draw)
 
 
 def _draw_reach(axes: Any, before: Reach, after: Reach) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+from functools import partial
 from typing import Any
 
 import numpy as np
+
+from qdeploy.disk.svg import draw_svg
 
 Records = Sequence[Mapping[str, Any]]
 MARKERS = "osD^v<>Phd*X"
@@ -18,26 +19,16 @@ def draw_plots(records: Records) -> dict[str, bytes]:
     cells = [record for record in records if "grid" in record]
     if not cells:
         return {}
-    try:
-        matplotlib = import_module("matplotlib")
-        figure_type = import_module("matplotlib.figure").Figure
-    except ImportError:
-        return {}
-    drawings: dict[str, Callable[[Any, Records], None]] = {
+    drawings: dict[str, Callable[..., None]] = {
         "cost.svg": _cost,
         "flipped.svg": _flipped,
     }
     if any(cell["success"] is not None for cell in cells):
         drawings["attack.svg"] = _attack
-    files = {}
-    with matplotlib.rc_context({"svg.hashsalt": "qdeploy", "font.size": 9}):
-        for name, draw in drawings.items():
-            figure = figure_type(figsize=(9, 4.6), layout="constrained")
-            draw(figure, cells)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None})
-            files[name] = buffer.getvalue()
-    return files
+    drawn = {
+        name: draw_svg((9, 4.6), partial(draw, cells=cells)) for name, draw in drawings.items()
+    }
+    return {name: svg for name, svg in drawn.items() if svg is not None}
 
 
 def _attack(figure: Any, cells: Records) -> None:

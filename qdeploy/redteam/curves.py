@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any
+
+from qdeploy.disk.svg import draw_svg
 
 RATES = (("accuracy", "CDA, %"), ("class_accuracy", "target class, %"), ("success", "ASR, %"))
 
 
 def draw_curves(log: Sequence[Mapping[str, Any]]) -> bytes | None:
     """An SVG of the rates in a training log over its steps; None if matplotlib is not installed."""
-    try:
-        matplotlib = import_module("matplotlib")
-        figure_type = import_module("matplotlib.figure").Figure
-    except ImportError:
-        return None
     shown = [(key, label) for key, label in RATES if log[-1]["rates"]["fp32"][key] is not None]
     steps, boundaries = _steps(log)
-    with matplotlib.rc_context({"svg.hashsalt": "qdeploy", "font.size": 9}):
-        figure = figure_type(figsize=(4 * len(shown), 3.4), layout="constrained")
+
+    def draw(figure: Any) -> None:
         for axes, (key, label) in zip(figure.subplots(1, len(shown)), shown, strict=True):
             for model in log[-1]["rates"]:
                 values = [entry["rates"][model][key] for entry in log]
@@ -32,9 +27,8 @@ def draw_curves(log: Sequence[Mapping[str, Any]]) -> bytes | None:
             axes.grid(alpha=0.3)
         lines, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(lines, labels, loc="outside lower center", ncols=3, fontsize=7)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+
+    return draw_svg((4 * len(shown), 3.4), draw)
 
 
 def _steps(log: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:

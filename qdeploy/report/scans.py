@@ -14,7 +14,7 @@ from qdeploy.disk.printable import printable_tree
 from qdeploy.errors import QdeployError, UsageError
 from qdeploy.formats.static import RULES
 from qdeploy.report.document import SCHEMA_VERSION, WrittenScan, WrittenScans
-from qdeploy.report.to_json import SHOWN_CONVENTIONS, written_crowding
+from qdeploy.report.to_json import SHOWN_CONVENTIONS, table_of, written_crowding
 from qdeploy.report.to_sarif import sarif, sarif_uri
 from qdeploy.values import Finding
 
@@ -62,7 +62,7 @@ def scans_to_json(scans: Sequence[FileScan]) -> bytes:
     document = WrittenScans(
         schema_version=SCHEMA_VERSION, version=__version__, files=tuple(map(_written, scans))
     )
-    table = printable_tree(json.loads(document.model_dump_json()))
+    table = printable_tree(table_of(document))
     return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -37,8 +38,20 @@ def to_json(report: Report) -> bytes:
 
 def encoded(document: Written) -> bytes:
     """In ASCII, so that nothing in a name can play tricks on a terminal."""
-    table = json.loads(document.model_dump_json(by_alias=True))  # nan has become null
-    return (json.dumps(table, indent=2) + "\n").encode()
+    return (json.dumps(table_of(document), indent=2) + "\n").encode()
+
+
+def table_of(document: Written) -> Any:
+    """What JSON can say of it: nan and infinity, as in a policy without a limit, become null."""
+    return _finite(document.model_dump(mode="json", by_alias=True))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def written(report: Report) -> WrittenReport:
