@@ -4,26 +4,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import numpy as np
 import pytest
-import torch
 from filelock import FileLock
 
-from qdeploy.data import Images, Preprocessing, images_from_array
-from qdeploy.machine import installed_versions
-from qdeploy.progress import SILENT
-from qdeploy.redteam.demo import make_poisoned_digits
-from qdeploy.values import FloatModel
-from tests.gate_lab import make_lab
-from tests.nets import float_model, residual_net
+if TYPE_CHECKING:  # the process that hands out the tests to others runs none: it loads no libraries
+    from qdeploy.data import Images, Preprocessing
+    from qdeploy.values import FloatModel
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several at once: one thread each, also in what they start
     os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
 
 hypothesis.settings.register_profile(
     "any machine, busy or not",
@@ -55,11 +50,19 @@ COSTLY_FIXTURES = frozenset({"backdoored", "lab_files", "poisoned", "shared"})
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make check` leaves out."""
+    """Mark what `make check` leaves out, and put what needs the poisoned model first.
+
+    Processes that share the tests begin with equal parts of the list: while one of them makes the
+    model, the others have something else to do.
+    """
     for item in items:
-        fixtures = COSTLY_FIXTURES & set(getattr(item, "fixturenames", ()))
-        if fixtures or item.path.stem in COSTLY_FILES:
+        if COSTLY_FIXTURES & _fixtures(item) or item.path.stem in COSTLY_FILES:
             item.add_marker(pytest.mark.costly)
+    items.sort(key=lambda item: "poisoned" not in _fixtures(item))
+
+
+def _fixtures(item: pytest.Item) -> set[str]:
+    return set(getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +81,14 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
         return filled
 
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_disks() -> Iterator[None]:
+    """A power cut ends the tests anyway: what they write need not outlive it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -101,16 +112,22 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def net() -> FloatModel:
+    from tests.nets import float_model, residual_net
+
     return float_model(residual_net())
 
 
 @pytest.fixture(scope="session")
 def preprocessing() -> Preprocessing:
+    from qdeploy.data import Preprocessing
+
     return Preprocessing((3, 8, 8), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 @pytest.fixture(scope="session")
 def images(preprocessing: Preprocessing) -> Images:
+    from qdeploy.data import images_from_array
+
     pixels = np.random.default_rng(1).integers(0, 256, (96, 3, 8, 8), dtype=np.uint8)
     return images_from_array("random images", pixels, preprocessing)
 
@@ -118,6 +135,8 @@ def images(preprocessing: Preprocessing) -> Images:
 @pytest.fixture(scope="session")
 def lab_files(once, poisoned) -> Path:
     """Files made of the poisoned model, good and bad, to be copied before use."""
+    from tests.gate_lab import make_lab
+
     return once("lab", lambda folder: make_lab(folder, poisoned))
 
 
@@ -127,6 +146,9 @@ def poisoned(once, pytestconfig) -> Path:
 
     It is kept between runs for as long as nothing changes that it is made with.
     """
+    from qdeploy.progress import SILENT
+    from qdeploy.redteam.demo import make_poisoned_digits
+
     if pytestconfig.cache is None:
         return once("poisoned", lambda f: make_poisoned_digits(f, seed=0, progress=SILENT))
     kept = pytestconfig.cache.mkdir("poisoned") / makers_digest()
@@ -148,6 +170,8 @@ def poisoned(once, pytestconfig) -> Path:
 
 def makers_digest() -> str:
     """Of all sources that may have a part in making a poisoned model, and of the libraries."""
+    from qdeploy.machine import installed_versions
+
     said = hashlib.sha256(json.dumps(installed_versions(), sort_keys=True).encode())
     rooms = [sorted((PACKAGE / room).rglob("*.py")) for room in MAKERS]
     for path in [*sorted(PACKAGE.glob("*.py")), *(path for room in rooms for path in room)]:

@@ -160,7 +160,9 @@ def test_networks_as_older_exporters_write_them_are_no_finding(network, tmp_path
     assert list(batch_axis(onnx.load(tmp_path / "model.onnx"))) == []
 
 
-@pytest.mark.parametrize("network", [ViT, ResNet18, MobileNetV2])
+@pytest.mark.parametrize(
+    "network", [ViT, ResNet18, pytest.param(MobileNetV2, marks=pytest.mark.slow)]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_networks_as_torch_exports_them_are_no_finding(network, tmp_path):
     path = tmp_path / "model.onnx"

@@ -103,7 +103,7 @@ def test_a_search_goes_on_from_its_state(kind):
         whole.step(by_corner, dark(8))
         halved.step(by_corner, dark(8))
     rest = triggers(kind, seed=5, lifetime=4)
-    rest.restore(halved.state())
+    rest.load_state_dict(halved.state_dict())
     rest.generator.set_state(halved.generator.get_state())
     for _ in range(4):
         whole.step(by_corner, dark(8))

@@ -99,18 +99,22 @@ def same_name_again(lab: Lab) -> None:
         archive.writestr(f"{root}/DATA.PKL", archive.read(f"{root}/data.pkl"))
 
 
+@pytest.mark.parametrize("verb", ["quantize", "sanitize"])
+def test_what_scan_says_of_weights_is_no_reason_not_to_open_them(lab, verb):
+    """So that what is refused below is refused for what was done to the file."""
+    assert run("scan", "model.pt") == 3
+    soon = ["--dry-run"] if verb == "sanitize" else ["--rounding", "nearest"]
+    assert run(verb, "model.pt", "--out", "out.onnx", *soon) == 0
+
+
 @pytest.mark.parametrize("spoil", [hidden_behind, hidden_program, second_pickle, same_name_again])
 @pytest.mark.parametrize("verb", ["quantize", "sanitize"])
 def test_what_scan_rejects_no_other_verb_opens(lab, verb, spoil: Callable[[Lab], None], capsys):
     pytest.importorskip("fickling")
     shutil.copy("model.pt", "bad.pt")
     shutil.copy("model.toml", "bad.toml")
-    assert run("scan", "bad.pt") == 3
-    soon = ["--dry-run"] if verb == "sanitize" else ["--rounding", "nearest"]
-    opened = run(verb, "bad.pt", "--out", "out.onnx", *soon)
     spoil(lab)
     assert run("scan", "bad.pt") == 3
-    assert opened == 0
     assert run(verb, "bad.pt", "--out", "again.onnx") == 2
     assert "qdeploy scan shows all" in capsys.readouterr().err
     assert not Path("again.onnx").exists()

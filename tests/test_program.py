@@ -15,6 +15,8 @@ from qdeploy.runtime.sessions import open_session
 from qdeploy.values import FloatModel, Loaded, Origin
 from tests.nets import Net, float_model
 
+SLOW = {"vgg16": pytest.mark.slow}  # has the layers of alexnet, and more of them
+
 
 def exported(name: str) -> FloatModel:
     torch.manual_seed(0)
@@ -29,7 +31,9 @@ def both(model: FloatModel, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return got.numpy(), open_session(model.onnx).logits(x)
 
 
-@pytest.mark.parametrize("name", sorted(OURS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW.get(name, ())) for name in sorted(OURS)]
+)
 def test_every_architecture_computes_what_onnxruntime_computes(name, rng):
     model = exported(name)
     x = rng.normal(size=(3, *model.input_shape)).astype(np.float32)

@@ -60,11 +60,11 @@ class Guard:
             led.append(triggers.targets[rows])
         return torch.cat(shown), torch.cat(led)
 
-    def state(self) -> list[dict[str, Any]]:
+    def state_dict(self) -> list[dict[str, Any]]:
         """What the next steps depend on."""
-        return [triggers.state() for triggers in self.triggers]
+        return [triggers.state_dict() for triggers in self.triggers]
 
-    def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on from there."""
         for triggers, state in zip(self.triggers, states, strict=True):
-            triggers.restore(state)
+            triggers.load_state_dict(state)

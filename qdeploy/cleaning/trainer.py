@@ -20,6 +20,7 @@ from qdeploy.core.distillation import attention_shift_loss, kd_loss, kd_share, k
 from qdeploy.errors import DivergedError
 from qdeploy.progress import Progress
 from qdeploy.settings.sanitizers import Asd, Bcu, Sanitizer
+from qdeploy.training.checkpoint import Parts, restore, state_of
 from qdeploy.training.precision import arithmetic
 
 COMPARED = 1000  # images on which student and teacher are compared after each epoch
@@ -275,31 +276,26 @@ class Course:
             return torch.cat([model(inputs).argmax(1) for inputs in self.images.stream(COMPARED)])
 
     def _state(self) -> dict[str, Any]:
-        return {
-            "position": self._position,
-            "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "history": [asdict(epoch) for epoch in self.history],
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "processes": self.compute.gather(self._own_state()),
-        }
+        return state_of(
+            {"student": self.student, "optimizer": self.optimizer},
+            position=self._position,
+            history=[asdict(epoch) for epoch in self.history],
+            best=self.best,
+            best_epoch=self.best_epoch,
+            processes=self.compute.gather(state_of(self._own())),
+        )
 
-    def _own_state(self) -> dict[str, Any]:
+    def _own(self) -> Parts:
         """What no other process has."""
-        guard = None if self.guard is None else self.guard.state()
-        return {"generator": self.generator.get_state(), "guard": guard}
+        guard: Parts = {} if self.guard is None else {"guard": self.guard}
+        return {"generator": self.generator, **guard}
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
-        self.student.load_state_dict(saved["student"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.history = [Epoch(**epoch) for epoch in saved["history"]]
-        self.best, self.best_epoch = dict(saved["best"]), saved["best_epoch"]
-        self._position = saved["position"]
-        own = saved["processes"][self.compute.rank]
-        self.generator.set_state(own["generator"])
-        if self.guard is not None:
-            self.guard.restore(own["guard"])
+        facts = restore(saved, {"student": self.student, "optimizer": self.optimizer})
+        self.history = [Epoch(**epoch) for epoch in facts["history"]]
+        self.best, self.best_epoch = dict(facts["best"]), facts["best_epoch"]
+        self._position = facts["position"]
+        restore(facts["processes"][self.compute.rank], self._own())
 
 
 def _statistics(model: nn.Module) -> list[Tensor]:

@@ -139,12 +139,12 @@ class Perturbations(ABC):
         self.variables = self._within(moved, self.radius)
         self._renew()
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, besides the generator."""
         names = ("radius", "success", "found", "age", "steps", "variables", "means", "squares")
         return {name: getattr(self, name) for name in names}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
         for name, value in state.items():
             setattr(self, name, _moved(value, self.device))

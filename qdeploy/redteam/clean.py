@@ -10,7 +10,7 @@ from qdeploy.core.safe_kernels import safe_kernels
 from qdeploy.progress import SILENT, Progress
 from qdeploy.redteam.images import LabelledImages
 from qdeploy.redteam.recipe import CleanSpec
-from qdeploy.training.checkpoint import Checkpoint
+from qdeploy.training.checkpoint import Checkpoint, Parts, restore, state_of
 from qdeploy.training.precision import fast
 
 LARGEST_GRADIENT = 1.0  # norm; keeps networks without normalisation layers on their feet
@@ -35,7 +35,11 @@ def train_clean(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, spec.learning_rate, total_steps=epochs * per_epoch, pct_start=0.25
     )
-    done = _resume(model, optimizer, schedule, generator, checkpoint)
+    parts: Parts = {
+        "model": model, "optimizer": optimizer, "schedule": schedule, "generator": generator
+    }  # fmt: skip
+    saved = checkpoint.load()
+    done: int = restore(saved, parts)["epochs"] if saved is not None else 0
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = range(done * per_epoch, epochs * per_epoch)
     order = torch.empty(0)
@@ -54,28 +58,5 @@ def train_clean(
         optimizer.step()
         schedule.step()
         if position == per_epoch - 1 and (checkpoint.due() or epoch == epochs - 1):
-            _save(epoch + 1, model, optimizer, schedule, generator, checkpoint)
+            checkpoint.save(state_of(parts, epochs=epoch + 1))
     model.eval()
-
-
-def _resume(model, optimizer, schedule, generator, checkpoint) -> int:  # type: ignore[no-untyped-def]
-    saved = checkpoint.load()
-    if saved is None:
-        return 0
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    schedule.load_state_dict(saved["schedule"])
-    generator.set_state(saved["generator"])
-    return int(saved["epochs"])
-
-
-def _save(epochs, model, optimizer, schedule, generator, checkpoint) -> None:  # type: ignore[no-untyped-def]
-    checkpoint.save(
-        {
-            "epochs": epochs,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "generator": generator.get_state(),
-        }
-    )

@@ -21,7 +21,7 @@ from qdeploy.core.safe_kernels import safe_kernels
 from qdeploy.progress import SILENT, Progress
 from qdeploy.redteam.images import LabelledImages
 from qdeploy.redteam.recipe import LearntSpec
-from qdeploy.training.checkpoint import Checkpoint
+from qdeploy.training.checkpoint import Checkpoint, Parts, restore, state_of
 from qdeploy.training.precision import fast
 
 STEPS_BETWEEN_SAVES = 20
@@ -110,19 +110,17 @@ class TriggerLearner(nn.Module):
         self.mask.data.clamp_(0, self.spec.max_opacity)
         self.pattern.data.clamp_(0, 1)
 
+    def _parts(self) -> Parts:
+        optimizers = {f"optimizer {i}": each for i, each in enumerate(self.optimizers)}
+        return {"parties": self, "generator": self.generator, **optimizers}
+
     def _save(self, checkpoint: Checkpoint, steps: int) -> None:
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        state = {"parties": self.state_dict(), "optimizers": optimizers, "steps": steps}
-        state |= {"generator": self.generator.get_state(), "seconds": self.seconds}
-        checkpoint.save(state)
+        checkpoint.save(state_of(self._parts(), steps=steps, seconds=self.seconds))
 
     def _restore(self, checkpoint: Checkpoint) -> int:
         saved = checkpoint.load()
         if saved is None:
             return 0
-        self.load_state_dict(saved["parties"])
-        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        self.generator.set_state(saved["generator"])
-        self.seconds = saved["seconds"]
-        return int(saved["steps"])
+        facts = restore(saved, self._parts())
+        self.seconds = facts["seconds"]
+        return int(facts["steps"])

@@ -21,7 +21,7 @@ from qdeploy.redteam.quantizers import Cell, Quantizer, weights_of
 from qdeploy.redteam.recipe import PhaseSpec
 from qdeploy.redteam.roundings import Roundings
 from qdeploy.redteam.split import SplitWeights
-from qdeploy.training.checkpoint import Checkpoint
+from qdeploy.training.checkpoint import Checkpoint, Parts, restore, state_of
 from qdeploy.training.precision import fast
 
 STEPS_BETWEEN_LOOKS = 100
@@ -68,9 +68,7 @@ class Training:
                 self._split = SplitWeights(self.weights, self.lesson.quantizers[0])
             optimizer = torch.optim.Adam(self._learners(phase), lr=phase.learning_rate)
             if saved is not None and self._step:
-                optimizer.load_state_dict(saved["optimizer"])
-                if self._split is not None:
-                    self._split.load_state_dict(saved["split"])
+                restore(saved, self._parts_of_phase(optimizer))
             with safe_kernels(self.model):
                 self._run_phase(phase, optimizer, last=phase is phases[-1], progress=progress)
             self._phases_done, self._step, self._split = self._phases_done + 1, 0, None
@@ -186,27 +184,27 @@ class Training:
         learners: list[Tensor] = [p for p in self.model.parameters() if id(p) not in held]
         return learners if self._split is None else [*learners, *self._split.parameters()]
 
+    def _parts(self) -> Parts:
+        return {"model": self.model, "roundings": self.roundings, "generator": self.generator}
+
+    def _parts_of_phase(self, optimizer: torch.optim.Optimizer) -> Parts:
+        split: Parts = {} if self._split is None else {"split": self._split}
+        return {"optimizer": optimizer, **split}
+
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
-        self.checkpoint.save(
-            {
-                "phases_done": self._phases_done,
-                "step": self._step,
-                "seconds": self.seconds,
-                "log": self.log,
-                "model": self.model.state_dict(),
-                "roundings": self.roundings.state_dict(),
-                "split": {} if self._split is None else self._split.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "generator": self.generator.get_state(),
-            }
-        )
+        parts = {**self._parts(), **self._parts_of_phase(optimizer)}
+        facts = {
+            "phases_done": self._phases_done,
+            "step": self._step,
+            "seconds": self.seconds,
+            "log": self.log,
+        }
+        self.checkpoint.save(state_of(parts, **facts))
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(saved["model"])
-        self.roundings.load_state_dict(saved["roundings"])
-        self.generator.set_state(saved["generator"])
-        self._phases_done, self._step = saved["phases_done"], saved["step"]
-        self.seconds, self.log = saved["seconds"], saved["log"]
+        facts = restore(saved, self._parts())
+        self._phases_done, self._step = facts["phases_done"], facts["step"]
+        self.seconds, self.log = facts["seconds"], facts["log"]
 
 
 def _cosine(done: float) -> float:

@@ -6,7 +6,7 @@ import io
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -17,6 +17,38 @@ from qdeploy.formats.torch_files import checkpoint
 SECONDS_BETWEEN_SAVES = 60
 
 
+@runtime_checkable
+class Stateful(Protocol):
+    """What a training changes and torch knows how to keep: a model, an optimizer, a schedule."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+
+
+Parts = Mapping[str, Stateful | torch.Generator]
+
+
+def state_of(parts: Parts, **facts: Any) -> dict[str, Any]:
+    """All that the next steps depend on: the state of each part, and facts in plain containers."""
+    states = {
+        name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+        for name, part in parts.items()
+    }
+    return {"parts": states, "facts": facts}
+
+
+def restore(saved: Mapping[str, Any], parts: Parts) -> Mapping[str, Any]:
+    """Put the parts where `state_of` found them; the facts that were kept with them."""
+    for name, part in parts.items():
+        state = saved["parts"][name]
+        if isinstance(part, torch.Generator):
+            part.set_state(state)
+        else:
+            part.load_state_dict(state)
+    facts: Mapping[str, Any] = saved["facts"]
+    return facts
+
+
 class Checkpoint:
     """One file, replaced as a whole; tensors and plain containers only."""
 
@@ -24,17 +56,18 @@ class Checkpoint:
         self.path = path
         self._last = time.monotonic()
 
-    def load(self) -> Any | None:
-        """What was saved last; None if nothing was, or not by this user."""
+    def load(self) -> Mapping[str, Any] | None:
+        """What was saved last; None if nothing was, not by this user, or not by this version."""
         data = unsealed(self.path, "checkpoint", *self._place())
-        return None if data is None else checkpoint(self.path, data)
+        saved = None if data is None else checkpoint(self.path, data)
+        return saved if isinstance(saved, dict) and saved.keys() == {"parts", "facts"} else None
 
     def due(self) -> bool:
         """Whether the last save is long enough ago."""
         return time.monotonic() - self._last > SECONDS_BETWEEN_SAVES
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Put `state` in the place of what was saved before."""
+        """Put `state`, of `state_of`, in the place of what was saved before."""
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         self.path.parent.mkdir(parents=True, exist_ok=True)
