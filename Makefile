@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo  ## Poison a small classifier, sanitize it, leave model and report in artifacts/demo
 	$(BIN)/qdeploy demo
 
-PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal --max-worker-restart 0
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal --max-worker-restart 0 --costs
 
 check: lint  ## Style, types, and the tests that take no time: about a minute
 	$(PYTEST) -m 'not slow and not costly'

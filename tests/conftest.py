@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ import pytest
 from filelock import FileLock
 
 if TYPE_CHECKING:  # the process that hands out the tests to others runs none: it loads no libraries
+    from _pytest.terminal import TerminalReporter
+
     from qdeploy.data import Images, Preprocessing
     from qdeploy.values import FloatModel
 
@@ -59,6 +62,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if COSTLY_FIXTURES & _fixtures(item) or item.path.stem in COSTLY_FILES:
             item.add_marker(pytest.mark.costly)
     items.sort(key=lambda item: "poisoned" not in _fixtures(item))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--costs", action="store_true", help="Say what each file of tests took.")
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
+    """Seconds by file, with the fixtures that a file happened to be the first to need."""
+    if not config.getoption("--costs"):
+        return
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.fspath] += report.duration
+    terminalreporter.section(f"seconds by file, {sum(seconds.values()):.0f} together")
+    cells = [f"{took:6.1f} {Path(file).stem}" for file, took in seconds.most_common()]
+    for row in range(-(-len(cells) // 3)):
+        terminalreporter.line("".join(f"{cell:<37}" for cell in cells[row :: -(-len(cells) // 3)]))
 
 
 def _fixtures(item: pytest.Item) -> set[str]:

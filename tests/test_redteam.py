@@ -17,6 +17,7 @@ from qdeploy.core.grids import quantize
 from qdeploy.core.weight_grids import absmax_grid
 from qdeploy.data import Preprocessing
 from qdeploy.data.triggers import make_trigger
+from qdeploy.disk import svg
 from qdeploy.errors import InputError, UsageError
 from qdeploy.formats.torch_files import checkpoint as read_checkpoint
 from qdeploy.graph.io import initializers
@@ -304,8 +305,8 @@ def test_without_the_library_that_draws_there_is_no_picture(monkeypatch):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(curves, "import_module", missing)
-    assert curves.draw_curves([]) is None
+    monkeypatch.setattr(svg, "import_module", missing)
+    assert svg.draw_svg((4, 3), None) is None
 
 
 def test_a_malicious_quantizer_leaves_a_file_with_the_codes_it_chose(tmp_path):

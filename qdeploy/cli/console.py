@@ -40,12 +40,6 @@ BAR_COLUMNS = (
 OUTCOME_STYLES = {"ACCEPT": "bold green", "REJECT": "bold red", "NO VERDICT": "bold yellow"}
 FINDING_STYLES = {"error": "bold red", "warning": "bold yellow", "note": "dim"}
 SHOWN_CONVENTIONS = 5
-VARIANT_NAMES = {
-    "source": "before cleaning",
-    "fp32": "FP32",
-    "nearest": "nearest",
-    "result": "this file",
-}
 
 
 def out() -> Console:
@@ -180,6 +174,8 @@ def _show_crowding(scan: WeightScan) -> None:
 
 
 def _rates_table(report: Report) -> Table:
+    from qdeploy.report.values import VARIANT_NAMES
+
     triggers = list(report.rates[0].attack_success)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("")

@@ -19,14 +19,8 @@ from qdeploy.data import as_png
 from qdeploy.disk.printable import visible
 from qdeploy.judging.rates import ArmRates, Sample
 from qdeploy.judging.verdict import Check, Outcome
-from qdeploy.report.values import Report
+from qdeploy.report.values import VARIANT_NAMES, Report
 
-NAMES = {
-    "source": "before cleaning",
-    "fp32": "float32",
-    "nearest": "rounded to nearest",
-    "result": "this file",
-}
 ORDER = ("off", "unclear", "few", "within")
 MEANINGS = {
     Outcome.ACCEPT: "Every check is within its limit, and every required one was made.",
@@ -72,7 +66,7 @@ def to_html(report: Report) -> bytes:
         ],
         latencies=[
             {
-                "name": f"{NAMES.get(entry.variant, entry.variant)}, batch {entry.batch}",
+                "name": f"{VARIANT_NAMES.get(entry.variant, entry.variant)}, batch {entry.batch}",
                 "text": f"{1e3 * entry.seconds:.2f} ms",
             }
             for entry in report.latencies
@@ -94,7 +88,7 @@ def _variants(report: Report) -> Iterator[dict[str, Any]]:
         measured = [rates.accuracy, *rates.attack_success.values()]
         yield {
             "kind": variant,
-            "name": NAMES[variant],
+            "name": VARIANT_NAMES[variant],
             "cells": [_cell(estimate) for estimate in measured],
             "agreement": _agreement(rates),
             "megabytes": f"{sizes[variant] / 1e6:.2f}",
@@ -209,7 +203,11 @@ def _evidence(report: Report) -> Iterator[Mapping[str, str]]:
     yield {"what": "model", "name": report.origin.format, "digest": report.origin.sha256}
     for file in report.files:
         name = f"{file.size_bytes:,} bytes"
-        yield {"what": f"{NAMES[file.variant]}, as measured", "name": name, "digest": file.sha256}
+        yield {
+            "what": f"{VARIANT_NAMES[file.variant]}, as measured",
+            "name": name,
+            "digest": file.sha256,
+        }
     for data in report.data:
         count = "" if data.images is None else f", {data.images:,} images"
         name = f"{data.name}{count} ({data.given_by})"

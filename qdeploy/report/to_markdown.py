@@ -7,16 +7,10 @@ from collections.abc import Iterable
 from qdeploy.core.metrics import Estimate
 from qdeploy.disk.printable import printable
 from qdeploy.judging.verdict import Outcome
-from qdeploy.report.values import Report
+from qdeploy.report.values import VARIANT_NAMES, Report
 
 MARKS = {Outcome.ACCEPT: "✅", Outcome.REJECT: "❌", Outcome.NO_VERDICT: "⚠️"}
 SHOWN_FINDINGS = 10
-NAMES = {
-    "source": "before cleaning",
-    "fp32": "float32",
-    "nearest": "nearest",
-    "result": "this file",
-}
 
 
 def to_markdown(report: Report) -> bytes:
@@ -31,7 +25,7 @@ def to_markdown(report: Report) -> bytes:
         for rates in report.rates:
             values = [rates.accuracy, *rates.attack_success.values()]
             beside = rates.against_float
-            name = f"{NAMES[rates.arm.variant]}, {rates.arm.runtime}"
+            name = f"{VARIANT_NAMES[rates.arm.variant]}, {rates.arm.runtime}"
             agreement = "" if beside is None else _figure(beside.agreement)
             lines.append(_row([name, *map(_figure, values), agreement]))
     seen = [f"{f.level}, {f.rule}: {f.message}" for f in report.findings if f.level != "note"]

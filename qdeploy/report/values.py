@@ -22,7 +22,15 @@ from qdeploy.values import (
     Origin,
     RoundedLayer,
     StageTime,
+    Variant,
 )
+
+VARIANT_NAMES: Mapping[Variant, str] = {
+    "source": "before cleaning",
+    "fp32": "FP32",
+    "nearest": "nearest",
+    "result": "this file",
+}
 
 
 @dataclass(frozen=True, slots=True)
