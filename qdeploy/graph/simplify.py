@@ -19,7 +19,14 @@ from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
 LARGEST_FOLDED_VALUES = 1 << 18
 LARGEST_FOLDED_INPUT_BYTES = 1 << 13
+TIMES_FOLDED = 8
 ROUNDS = 2
+LINEAR = frozenset({
+    "Abs", "Add", "Cast", "Clip", "Concat", "Div", "Exp", "Flatten", "Gather", "Identity", "Log",
+    "Max", "Min", "Mul", "Neg", "Pad", "Pow", "Reciprocal", "ReduceL2", "ReduceMax", "ReduceMean",
+    "ReduceMin", "ReduceSum", "ReduceSumSquare", "Reshape", "Slice", "Split", "Sqrt", "Squeeze",
+    "Sub", "Sum", "Tanh", "Transpose", "Unsqueeze",
+})  # fmt: skip
 COUNTED = {"ConstantOfShape": 0, "Expand": 1}  # the operand that says the shape of the result
 
 
@@ -49,11 +56,12 @@ RULES = indexed(rewriter._DEFAULT_REWRITE_RULES)
 
 def simplify(model: ir.Model) -> None:
     """Inline functions, fold constants, and apply the rules, in place."""
+    held = _held(model)
     fold = FoldConstantsPass(
         shape_inference=True,
         input_size_limit=LARGEST_FOLDED_INPUT_BYTES,
-        output_size_limit=LARGEST_FOLDED_VALUES,
-        should_fold=_may_fold,
+        output_size_limit=max(LARGEST_FOLDED_VALUES, held),
+        should_fold=_Folding(TIMES_FOLDED * held),
     )
     rounds = ir.passes.PassManager(
         [
@@ -79,9 +87,39 @@ def simplify(model: ir.Model) -> None:
     )(model)
 
 
-def _may_fold(node: ir.Node) -> bool | None:
-    """False for a node that would make a large tensor of small ones; else as the library does."""
-    return False if _made(node) > LARGEST_FOLDED_VALUES else None
+class _Folding:
+    """Which nodes of constants are computed.
+
+    Small ones as the library does. Large ones, which weights go through that are standardized,
+    scaled, reshaped or put together, if they do no more than go over their operands, and until
+    that has been done `TIMES_FOLDED` times for all that the file holds. None that makes much of
+    little.
+    """
+
+    def __init__(self, budget: float) -> None:
+        self.budget = budget
+
+    def __call__(self, node: ir.Node) -> bool | None:
+        """True: compute it, False: do not, None: as the library does."""
+        given, made = _given(node), _made(node)
+        if made > max(LARGEST_FOLDED_VALUES, given):
+            return False
+        if node.op_type not in LINEAR or 4 * given <= LARGEST_FOLDED_INPUT_BYTES:
+            return False if made > LARGEST_FOLDED_VALUES else None
+        self.budget -= made + given / 4
+        return True if self.budget >= 0 else None
+
+
+def _held(model: ir.Model) -> int:
+    """How many values the constants of a model have."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.size for tensor in tensors if tensor is not None)
+
+
+def _given(node: ir.Node) -> int:
+    """How many values the operands of a node have."""
+    tensors = (value.const_value for value in node.inputs if value is not None)
+    return sum(tensor.size for tensor in tensors if tensor is not None)
 
 
 def _made(node: ir.Node) -> float:
