@@ -60,7 +60,7 @@ class Bench:
         sources = request.sources
         architecture = Architecture(*sources.architecture) if sources.architecture else None
         loaded = load(sources.model, architecture)
-        self.model: FloatModel = export(loaded, shape=sources.shape)
+        self.model: FloatModel = export(loaded, stated=sources.stated)
         plan = plan_layers(self.model, request.recipe, request.device)
         self.calibration = open_calibration(request, loaded, plan, SILENT)
         self.evidence = open_evidence(

@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--test", type=Path, required=True, help="labelled CIFAR-10 test images")
     parser.add_argument("--store", type=Path, default=Path("artifacts/reference"))
     given = parser.parse_args()
-    model = export(load(given.folder / "small.onnx"), shape=None)
+    model = export(load(given.folder / "small.onnx"))
     task = make_task(model, open_images(given.folder / "calibration.npz", CIFAR10))
     started = time.perf_counter()
     ours = round_layers(

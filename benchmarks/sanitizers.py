@@ -55,7 +55,7 @@ def measure(
         settings["test_images"] = test_images
     request = quantize_request(model, settings)
     loaded = open_source(request.sources, run_code_from_model=False)
-    exported = export(loaded, shape=request.sources.shape)
+    exported = export(loaded, stated=request.sources.stated)
     evidence = open_evidence(request, exported.classes, (), SILENT)
     if evidence.images is None:
         raise SystemExit(f"{model}: its card names no test images")

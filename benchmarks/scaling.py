@@ -32,7 +32,7 @@ from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import method
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.values import Format, Loaded, Origin
+from qdeploy.values import Loaded, Origin, Stated
 
 METHOD = "efrap-descent"
 BLOCKS_50 = (3, 4, 6, 3)
@@ -105,7 +105,7 @@ def network(case: Case) -> tuple[nn.Module, tuple[int, int, int]]:
 def measure(case: Case) -> dict[str, float]:
     """Seconds and megabytes of one case, in this process."""
     module, shape = network(case)
-    model = export(Loaded(Origin("", "", ""), module.eval(), Format.STATE_DICT), shape=shape)
+    model = export(Loaded(Origin("", "", ""), module.eval(), "module"), stated=Stated(shape))
     pixels = np.random.default_rng(0).integers(0, 256, (case.images, *shape), dtype=np.uint8)
     images = images_from_array("noise", pixels, Preprocessing(shape, (0.5,) * 3, (0.25,) * 3))
     recipe = load_recipe("int4").model_copy(update={"rounding": method(METHOD)})

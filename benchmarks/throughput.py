@@ -28,7 +28,7 @@ from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import Nearest
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.values import Loaded, Origin
+from qdeploy.values import Loaded, Origin, Stated
 
 SHAPE = (3, 32, 32)
 BATCHES = (1, 32)
@@ -43,7 +43,7 @@ def make_files(width: int) -> dict[str, bytes]:
     """The float file and the quantized ones. How the weights were rounded does not change speed."""
     torch.manual_seed(0)
     module = ResNet18(width).eval()
-    model = export(Loaded(Origin("", "", ""), module, "module"), shape=SHAPE)
+    model = export(Loaded(Origin("", "", ""), module, "module"), stated=Stated(SHAPE))
     pixels = np.random.default_rng(0).integers(0, 256, (64, *SHAPE), dtype=np.uint8)
     images = images_from_array("noise", pixels, Preprocessing(SHAPE, (0.5,) * 3, (0.25,) * 3))
     files = {"float32": model.onnx}

@@ -13,6 +13,7 @@ from jaxtyping import Float32, Float64, Int32, Int64
 from qdeploy.core.grids import Grid, IntType
 from qdeploy.core.patches import Window
 from qdeploy.core.rounding.problem import RoundingProblem
+from qdeploy.settings.card import Layout
 from qdeploy.settings.recipe import WeightGridSpec
 
 STANDARD_DOMAINS = frozenset({"", "ai.onnx"})  # of operators that the ONNX standard defines
@@ -87,6 +88,19 @@ class Interface:
 
     input_shape: tuple[int, int, int]  # channels, height, width
     classes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What the user or a card says of a model's ends, where the file does not, or is doubted."""
+
+    shape: tuple[int, int, int] | None = None  # of the input: channels, height, width
+    layout: Layout | None = None  # of the file's input
+    output: str | None = None  # the one that holds the classes
+    pixel_range: tuple[float, float] | None = None  # what becomes of pixels of 0 and 255
+
+
+NOTHING_STATED = Stated()
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,4 +81,4 @@ def float_model(data: bytes) -> FloatModel:
     from qdeploy.formats.onnx.reading import parse_proto
 
     origin = Origin("net.onnx", "0" * 64, "ONNX")
-    return export(Loaded(origin, parse_proto(data, "net.onnx"), "onnx"), shape=None)
+    return export(Loaded(origin, parse_proto(data, "net.onnx"), "onnx"))

@@ -21,7 +21,7 @@ from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
 from qdeploy.runtime.sessions import open_session, optimized
 from qdeploy.settings.device import load_device
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.values import Content, FloatModel, Loaded, Origin, QuantizedModel
+from qdeploy.values import Content, FloatModel, Loaded, Origin, QuantizedModel, Stated
 
 SHAPE = (3, 16, 16)
 
@@ -123,7 +123,7 @@ def trained(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def exported(module: nn.Module, kind: Content = "module") -> FloatModel:
-    return export(Loaded(Origin("net.pt", "", kind), module, kind), shape=SHAPE)
+    return export(Loaded(Origin("net.pt", "", kind), module, kind), stated=Stated(SHAPE))
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_an_exported_program_becomes_the_same_classifier():
     module = trained(mobilenet)
     batch = {0: torch.export.Dim("batch")}
     program = torch.export.export(module, (torch.zeros(2, *SHAPE),), dynamic_shapes=(batch,))
-    model = export(Loaded(Origin("net.pt2", "", ""), program, "program"), shape=SHAPE)
+    model = export(Loaded(Origin("net.pt2", "", ""), program, "program"), stated=Stated(SHAPE))
     x = np.random.default_rng(0).normal(size=(4, *SHAPE)).astype(np.float32)
     with torch.no_grad():
         want = module(torch.from_numpy(x)).numpy()
@@ -237,5 +237,5 @@ def test_what_cannot_be_exported_faithfully_is_refused_in_one_line(module, compl
 def test_without_a_shape_torch_cannot_export():
     loaded = Loaded(Origin("net.pt", "", ""), alexnet().eval(), "module")
     with pytest.raises(UsageError, match="input shape") as error:
-        export(loaded, shape=None)
+        export(loaded)
     assert "--input-shape" in (error.value.hint or "")

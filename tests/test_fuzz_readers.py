@@ -45,7 +45,7 @@ from qdeploy.settings.card import load_card
 from qdeploy.settings.device import load_device
 from qdeploy.settings.policy import load_policy
 from qdeploy.settings.recipe import load_recipe
-from qdeploy.values import Architecture, FloatModel
+from qdeploy.values import Architecture, FloatModel, Stated
 from tests import gate_lab
 from tests.gate_lab import Lab
 
@@ -62,7 +62,7 @@ def read_images(path: Path) -> None:
 def read_model(path: Path) -> None:
     findings_in(path)
     digits = Architecture("qdeploy:digits", {}, trusted=False)
-    export(load(path, digits), shape=(1, 8, 8))
+    export(load(path, digits), stated=Stated((1, 8, 8)))
 
 
 def read_file_to_be_judged(path: Path) -> None:
@@ -75,7 +75,7 @@ def read_file_to_be_judged(path: Path) -> None:
 
 @cache
 def _reference(path: Path) -> FloatModel:
-    return export(load(path), shape=None)
+    return export(load(path))
 
 
 def read_attestation(path: Path) -> None:

@@ -10,8 +10,10 @@ from qdeploy.exporting.exporter import export
 from qdeploy.formats.onnx.nodes import operators
 from qdeploy.formats.onnx.reading import check
 from qdeploy.graph.io import initializers, parse
+from qdeploy.graph.simplify import simplify
+from qdeploy.graph.sites import find_sites
 from qdeploy.runtime.sessions import open_session
-from qdeploy.values import Loaded, Origin
+from qdeploy.values import Loaded, Origin, Stated
 from tests.nets import Net, float_model, residual_net
 
 
@@ -167,8 +169,8 @@ def integer_input(proto):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (two_outputs, "1 inputs and 2 outputs"),
-        (dynamic_size, "of fixed size"),
+        (two_outputs, "has 2 outputs"),
+        (dynamic_size, "leaves the size of images open"),
         (flat_input, ""),
         (integer_input, ""),
     ],
@@ -176,7 +178,7 @@ def integer_input(proto):
 def test_what_is_no_image_classifier_is_refused(change, complaint):
     proto = onnx.ModelProto.FromString(residual_net())
     change(proto)
-    with pytest.raises(InputError) as error:
+    with pytest.raises((InputError, UsageError)) as error:
         read(proto)
     assert complaint in str(error.value)
 
@@ -201,7 +203,7 @@ def test_an_input_shape_must_not_contradict_the_file():
     origin = Origin("net.onnx", "", "ONNX")
     loaded = Loaded(origin, onnx.ModelProto.FromString(residual_net()), "onnx")
     with pytest.raises(UsageError, match=r"takes \(3, 8, 8\), not \(3, 32, 32\)"):
-        export(loaded, shape=(3, 32, 32))
+        export(loaded, stated=Stated((3, 32, 32)))
 
 
 def test_logits_that_are_not_finite_are_noticed():
@@ -209,6 +211,57 @@ def test_logits_that_are_not_finite_are_noticed():
     x = net.node("Log", net.node("Neg", net.relu(net.conv(net.x, 4, 3, 3, 3))))
     with pytest.raises(InputError, match="not finite"):
         float_model(net.model(net.head(x, 4)))
+
+
+def test_an_output_may_have_a_name_that_is_to_be_given():
+    net = Net()
+    a = net.relu(net.conv(net.x, 4, 3, 3, 3))
+    data = net.model(net.head(net.relu(net.conv(a, 4, 4, 3, 3)), 4))
+    renamed = onnx.ModelProto.FromString(data)
+    old, new = renamed.graph.output[0].name, "Relu_1:out"
+    renamed.graph.output[0].name = renamed.graph.node[-1].output[0] = new
+    assert old != new
+    model = float_model(renamed.SerializeToString())
+    assert model.output_name == new
+    same_outputs(data, model.onnx)
+
+
+def test_weights_that_constants_alone_compute_are_constants_whatever_their_size():
+    """Standardized weights, and one behind a Reshape, each larger than what is always folded."""
+    net = Net()
+    raw = net.weight(256, 128, 3, 3)
+    mean = net.node("ReduceMean", raw, net.constant(np.array([1, 2, 3])))
+    centred = net.node("Sub", raw, mean)
+    squares = net.node("Mul", centred, centred)
+    deviation = net.node("Sqrt", net.node("ReduceMean", squares, net.constant(np.array([1, 2, 3]))))
+    standard = net.node("Div", centred, deviation)
+    a = net.relu(net.conv(net.x, 128, 3, 3, 3))
+    b = net.relu(net.node("Conv", a, standard))
+    pooled = net.node("Flatten", net.node("GlobalAveragePool", b), axis=1)
+    moved = net.node("Reshape", net.weight(1 << 18, 2), net.constant(np.array([256, 2048])))
+    c = net.relu(net.node("MatMul", pooled, moved))
+    data = net.model(net.node("MatMul", c, net.weight(2048, 10)))
+    model = float_model(data)
+    sites, left = find_sites(parse(model.onnx))
+    assert [site.shape for site in sites] == [
+        (128, 3, 3, 3), (256, 128, 3, 3), (256, 2048), (2048, 10)
+    ]  # fmt: skip
+    assert not left
+    same_outputs(data, model.onnx)
+
+
+def test_folding_ends_where_it_would_take_long():
+    """A chain of a thousand nodes over one large constant is not computed to its end."""
+    net = Net()
+    weight = net.weight(1 << 20)
+    for _ in range(1000):
+        weight = net.node("Neg", weight)
+    scale = net.node("ReduceMean", weight, keepdims=0)
+    x = net.node("Mul", net.conv(net.x, 4, 3, 3, 3), scale)
+    model = parse(net.model(net.head(x, 4)))
+    simplify(model)
+    left = sum(node.op_type == "Neg" for node in model.graph)
+    assert left > 900
 
 
 def test_biases_survive_as_they_were():

@@ -12,7 +12,7 @@ from qdeploy.errors import PlanError
 from qdeploy.exporting.exporter import export
 from qdeploy.graph.parts import as_program
 from qdeploy.runtime.sessions import open_session
-from qdeploy.values import FloatModel, Loaded, Origin
+from qdeploy.values import FloatModel, Loaded, Origin, Stated
 from tests.nets import Net, float_model
 
 SLOW = {"vgg16": pytest.mark.slow}  # has the layers of alexnet, and more of them
@@ -22,7 +22,7 @@ def exported(name: str) -> FloatModel:
     torch.manual_seed(0)
     shape = (1, 8, 8) if name == "digits" else (3, 32, 32)
     module = OURS[name]().eval()
-    return export(Loaded(Origin("", "", ""), module, "module"), shape=shape)
+    return export(Loaded(Origin("", "", ""), module, "module"), stated=Stated(shape))
 
 
 def both(model: FloatModel, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from qdeploy.core.weight_grids import GRIDS
 from qdeploy.detectors.crowding import LIMIT, Convention, WeightScan, scan_weights
 from qdeploy.exporting.exporter import export
 from qdeploy.graph.io import initializers, parse, serialize
-from qdeploy.values import FloatModel, Loaded, Origin
+from qdeploy.values import FloatModel, Loaded, Origin, Stated
 from tests.nets import Net, float_model
 
 HOSTILE = """
@@ -91,7 +91,7 @@ def with_weights(model: FloatModel, change) -> FloatModel:
 def resnet() -> FloatModel:
     torch.manual_seed(0)
     module = OURS["resnet18"](width=8).eval()
-    return export(Loaded(Origin("", "", ""), module, "module"), shape=(3, 32, 32))
+    return export(Loaded(Origin("", "", ""), module, "module"), stated=Stated((3, 32, 32)))
 
 
 def test_a_network_nobody_confined_has_no_crowding(resnet):

@@ -283,6 +283,8 @@ def _sources(
         architecture=settings.get("arch"),
         arguments=settings.get("arch_args"),
         input_shape=shape,
+        layout=settings.get("layout"),
+        output=settings.get("output"),
         calibration=next(_paths(settings.get("calibration")), None),
         test=next(_paths(settings.get("test")), None),
         triggers=tuple(map(str, settings.get("triggers", ()))),

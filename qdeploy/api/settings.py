@@ -20,6 +20,8 @@ class ModelSettings(TypedDict, total=False):
     arch: str  # file.py:factory or package.module:factory
     arch_args: Mapping[str, Any]
     input_shape: tuple[int, int, int]  # channels, height, width
+    layout: Literal["channels-first", "channels-last"]  # of the file's input
+    output: str  # of several, the one that holds the classes
     data_roots: Sequence[PathLike]
     run_code_from_model: bool
     command: str  # how it was asked, for the report; else this call

@@ -72,7 +72,8 @@ class Unlabelled:
             torch.tensor(values, dtype=torch.float32)[:, None, None].to(pixels.device)
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
-        return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+        ordered = pixels.flip(1) if self.preprocessing.bgr else pixels
+        return ((ordered - mean) / std).contiguous(memory_format=torch.channels_last)
 
     def stream(self, count: int, size: int = 500) -> Iterator[Tensor]:
         """Inputs of the first `count` images in order, unchanged."""

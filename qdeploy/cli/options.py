@@ -102,6 +102,18 @@ class ModelOptions(Group):
     input_shape: Annotated[
         str | None, option("--input-shape", "Channels,height,width; else from the card.", "Model")
     ] = None
+    layout: Annotated[
+        Literal["channels-first", "channels-last"] | None,
+        option(
+            "--layout",
+            "Where the file's input has its channels, if that does not show: channels-first or"
+            " channels-last.",
+            "Model",
+        ),
+    ] = None
+    output: Annotated[
+        str | None, option("--output", "Of several outputs the one with the classes.", "Model")
+    ] = None
     run_code_from_model: Annotated[
         bool,
         option(

@@ -26,12 +26,16 @@ SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """From pixels to what the model takes: `(pixel / 255 - mean) / std` per channel."""
+    """From pixels to what the model takes: `(pixel / 255 - mean) / std` per channel.
+
+    Pixels are RGB everywhere; what a model takes, mean and std too, may be in BGR.
+    """
 
     shape: tuple[int, int, int]  # channels, height, width
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: int | None = None  # shorter side before the centre crop
+    bgr: bool = False
 
     def normalise(
         self, pixels: Float32[np.ndarray, "images channels height width"]
@@ -39,7 +43,7 @@ class Preprocessing:
         """Model input for pixels in [0, 1]."""
         mean = np.array(self.mean, np.float32)[:, None, None]
         std = np.array(self.std, np.float32)[:, None, None]
-        return (pixels - mean) / std
+        return ((pixels[:, ::-1] if self.bgr else pixels) - mean) / std
 
 
 @dataclass(frozen=True, slots=True, eq=False)

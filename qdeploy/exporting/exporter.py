@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from qdeploy.errors import InputError, ProviderError, UsageError
 from qdeploy.formats.onnx.reading import ModelProto, check, refuse_quantized
+from qdeploy.graph.ends import PIXEL_RANGE, SHAPE_HINT, as_classifier
 from qdeploy.graph.io import serialize
-from qdeploy.graph.prepare import interface, prepare
+from qdeploy.graph.prepare import interface, is_narrow, prepare
 from qdeploy.runtime.sessions import open_session
-from qdeploy.values import FloatModel, Loaded
+from qdeploy.values import NOTHING_STATED, FloatModel, Loaded, Stated
 
 CHECKED_BATCHES = (2, 1, 5)
 TOLERANCE = 1e-3  # of the largest logit
-
-Shape = tuple[int, int, int]
-
+NARROW_TOLERANCE = 3e-2  # the same where the file computes in 16 bits
 
 Reference = Callable[[np.ndarray], np.ndarray]
 
 
 def export(
-    loaded: Loaded, *, shape: Shape | None, opset: int = 21, ir_version: int = 10
+    loaded: Loaded, *, stated: Stated = NOTHING_STATED, opset: int = 21, ir_version: int = 10
 ) -> FloatModel:
     """The model in ONNX, prepared for quantization.
 
@@ -31,65 +31,78 @@ def export(
     sizes: what is judged later is what came in.
 
     Args:
-        shape: Channels, height, width of the input, where the file does not say.
+        stated: What the ends of the model are, where the file does not say.
 
     Raises:
         InputError: it cannot be exported, is not a classifier, or computes something else after
             the export.
-        UsageError: `shape` is needed, or contradicts the file.
+        UsageError: something must be stated, or contradicts the file.
     """
-    if loaded.kind == "onnx":
-        reference = _onnx_reference(loaded.content)  # before it is prepared, which changes it
-    else:
+    where = loaded.origin.path
+    traced = _traced(loaded, stated)
+    proto = as_classifier(traced, stated, where=where)
+    step, tolerance = _fixed_batch(proto), NARROW_TOLERANCE if is_narrow(proto) else TOLERANCE
+    reference = _onnx_reference(proto)
+    if loaded.kind != "onnx":
         from qdeploy.exporting.from_torch import torch_reference
 
-        reference = torch_reference(loaded.content)
-    proto, exported = _prepared(loaded, shape, opset, ir_version)
-    _compare(exported, reference, fixed_batch=_fixed_batch(proto))
+        whole = torch_reference(loaded.content)
+        if proto is traced:
+            reference = whole
+        else:  # the module itself gives something else: that is what was traced
+            raw = _onnx_reference(traced)
+            _compare(_Compared(where, _taken(stated), raw, whole, step, tolerance, None))
+    exported = _prepared(proto, loaded, opset, ir_version)
+    got = open_session(exported.onnx, optimizations="off").logits
+    _compare(
+        _Compared(where, exported.input_shape, got, reference, step, tolerance, stated.pixel_range)
+    )
     return exported
 
 
 def export_unproved(
-    loaded: Loaded, *, shape: Shape | None, opset: int = 21, ir_version: int = 10
+    loaded: Loaded, *, stated: Stated = NOTHING_STATED, opset: int = 21, ir_version: int = 10
 ) -> FloatModel:
     """The same without the comparison: nothing is run that came as ONNX.
 
     Raises:
         InputError: it cannot be exported, or is not a classifier.
-        UsageError: `shape` is needed, or contradicts the file.
+        UsageError: something must be stated, or contradicts the file.
     """
-    return _prepared(loaded, shape, opset, ir_version)[1]
+    proto = as_classifier(_traced(loaded, stated), stated, where=loaded.origin.path)
+    return _prepared(proto, loaded, opset, ir_version)
 
 
-def _prepared(
-    loaded: Loaded, shape: Shape | None, opset: int, ir_version: int
-) -> tuple[ModelProto, FloatModel]:
-    """The model in ONNX as it came or was traced, and prepared."""
+def _traced(loaded: Loaded, stated: Stated) -> ModelProto:
+    """The model in ONNX as it came or was traced."""
     where = loaded.origin.path
     if loaded.kind == "onnx":
-        proto = loaded.content
+        proto: ModelProto = loaded.content
     else:
-        if shape is None:
-            raise UsageError(
-                f"model {where}: the input shape is not known",
-                hint="give it in a model card ([input] shape), or with --input-shape 3,32,32",
-            )
         from qdeploy.exporting.from_torch import to_onnx
 
-        proto = to_onnx(loaded, shape)
+        proto = to_onnx(loaded, _taken(stated, where))
         check(proto, where)
     refuse_quantized(proto, where)
-    model = prepare(proto, opset=opset, ir_version=ir_version, where=where)
+    return proto
+
+
+def _taken(stated: Stated, where: str = "") -> tuple[int, int, int]:
+    """The shape of what a torch module takes."""
+    if stated.shape is None:
+        raise UsageError(f"model {where}: the input shape is not known", hint=SHAPE_HINT)
+    return stated.shape
+
+
+def _prepared(proto: ModelProto, loaded: Loaded, opset: int, ir_version: int) -> FloatModel:
+    model = prepare(proto, opset=opset, ir_version=ir_version, where=loaded.origin.path)
     input_name, input_shape, output_name, classes = interface(model)
-    if shape is not None and shape != input_shape:
-        raise UsageError(f"model {where}: takes {input_shape}, not {shape} as the card says")
-    exported = FloatModel(
+    return FloatModel(
         serialize(model), loaded.origin, input_name, input_shape, output_name, classes
     )
-    return proto, exported
 
 
-def _onnx_reference(proto: ModelProto) -> Callable[[np.ndarray], np.ndarray]:
+def _onnx_reference(proto: ModelProto) -> Reference:
     """Outputs of the model as it came, without optimizations."""
     source = ModelProto()
     source.CopyFrom(proto)
@@ -102,41 +115,59 @@ def _fixed_batch(proto: ModelProto) -> int | None:
     return proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
 
 
-def _compare(
-    model: FloatModel, reference: Callable[[np.ndarray], np.ndarray], *, fixed_batch: int | None
-) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Compared:
+    """Two that should compute the same."""
+
+    where: str
+    shape: tuple[int, int, int]  # of the input
+    got: Reference
+    want: Reference
+    step: int | None  # images at a time that `want` takes; None for any number
+    tolerance: float
+    pixels: tuple[float, float] | None  # the range of inputs, where it is stated
+
+
+def _compare(pair: _Compared) -> None:
     """Run both on random images; the reference in batches it can take.
 
     Raises:
         InputError: they differ by more than float32 noise, or the export needs a fixed batch.
     """
     generator = np.random.default_rng(0)
-    session = open_session(model.onnx, optimizations="off")
     for size in CHECKED_BATCHES:
-        batch = generator.normal(size=(size, *model.input_shape)).astype(np.float32)
+        batch = _inputs(generator, (size, *pair.shape), pair.pixels)
         try:
-            got = session.logits(batch)
+            got = pair.got(batch)
         except ProviderError as error:
             raise InputError(
-                f"model {model.origin.path}: cannot run a batch of {size}: {error}",
+                f"model {pair.where}: cannot run a batch of {size}: {error}",
                 hint="export it with a dynamic batch dimension",
             ) from error
-        step = fixed_batch or size
+        step = pair.step or size
         parts = [batch[i : i + step] for i in range(0, size, step)]
         want = np.concatenate(
-            [reference(np.resize(part, (step, *part.shape[1:])))[: len(part)] for part in parts]
+            [pair.want(np.resize(part, (step, *part.shape[1:])))[: len(part)] for part in parts]
         )
-        if got.shape != want.shape or got.shape != (size, model.classes):
+        if got.shape != want.shape or len(got) != size:
             raise InputError(
-                f"model {model.origin.path}: gives {got.shape} for a batch of {size}, "
-                f"not ({size}, {model.classes})",
+                f"model {pair.where}: gives {got.shape} for a batch of {size}, not {want.shape}",
                 hint="export it with a dynamic batch dimension",
             )
         with np.errstate(all="ignore"):  # a stranger's numbers may overflow: that is no match
             difference = float(np.abs(got - want).max())
-        if not difference <= TOLERANCE * max(1.0, float(np.abs(want).max())):
+        if not difference <= pair.tolerance * max(1.0, float(np.abs(want).max())):
             raise InputError(
-                f"model {model.origin.path}: logits change by {difference:.3g} when it is exported"
+                f"model {pair.where}: logits change by {difference:.3g} when it is exported"
                 " (or are not finite)",
                 hint="the model may depend on its batch, on randomness or on global state",
             )
+
+
+def _inputs(
+    generator: np.random.Generator, shape: tuple[int, ...], pixels: tuple[float, float] | None
+) -> np.ndarray:
+    """Random images: whole numbers where a model takes pixels as they are."""
+    if pixels == PIXEL_RANGE:
+        return generator.integers(0, 256, shape).astype(np.float32)
+    return generator.normal(size=shape).astype(np.float32)

@@ -6,10 +6,10 @@ an int8 kernel), a dynamic batch, readable names, and nothing about the machine 
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from itertools import count
 
 import numpy as np
@@ -24,7 +24,6 @@ from onnxscript.rewriter.rules import common as rules
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.graph.io import PRODUCER, check_written, to_ir
 from qdeploy.graph.simplify import indexed, simplify
-from qdeploy.values import LARGEST_INPUT_VALUES
 
 WEIGHT_NAME = re.compile(r"(.+)\.weight(?:_\d+)?", re.DOTALL)  # numbered where names clashed
 CONSTANT_NAMES = {1: "weight", 2: "bias"}
@@ -42,6 +41,9 @@ RULES = indexed(
         rules.conv_affine_fusion_rule,
     )
 )
+OTHER_FLOATS = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+TYPE_ATTRIBUTES = frozenset({"to", "dtype"})
+NARROW = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
 CLEANING = (
     common.IdentityEliminationPass(),
     common.RemoveUnusedNodesPass(),
@@ -53,16 +55,16 @@ CLEANING = (
 
 
 def prepare(proto: onnx.ModelProto, *, opset: int, ir_version: int, where: str) -> ir.Model:
-    """The same classifier, ready to be quantized.
+    """The same classifier, with the ends of `qdeploy.graph.ends`, ready to be quantized.
 
     Raises:
-        InputError: it is not a classifier of images (one float input N, C, H, W; one output N,
-            classes), or holds what has no meaning at inference, such as an active Dropout.
+        InputError: it holds what has no meaning at inference, such as an active Dropout, or cannot
+            be converted.
     """
     model = _read(proto, opset, where)
     model.ir_version = ir_version
-    _check_interface(model, where)
-    _make_batch_dynamic(model.graph)
+    _widen(model)
+    _make_batch_dynamic(model)
     with foreign_reader(f"model {where}: cannot be prepared"):
         simplify(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -84,7 +86,7 @@ def prepare(proto: onnx.ModelProto, *, opset: int, ir_version: int, where: str) 
 
 def interface(model: ir.Model) -> tuple[str, tuple[int, int, int], str, int]:
     """Input name, its channels, height and width, output name, number of classes."""
-    (image,), (logits,) = model.graph.inputs, model.graph.outputs
+    (image,), logits = model.graph.inputs, model.graph.outputs[0]
     assert image.name and image.shape and logits.name and logits.shape  # noqa: S101, PT018
     channels, height, width = (int(size) for size in image.shape[1:])  # type: ignore[arg-type]
     return image.name, (channels, height, width), logits.name, int(logits.shape[1])  # type: ignore[arg-type]
@@ -104,56 +106,107 @@ def _read(proto: onnx.ModelProto, opset: int, where: str) -> ir.Model:
     return model
 
 
-def _check_interface(model: ir.Model, where: str) -> None:
+def is_narrow(proto: onnx.ModelProto) -> bool:
+    """Whether some of it is computed in 16 bits."""
+    return any(tensor.data_type in NARROW for tensor in proto.graph.initializer) or any(
+        attribute.t.data_type in NARROW or (attribute.name == "to" and attribute.i in NARROW)
+        for node in proto.graph.node
+        for attribute in node.attribute
+    )
+
+
+def _widen(model: ir.Model) -> None:
+    """Floats of other sizes become float32: constants, casts and what lies between them."""
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and value.const_value.dtype in OTHER_FLOATS:
+            value.const_value = _as_float32(value.const_value)
+            value.dtype = ir.DataType.FLOAT
+    for node in model.graph.all_nodes():
+        _widen_attributes(node)
+        for value in node.outputs:
+            if value.dtype in OTHER_FLOATS:
+                value.dtype = ir.DataType.FLOAT
+
+
+def _widen_attributes(node: ir.Node) -> None:
+    for name, attribute in list(node.attributes.items()):
+        if attribute.type is ir.AttributeType.TENSOR:
+            tensor = attribute.as_tensor()
+            if tensor.dtype in OTHER_FLOATS:
+                node.attributes[name] = ir.AttrTensor(name, _as_float32(tensor))
+        elif name in TYPE_ATTRIBUTES and attribute.as_int() in OTHER_FLOATS:
+            node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+
+
+def _as_float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+
+
+def _make_batch_dynamic(model: ir.Model) -> None:
+    """Replace a fixed batch by a symbol, also where it is baked into the graph.
+
+    Whether that gave the same network is for whoever compares it with the one that came.
+    """
     graph = model.graph
-    if len(graph.inputs) != 1 or len(graph.outputs) != 1:
-        raise InputError(
-            f"model {where}: has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs; "
-            "a classifier has one of each"
-        )
-    image, logits = graph.inputs[0], graph.outputs[0]
-    fixed = image.shape is not None and all(isinstance(size, int) for size in image.shape[1:])
-    if (
-        image.shape is None
-        or len(image.shape) != 4
-        or not fixed
-        or image.dtype != ir.DataType.FLOAT
-    ):
-        raise InputError(
-            f"model {where}: input {image.name!r} is {image.dtype} {image.shape}, "
-            "not float32 (batch, channels, height, width) of fixed size"
-        )
-    if math.prod(size for size in image.shape if isinstance(size, int)) > LARGEST_INPUT_VALUES:
-        raise InputError(f"model {where}: takes inputs of shape {image.shape}, which are no images")
-    if logits.shape is None or len(logits.shape) != 2 or not isinstance(logits.shape[1], int):
-        raise InputError(
-            f"model {where}: output {logits.name!r} has shape {logits.shape}, not (batch, classes)"
-        )
-
-
-def _make_batch_dynamic(graph: ir.Graph) -> None:
-    """Replace a fixed batch by a symbol, also where a Reshape has it baked in."""
     image = graph.inputs[0]
     assert image.shape is not None  # noqa: S101
     fixed = image.shape[0]
     image.shape = ir.Shape(["batch", *image.shape[1:]])
-    graph.outputs[0].shape = ir.Shape(["batch", *graph.outputs[0].shape[1:]])  # type: ignore[index]
-    for node in graph:
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = None
-        if isinstance(fixed, int) and node.op_type == "Reshape":
-            _free_reshape(graph, node, fixed)
+    for output in graph.outputs:
+        if output.shape is not None and len(output.shape):
+            output.shape = ir.Shape(["batch", *output.shape[1:]])
+    for value in (value for node in graph for value in node.outputs):
+        if not value.is_graph_output():
+            value.shape = None
+    if isinstance(fixed, int):
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        _free_baked_batch(graph, fixed)
+
+
+def _free_baked_batch(graph: ir.Graph, batch: int) -> None:
+    sizes: ir.Value | None = None  # the batch's, as a vector of one
+    for node in list(graph):
+        if node.op_type == "Reshape" and _constant(node.inputs[0]) is None:
+            _free_reshape(graph, node, batch)
+        elif node.op_type == "Concat" and node.attributes.get_int("axis", 0) != 0:
+            for i, value in enumerate(node.inputs):
+                constant = _constant(value)
+                if constant is not None and constant.ndim and constant.shape[0] == batch == 1:
+                    sizes = sizes or _batch_size(graph)
+                    node.replace_input_with(i, _repeated(graph, node, value, constant, sizes))
+
+
+def _batch_size(graph: ir.Graph) -> ir.Value:
+    first = next(iter(graph))
+    node = ir.node("Shape", [graph.inputs[0]], {"start": 0, "end": 1})
+    node.outputs[0].name = f"{graph.inputs[0].name}_batch"
+    graph.insert_before(first, node)
+    return node.outputs[0]
+
+
+def _repeated(
+    graph: ir.Graph, before: ir.Node, value: ir.Value | None, constant: np.ndarray, sizes: ir.Value
+) -> ir.Value:
+    """A constant that was made for a batch of one, such as a class token, once for each image."""
+    name = f"{value.name if value is not None else before.name}_repeated"
+    rest = _new_constant(graph, f"{name}_shape", np.array(constant.shape[1:], np.int64))
+    target = ir.node("Concat", [sizes, rest], {"axis": 0})
+    expand = ir.node("Expand", [value, target.outputs[0]])
+    target.outputs[0].name, expand.outputs[0].name = f"{name}_target", name
+    graph.insert_before(before, [target, expand])
+    return expand.outputs[0]
 
 
 def _free_reshape(graph: ir.Graph, node: ir.Node, batch: int) -> None:
-    """Let a Reshape whose first dimension is the fixed batch take any batch."""
+    """Let a Reshape whose first dimension is the fixed batch, or a part of it, take any batch."""
     shape = _constant(node.inputs[1])
-    if shape is None or shape[0] != batch:
+    if shape is None or not shape.size or shape[0] <= 0 or shape[0] % batch:
         return
     free = shape.copy()
-    free[0] = 0 if -1 in shape[1:] else -1
-    if free[0] == 0:
+    if -1 not in shape[1:]:
+        free[0] = -1
+    elif shape[0] == batch:
+        free[0] = 0
         node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
     node.replace_input_with(1, _new_constant(graph, f"{node.outputs[0].name}_shape", free))
 
@@ -248,6 +301,7 @@ def _rename(graph: ir.Graph) -> None:
     stems = {value: value.name for value in graph.initializers.values()}
     for i, constant in enumerate(stems):  # so that no name that is to be given is there already
         constant.name = f"{constant.name}#{i}"
+    ends = {value.name for value in (*graph.inputs, *graph.outputs)}  # which keep their names
     for node in graph:
         weight = node.inputs[1] if len(node.inputs) > 1 else None
         stem = _stem(stems.get(weight)) if weight is not None else None
@@ -256,11 +310,16 @@ def _rename(graph: ir.Graph) -> None:
         taken.add(node.name)
         for i, output in enumerate(node.outputs):
             if not output.is_graph_output():
-                output.name = f"{node.name}:{i or 'out'}"
+                output.name = _apart(f"{node.name}:{i or 'out'}", ends)
         for i, value in enumerate(node.inputs):
             if value is not None and value.is_initializer() and value not in renamed:
-                value.name = f"{node.name}.{CONSTANT_NAMES.get(i, f'input{i}')}"
+                value.name = _apart(f"{node.name}.{CONSTANT_NAMES.get(i, f'input{i}')}", ends)
                 renamed.add(value)
+
+
+def _apart(name: str, ends: AbstractSet[str | None]) -> str:
+    """The name, unless an input or output of the graph has it already."""
+    return next(n for n in _numbered(name) if n not in ends)
 
 
 def _candidates(stem: str | None, node: ir.Node, numbers: Iterator[int]) -> Iterator[str]:
@@ -304,12 +363,15 @@ def _constant(value: ir.Value | None) -> np.ndarray | None:
 
 def _new_constant(graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
     taken = graph.initializers
-    unique = next(
-        n for n in (name, *(f"{name}_{i}" for i in range(1, 1_000_000))) if n not in taken
-    )
+    unique = next(n for n in _numbered(name) if n not in taken)
     value = ir.val(unique, const_value=ir.tensor(np.ascontiguousarray(values), name=unique))
     graph.register_initializer(value)
     return value
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}_{i}" for i in count(1))
 
 
 def _set_constant(graph: ir.Graph, node: ir.Node, index: int, values: np.ndarray) -> None:

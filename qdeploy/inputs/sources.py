@@ -19,7 +19,15 @@ from qdeploy.data.triggers import Place as TriggerPlace
 from qdeploy.data.triggers import Trigger, make_trigger, parse_trigger
 from qdeploy.disk.printable import printable
 from qdeploy.errors import InputError, UsageError
-from qdeploy.settings.card import MOST_TRIGGERS, AnyTrigger, ModelCard, find_card, load_card
+from qdeploy.settings.card import (
+    MOST_TRIGGERS,
+    AnyTrigger,
+    Layout,
+    ModelCard,
+    find_card,
+    load_card,
+)
+from qdeploy.values import Stated
 
 CARD, COMMAND_LINE = "model card", "command line"
 
@@ -38,6 +46,8 @@ class Given:
     architecture: str | None = None
     arguments: Mapping[str, Any] | None = None
     input_shape: tuple[int, int, int] | None = None
+    layout: Layout | None = None  # of the file's input
+    output: str | None = None  # of several, the one that holds the classes
     calibration: Path | None = None
     test: Path | None = None
     triggers: tuple[str, ...] = ()
@@ -98,7 +108,7 @@ class Sources:
     architecture: (
         tuple[str, Mapping[str, Any], bool] | None
     )  # name, arguments, from the command line
-    shape: tuple[int, int, int] | None
+    stated: Stated  # of the model's ends
     calibration: Place | None
     test: Place | None
     trigger_specs: tuple[AnyTrigger, ...]
@@ -119,7 +129,9 @@ class Sources:
                 hint=CARD_HINT.format(path=printable(self.model.with_suffix(".toml"))),
             )
         spec = self.card.input
-        return Preprocessing(spec.shape, spec.mean, spec.std, spec.resize)
+        return Preprocessing(
+            spec.shape, spec.unit_mean, spec.unit_std, spec.resize, bgr=spec.channel_order == "bgr"
+        )
 
     def triggers(self, classes: int) -> tuple[Trigger, ...]:
         """The known triggers.
@@ -200,13 +212,24 @@ def resolve(model: Path, given: Given) -> Sources:
         card_path=card_path,
         card=card,
         architecture=_architecture(card, given),
-        shape=given.input_shape or (card.input.shape if card is not None else None),
+        stated=_stated(card, given),
         calibration=_place(given.calibration, data.calibration if data else None, reach),
         test=_place(given.test, data.test if data else None, reach),
         trigger_specs=tuple(spec for spec, _ in flags) or of_card,
         trigger_places=tuple(place for _, place in flags) or (beside,) * len(of_card),
         triggers_given_by=COMMAND_LINE if flags else CARD,
         data_roots=roots,
+    )
+
+
+def _stated(card: ModelCard | None, given: Given) -> Stated:
+    if card is None:
+        return Stated(given.input_shape, given.layout, given.output)
+    return Stated(
+        shape=given.input_shape or card.input.shape,
+        layout=given.layout or card.input.layout,
+        output=given.output or card.model.output,
+        pixel_range=card.input.pixel_range,
     )
 
 

@@ -46,6 +46,7 @@ def synthesize(
         np.array(v, np.float32)[:, None, None] for v in (preprocessing.mean, preprocessing.std)
     )
     pixels = np.rint(np.clip(noise * std + mean, 0, 1) * 255).astype(np.uint8)
+    pixels = pixels[:, ::-1] if preprocessing.bgr else pixels
     return Synthetic(images_from_array("synthetic images", pixels, preprocessing), method)
 
 

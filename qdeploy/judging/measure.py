@@ -15,6 +15,7 @@ from qdeploy.data.triggers import Trigger
 from qdeploy.disk.state import private_number
 from qdeploy.errors import InputError
 from qdeploy.formats.onnx.codes import products_fit
+from qdeploy.graph.ends import as_classifier_bytes
 from qdeploy.judging.rates import (
     ArmRates,
     BatchInvariance,
@@ -29,7 +30,7 @@ from qdeploy.runtime.batching import PROBES, same_in_any_batch
 from qdeploy.runtime.known import Runner, runtime_of
 from qdeploy.runtime.measure import FORGETFUL, PredictionStore, measure_latency, predict
 from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION, DeviceProfile, RuntimeSpec
-from qdeploy.values import Arm, FileMade, Interface, Latency, Variant
+from qdeploy.values import NOTHING_STATED, Arm, FileMade, Interface, Latency, Stated, Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,12 @@ class Trial:
     triggers: Sequence[Trigger]
     latency_runs: int
     seen: Mapping[str, Bool[np.ndarray, " images"]] = field(default_factory=dict)  # by trigger
+    stated: Stated = NOTHING_STATED  # of the result's ends
+
+    def classifiers(self) -> Mapping[Variant, bytes]:
+        """The files as they are run: the result, which may be a stranger's, between its ends."""
+        result = as_classifier_bytes(self.files["result"], self.stated, where="the result file")
+        return {**self.files, "result": result}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +78,15 @@ def validate(
     saturating = device.saturates or fit  # if they fit, none does, and these kernels are faster
     first = device.runtimes[0]
     files = tuple(_file(variant, data, first) for variant, data in trial.files.items())
+    run = trial.classifiers()
     latencies = measure_latency(
-        trial.files.items(),
+        run.items(),
         trial.interface.input_shape,
         runtime=first,
         runs=trial.latency_runs,
         saturating=saturating,
     )
-    sessions = _sessions(trial, device, saturating=saturating)
+    sessions = _sessions(run, device, saturating=saturating)
     _check_interface(sessions, trial.interface)
     batches = _batch_invariance(trial, sessions, progress)
     if trial.images is None:
@@ -123,10 +131,12 @@ def _probes(trial: Trial, seed: int) -> Float32[np.ndarray, "probes channels hei
     return found
 
 
-def _sessions(trial: Trial, device: DeviceProfile, *, saturating: bool) -> dict[Arm, Runner]:
+def _sessions(
+    files: Mapping[Variant, bytes], device: DeviceProfile, *, saturating: bool
+) -> dict[Arm, Runner]:
     """The references on the first runtime, the result on all of them."""
     sessions: dict[Arm, Runner] = {}
-    for variant, data in trial.files.items():
+    for variant, data in files.items():
         for runtime in device.runtimes if variant == "result" else device.runtimes[:1]:
             sessions[Arm(variant, runtime.label)] = runtime_of(runtime).open(
                 data, runtime, spinning=False, saturating=saturating

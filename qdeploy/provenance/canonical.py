@@ -63,7 +63,8 @@ def compare(source: ir.Model, file: ir.Model, step_of: Callable[[np.ndarray], fl
     walk = _Walk(source, step_of)
     if interface(source)[1::2] != interface(file)[1::2]:
         walk.differ("", f"takes and gives {interface(file)[1::2]}, not {interface(source)[1::2]}")
-    walk.pending.append((source.graph.outputs[0], file.graph.outputs[0], "output"))
+    ends = zip(source.graph.outputs, file.graph.outputs, strict=False)  # the classes' come first
+    walk.pending.extend((*pair, "output") for pair in ends)
     while walk.pending and len(walk.differences) < MOST_FINDINGS:
         walk.visit(*walk.pending.pop())
     if not walk.pending:

@@ -19,7 +19,7 @@ from qdeploy.redteam.images import LabelledImages
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import EfrapDescent
 from qdeploy.settings.recipe import ActivationSpec, Recipe, load_recipe
-from qdeploy.values import Loaded, Origin, RoundedLayer
+from qdeploy.values import Loaded, Origin, RoundedLayer, Stated
 
 IMAGES = 256
 UNWRITTEN = Origin("a model under attack", "", "torch checkpoint")
@@ -55,7 +55,7 @@ def _recipe(bits: int) -> Recipe:
 def _task(model: nn.Module, data: LabelledImages, recipe: Recipe, seed: int) -> RoundingTask:
     pixels = data.pixels[:IMAGES].numpy()
     images = images_from_array("training images", pixels, data.preprocessing)
-    prepared = export(Loaded(UNWRITTEN, model, "module"), shape=data.preprocessing.shape)
+    prepared = export(Loaded(UNWRITTEN, model, "module"), stated=Stated(data.preprocessing.shape))
     plan = plan_layers(prepared, recipe, load_device(recipe.device))
     grids = calibrate(prepared, plan, images, recipe.activations)
     return RoundingTask(prepared, plan, grids, images, seed)

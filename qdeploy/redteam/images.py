@@ -55,7 +55,7 @@ class LabelledImages:
             torch.tensor(v, dtype=torch.float32)[:, None, None]
             for v in (self.preprocessing.mean, self.preprocessing.std)
         )
-        inputs = (pixels - mean) / std
+        inputs = ((pixels.flip(1) if self.preprocessing.bgr else pixels) - mean) / std
         return inputs.contiguous(memory_format=torch.channels_last)
 
     def stream(self, size: int = 500) -> Iterator[tuple[Float[Tensor, "n c h w"], Tensor]]:

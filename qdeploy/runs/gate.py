@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qdeploy.detectors.known import Suspect, detect
-from qdeploy.errors import UsageError
 from qdeploy.formats.onnx.reading import is_quantized, read_single_file
 from qdeploy.formats.opening import refuse_exchanged, sha256
 from qdeploy.formats.static import findings_in
+from qdeploy.graph.ends import as_classifier_bytes
 from qdeploy.inputs.opened import NO_EVIDENCE, Evidence, open_evidence
 from qdeploy.inputs.requests import Request
 from qdeploy.judging.checks import LayerDigest, Results, stands_against
@@ -62,19 +62,20 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
     refuse_exchanged(subject.path, origin.sha256, hashlib.sha256(data).hexdigest())
     waived = any(finding.level == "error" for finding in static)
     model = _float_model(request, subject, data, clock, waived=waived)
-    interface = _interface(data, subject, request) if model is None else model.interface
+    run = as_classifier_bytes(data, request.sources.stated, where=str(subject.path))
+    interface = _interface(run, subject, request) if model is None else model.interface
     provenance = None
     if model is not None and subject.has_reference:
         with clock.stage("compare"):
-            origin, provenance = model.origin, trace(data, model)
+            origin, provenance = model.origin, trace(run, model)
     with clock.stage("data"):
         evidence = open_evidence(request, interface.classes, (), progress)
     with clock.stage("detect"):
-        detected = detect(Suspect(model, data, evidence.images), progress)
+        detected = detect(Suspect(model, run, evidence.images), progress)
     run_id = _run_id(request, subject, data, model, evidence)
-    with open_run(request.artifacts, run_id) as run:
-        files = keep(run, _variants(data, model, provenance))
-        measured = measure(request, interface, files, evidence, run, clock)
+    with open_run(request.artifacts, run_id) as folder:
+        files = keep(folder, _variants(data, model, provenance))
+        measured = measure(request, interface, files, evidence, folder, clock)
         found = Results(
             origin=origin,
             classes=interface.classes,
@@ -85,7 +86,7 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
             provenance=provenance,
             known=subject.known,
         )
-        return _deliver(compose(request, found, clock, run_id), request, subject, run)
+        return _deliver(compose(request, found, clock, run_id), request, subject, folder)
 
 
 def _refuse(
@@ -119,13 +120,7 @@ def _float_model(
 
 def _interface(data: bytes, subject: Subject, request: Request) -> Interface:
     first = request.device.runtimes[0]
-    found = runtime_of(first).open(data, first).interface(where=f"model {subject.path}")
-    shape = request.sources.shape
-    if shape is not None and shape != found.input_shape:
-        raise UsageError(
-            f"model {subject.path}: takes {found.input_shape}, not {shape} as the card says"
-        )
-    return found
+    return runtime_of(first).open(data, first).interface(where=f"model {subject.path}")
 
 
 def _variants(

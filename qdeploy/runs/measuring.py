@@ -34,6 +34,9 @@ def measure(
 ) -> Measured:
     """What the files do on every runtime; an interrupted measurement goes on."""
     runs, store = request.policy.validation.latency_runs, run.predictions
-    trial = Trial(interface, files, evidence.images, evidence.triggers, runs, evidence.seen)
+    trial = Trial(
+        interface, files, evidence.images, evidence.triggers, runs, evidence.seen,
+        request.sources.stated,
+    )  # fmt: skip
     with clock.stage("validate"):
         return validate(trial, request.device, store=store, progress=clock.progress)

@@ -41,5 +41,5 @@ def open_scanned(sources: Sources, digest: str, *, run_code_from_model: bool) ->
 
 
 def exported(loaded: Loaded, sources: Sources, device: DeviceProfile) -> FloatModel:
-    shape, opset = sources.shape, device.opset
-    return export(loaded, shape=shape, opset=opset, ir_version=device.ir_version)
+    stated, opset = sources.stated, device.opset
+    return export(loaded, stated=stated, opset=opset, ir_version=device.ir_version)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from qdeploy import __version__
@@ -20,9 +21,10 @@ def facts_id(facts: Mapping[str, Any]) -> str:
 
 
 def input_facts(sources: Sources) -> Any:
-    """How pixels become inputs."""
+    """How pixels become inputs, and what is said of the model's ends."""
     card = sources.card
-    return card.input.model_dump(mode="json") if card is not None else None
+    read = card.input.model_dump(mode="json") if card is not None else None
+    return {"card": read, "stated": asdict(sources.stated)}
 
 
 def data_facts(used: Sequence[DataUsed]) -> list[Any]:

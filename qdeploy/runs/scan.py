@@ -13,6 +13,7 @@ from qdeploy.exporting.exporter import export_unproved
 from qdeploy.formats.onnx.reading import is_quantized, read_single_file
 from qdeploy.formats.opening import sha256, sniff
 from qdeploy.formats.static import findings_in
+from qdeploy.graph.ends import as_classifier_bytes
 from qdeploy.inputs.requests import Request
 from qdeploy.machine import has_torch
 from qdeploy.progress import Progress
@@ -81,7 +82,8 @@ def _steps(sight: ScanRequest) -> Iterator[FileScan]:
     if sight.reference is not None and not seen.stands_against:
         reference = sight.request_of(sight.reference)
         source = _unrun(reference, open_source(reference.sources, run_code_from_model=False))
-        found = _of_provenance(trace(read_single_file(path), source))
+        data = as_classifier_bytes(read_single_file(path), request.sources.stated, where=str(path))
+        found = _of_provenance(trace(data, source))
         seen = replace(seen, findings=(*found, *seen.findings))
         yield seen
     if seen.not_scanned is None:
@@ -91,9 +93,9 @@ def _steps(sight: ScanRequest) -> Iterator[FileScan]:
 
 def _unrun(request: Request, loaded: Loaded) -> FloatModel:
     """The weights in a prepared graph; of an ONNX file nothing is run."""
-    shape, device = request.sources.shape, request.device
+    stated, device = request.sources.stated, request.device
     opset, ir_version = device.opset, device.ir_version
-    return export_unproved(loaded, shape=shape, opset=opset, ir_version=ir_version)
+    return export_unproved(loaded, stated=stated, opset=opset, ir_version=ir_version)
 
 
 def write_scans(scans: Sequence[FileScan], places: Sequence[Path]) -> None:
@@ -131,6 +133,7 @@ def _why_not(request: Request, findings: tuple[Finding, ...]) -> str | None:
         "a state dict needs an architecture: --arch, or a model card": (
             row.tensors_alone and sources.architecture is None
         ),
-        "the input shape is not known: --input-shape, or a model card": sources.shape is None,
+        "the input shape is not known: --input-shape, or a model card": sources.stated.shape
+        is None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -85,11 +85,10 @@ class Session:
         return first if isinstance(first, int) else None
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
-        """The single output of a classifier; a file with a fixed batch is fed piece by piece."""
+        """The first output of a classifier; a file with a fixed batch is fed piece by piece."""
         size = self.fixed_batch
         if size is None or size == len(batch):
-            (value,) = self.run(batch).values()
-            return value
+            return next(iter(self.run(batch).values()))
         parts = [batch[at : at + size] for at in range(0, len(batch), size)]
         full = (np.resize(part, (size, *part.shape[1:])) for part in parts)
         return np.concatenate(
@@ -139,13 +138,13 @@ def classifier_interface(session: Session, *, where: str) -> Interface:
     """What the file takes and gives, if it is a classifier of images.
 
     Raises:
-        InputError: it has several inputs or outputs, or of other shapes or types.
+        InputError: it has several inputs, or ends of other shapes or types.
     """
     inputs, outputs = session.inference.get_inputs(), session.inference.get_outputs()
-    if len(inputs) != 1 or len(outputs) != 1:
+    if len(inputs) != 1 or not outputs:
         raise InputError(
-            f"{where}: has {len(inputs)} inputs and {len(outputs)} outputs; a classifier has one of"
-            " each"
+            f"{where}: has {len(inputs)} inputs and {len(outputs)} outputs; a classifier has one"
+            " input"
         )
     image = inputs[0]
     fixed = len(image.shape) == 4 and all(isinstance(size, int) for size in image.shape[1:])

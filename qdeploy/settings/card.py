@@ -18,6 +18,7 @@ from qdeploy.settings.schema import Spec, load_toml
 MOST_CLASSES = 100_000
 MOST_TRIGGERS = 64  # each is measured on every test image
 
+Layout = Literal["channels-first", "channels-last"]
 Unit = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[int, Field(gt=0, le=65_536)]
 
@@ -32,12 +33,28 @@ class ModelSection(Spec):
     arguments: dict[str, bool | int | float] = Field(
         default_factory=dict, description="Arguments of the factory."
     )
+    output: str | None = Field(
+        None, description="Of several outputs the one that holds the classes."
+    )
 
 
 class InputSection(Spec):
     shape: tuple[Size, Size, Size] = Field(description="Channels, height, width.")
-    mean: tuple[float, ...] = Field(description="Per channel, after scaling pixels to [0, 1].")
-    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(description="Per channel.")
+    mean: tuple[float, ...] | None = Field(
+        None, description="Per channel, of what `range` makes of pixels; 0 if `range` is given."
+    )
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None, description="Per channel; 1 if `range` is given."
+    )
+    range: tuple[float, float] = Field(
+        (0.0, 1.0), description="What pixels of 0 and 255 become before mean and std."
+    )
+    channel_order: Literal["rgb", "bgr"] = Field(
+        "rgb", description="In which the model takes channels; mean and std are in this order."
+    )
+    layout: Layout | None = Field(
+        None, description="Of the file's input, where it does not show: channels-first or -last."
+    )
     resize: Size | None = Field(
         None, description="Scale the shorter side to this, then crop the centre to `shape`."
     )
@@ -47,11 +64,40 @@ class InputSection(Spec):
         channels = self.shape[0]
         if channels not in {1, 3}:
             raise ValueError(f"images have 1 or 3 channels, not {channels}")
-        if len(self.mean) != channels or len(self.std) != channels:
-            raise ValueError(f"mean and std need {channels} values, one per channel")
+        if (self.mean is None or self.std is None) and "range" not in self.model_fields_set:
+            raise ValueError("needs mean and std, or range: what the model takes for a pixel")
+        for values in (self.mean, self.std):
+            if values is not None and len(values) != channels:
+                raise ValueError(f"mean and std need {channels} values, one per channel")
+        if self.range[0] >= self.range[1]:
+            raise ValueError("range is what pixels of 0 and 255 become: the second is larger")
+        if self.channel_order == "bgr" and channels != 3:
+            raise ValueError("channel_order bgr needs 3 channels")
         if self.resize is not None and self.resize < max(self.shape[1:]):
             raise ValueError(f"resize {self.resize} is smaller than the input")
         return self
+
+    @property
+    def unit_mean(self) -> tuple[float, ...]:
+        """The mean of pixels in [0, 1], in the model's order of channels."""
+        low, high = self.range
+        return tuple((mean - low) / (high - low) for mean in self.mean or (0.0,) * self.shape[0])
+
+    @property
+    def unit_std(self) -> tuple[float, ...]:
+        """The standard deviation of pixels in [0, 1], in the model's order of channels."""
+        low, high = self.range
+        return tuple(std / (high - low) for std in self.std or (1.0,) * self.shape[0])
+
+    @property
+    def pixel_range(self) -> tuple[float, float]:
+        """The least and the largest that becomes of a pixel."""
+        ends = [
+            ((value - mean) / std)
+            for mean, std in zip(self.unit_mean, self.unit_std, strict=True)
+            for value in (0.0, 1.0)
+        ]
+        return min(ends), max(ends)
 
 
 class DataSection(Spec):

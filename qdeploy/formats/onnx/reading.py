@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from itertools import chain
 from pathlib import Path
 
 import onnx
@@ -15,7 +14,7 @@ from qdeploy.errors import InputError
 from qdeploy.formats.onnx.external import external_data, load_external
 from qdeploy.formats.onnx.messages import parts, texts
 from qdeploy.formats.onnx.rules import errors
-from qdeploy.formats.onnx.tensors import all_tensors, half_precision, is_external
+from qdeploy.formats.onnx.tensors import all_tensors, is_external
 
 LARGEST_MODEL_BYTES = (1 << 31) - 1  # a protobuf message cannot be larger
 QUANTIZATION_OPS = frozenset({
@@ -106,9 +105,9 @@ def check(proto: onnx.ModelProto, where: str, *, allow: Sequence[str] = ()) -> N
         allow: Patterns of the rules that it may break.
 
     Raises:
-        InputError: the first error that `inspect` finds, or weights in 16 bits.
+        InputError: the first error that `inspect` finds.
     """
-    for finding in chain(errors(proto), half_precision(proto)):
+    for finding in errors(proto):
         if not any(fnmatchcase(finding.rule, pattern) for pattern in allow):
             raise InputError(f"model {where}: {finding.message}")
 

@@ -15,7 +15,7 @@ from qdeploy.values import Finding
 RULES = {
     "false-claim": "A tensor does not hold as many values as its shape claims, or cannot be read.",
     "not-finite": "A constant tensor holds values that are NaN or infinite.",
-    "half-precision": "A constant tensor is in 16 bits; this program takes float32.",
+    "half-precision": "A constant tensor is in 16 bits; it is quantized as float32.",
     "odd-type": "A constant tensor is of a type that image classifiers do not compute in.",
     "string-tensor": "A constant tensor holds text.",
     "denormals": "Many of a tensor's values are too small to be normal numbers.",
@@ -153,12 +153,12 @@ def not_finite(proto: onnx.ModelProto) -> Iterator[Finding]:
 
 
 def half_precision(proto: onnx.ModelProto) -> Iterator[Finding]:
-    """Weights in 16 bits, which the loaders refuse."""
+    """Weights in 16 bits, which become 32 before anything is rounded."""
     for tensor in weights(proto):
         if tensor.data_type in HALF:
             yield Finding(
                 "half-precision", "warning", tensor.name,
-                f"tensor {tensor.name!r} is 16-bit; export in float32",
+                f"tensor {tensor.name!r} is 16-bit",
             )  # fmt: skip
 
 
