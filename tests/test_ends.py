@@ -249,6 +249,52 @@ def test_a_file_that_is_as_it_should_be_stays_as_it_is():
     assert as_classifier(proto, IMAGES, where="m") is proto
 
 
+def test_a_batch_of_minus_one_is_any(rng):
+    """As Paddle's exporter writes it."""
+    proto = onnx.ModelProto.FromString(open_size())
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = -1
+    model = exported(proto.SerializeToString(), IMAGES)
+    assert open_session(model.onnx).logits(np.zeros((3, *SHAPE), np.float32)).shape == (3, 10)
+
+
+@pytest.fixture
+def unlabelled(tmp_path, monkeypatch, rng) -> Path:
+    """A model with a card, and pictures that nobody has labelled."""
+    monkeypatch.chdir(tmp_path)
+    net = net_with(*SHAPE)
+    patches = net.node("Conv", net.x, net.weight(16, 3, 4, 4), strides=[4, 4])
+    scores = net.node("MatMul", net.node("Flatten", patches), net.weight(64, 10))
+    first = net.constant(np.eye(1, 10, dtype=np.float32)[0])
+    Path("model.onnx").write_bytes(written(net, net.node("Add", scores, first), "N", 10))
+    Path("model.toml").write_text("[input]\nshape = [3, 8, 8]\nrange = [-1, 1]\n")
+    np.savez("images.npz", x=rng.integers(0, 256, (400, *SHAPE), np.uint8))
+    return tmp_path
+
+
+JUDGED = ("gate", "model.onnx", "--reference", "model.onnx", "--report", "r.json")
+
+
+def test_pictures_without_labels_show_that_a_file_answers_as_its_float_model(unlabelled):
+    assert run(*JUDGED, "--test", "images.npz", "--policy", "unlabelled") == 0
+    report = json.loads(Path("r.json").read_bytes())
+    made = {check["name"] for check in report["checks"]}
+    assert "agreement" in made
+    assert not {"accuracy", "accuracy_drop", "class_drop"} & made
+    assert "accuracy_drop: the test images have no labels" in report["not_measured"]
+    assert run(*JUDGED, "--test", "images.npz", "--policy", "default") == 2
+    alone = ("gate", "model.onnx", "--test", "images.npz", "--policy", "unlabelled")
+    assert run(*alone) == 2
+
+
+def test_pictures_that_are_all_answered_alike_show_nothing(unlabelled):
+    rng = np.random.default_rng(1)
+    nearly = 128 + rng.integers(0, 2, (400, *SHAPE), np.uint8)
+    np.savez("same.npz", x=nearly)
+    assert run(*JUDGED, "--test", "same.npz", "--policy", "unlabelled") == 4
+    assert "the same answer" in " ".join(json.loads(Path("r.json").read_bytes())["reasons"])
+
+
 def several_outputs() -> bytes:
     net = net_with(*SHAPE)
     output = body(net, net.x)

@@ -17,7 +17,7 @@ from qdeploy.data import Images, Preprocessing, images_from_array, open_images, 
 from qdeploy.data import folders as folders_module
 from qdeploy.data.triggers import make_trigger, parse_trigger
 from qdeploy.errors import InputError
-from qdeploy.inputs.opened import Evidence
+from qdeploy.inputs.opened import NO_EVIDENCE, Evidence
 from qdeploy.inputs.sources import CARD, COMMAND_LINE, Given, resolve
 from qdeploy.inputs.usable import distinct, seen
 from qdeploy.judging.rates import ArmRates, rates
@@ -284,4 +284,4 @@ def test_a_check_that_is_off_stands_whoever_brought_the_evidence():
     within = Check("accuracy_drop", 0.0, "<=", 1.0, "points")
     other = Check("static_findings", 0.0, "<=", 0.0, "findings")
     objected = {"attack_success": "a reason", "accuracy_drop": "another"}
-    assert sound((off, within, other), objected) == (off, other)
+    assert sound((off, within, other), objected, NO_EVIDENCE) == (off, other)

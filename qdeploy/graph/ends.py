@@ -127,11 +127,11 @@ class _Ends:
         if image.dtype in PIXELS:
             _require_pixels(image, stated, self.where)
         steps = list(self._steps_in(image, len(sizes), shape, layout))
-        batch = image.shape[0] if image.shape is not None else None
+        batch = _batch(image)
         if not steps:
-            if None in sizes[1:]:
-                image.shape = ir.Shape([batch, *shape])
-            return None in sizes[1:]
+            known = image.shape is not None and list(image.shape) == [batch, *shape]
+            image.shape = ir.Shape([batch, *shape])
+            return not known
         name = image.name
         taken = ir.val(name, dtype=FLOAT, shape=ir.Shape([batch, *shape]))
         image.name = self._fresh(f"{name}_given")
@@ -157,7 +157,7 @@ class _Ends:
         if classes == 1:
             score, more = self._two_classes(score, f"{name}", probability=probability)
             nodes = [*nodes, *more]
-        batch = logits.shape[0] if logits.shape else None
+        batch = _batch(logits)
         score.name, score.dtype = name, FLOAT
         score.shape = ir.Shape([batch, max(classes, 2)])
         self.graph.extend(nodes)
@@ -340,6 +340,12 @@ def _require_pixels(image: ir.Value, stated: Stated, where: str) -> None:
             f" {high:g} of pixels",
             hint="write range = [0, 255] under [input] of the card, and leave out mean and std",
         )
+
+
+def _batch(value: ir.Value) -> ir.SymbolicDim | int | str:
+    """The first dimension; some write -1 for any."""
+    first = value.shape[0] if value.shape else "batch"
+    return "batch" if isinstance(first, int) and first < 1 else first
 
 
 def _sizes(value: ir.Value) -> Sizes:

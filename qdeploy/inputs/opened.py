@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Bool
@@ -16,8 +16,10 @@ from qdeploy.inputs.requests import QuantizeRequest, Request
 from qdeploy.inputs.synthesize import synthesize
 from qdeploy.inputs.usable import described, distinct, hidden, seen
 from qdeploy.progress import Progress
-from qdeploy.values import DataUsed, Loaded, QuantPlan
+from qdeploy.runtime.sessions import open_session
+from qdeploy.values import DataUsed, FloatModel, Loaded, QuantPlan
 
+ANSWERED = 64  # images at a time
 NO_HASHES: frozenset[bytes] = frozenset()
 
 
@@ -48,6 +50,7 @@ class Evidence:
     used: tuple[DataUsed, ...]
     seen: Mapping[str, Bool[np.ndarray, " images"]] = field(default_factory=dict)  # by trigger
     notes: tuple[str, ...] = ()  # what of it does not count
+    labelled: bool = True  # else its labels are what the float model answers
 
 
 NO_EVIDENCE = Evidence(None, (), ())
@@ -73,12 +76,17 @@ def open_calibration(
 
 
 def open_evidence(
-    request: Request, classes: int, fitted: Sequence[Fitted], progress: Progress
+    request: Request,
+    classes: int,
+    fitted: Sequence[Fitted],
+    progress: Progress,
+    reference: FloatModel | None = None,
 ) -> Evidence:
     """The test images and triggers, read once to prove that they can be trusted.
 
     Args:
         fitted: What the model was fitted to.
+        reference: Whose answers are the labels of pictures that have none, if the policy says so.
 
     Raises:
         InputError: an image is damaged or among those `fitted`, a label is no class, or a trigger
@@ -90,10 +98,18 @@ def open_evidence(
         DataUsed("trigger", trigger.name, None, _digest(trigger), sources.triggers_given_by)
         for trigger in triggers
     )
-    images = sources.test_images(policy.validation.images, policy.seed, classes)
+    labelled = policy.validation.labels == "data"
+    count, seed = policy.validation.images, policy.seed
+    images = (
+        sources.test_images(count, seed, classes)
+        if labelled
+        else sources.unlabelled_test_images(count, seed)
+    )
     if images is None or sources.test is None:
         return Evidence(None, triggers, used)
     images, hashes = images.decoded(progress)
+    if not labelled:
+        images = _labelled_by(reference, images)
     given = [known for known in fitted if known.what and known.hashes.intersection(hashes)]
     if given:
         shared = len(frozenset().union(*(known.hashes for known in given)).intersection(hashes))
@@ -107,8 +123,25 @@ def open_evidence(
     digest = images.digest(usable.hashes)
     test = DataUsed("test", images.name, len(images), digest, sources.test.given_by)
     changed = seen(triggers, images)
-    notes = (*usable.notes, *described(images, classes), *hidden(changed))
-    return Evidence(images, triggers, (test, *used), changed, notes)
+    notes = (*usable.notes, *described(images, classes, labelled=labelled), *hidden(changed))
+    return Evidence(images, triggers, (test, *used), changed, notes, labelled)
+
+
+def _labelled_by(reference: FloatModel | None, images: Images) -> Images:
+    """The images with the answers of the float model for labels.
+
+    Raises:
+        UsageError: there is no float model.
+    """
+    if reference is None:
+        raise UsageError(
+            "the policy takes the float model's answers for labels, and no float model is given",
+            hint="give --reference, or a policy that takes the labels of the data",
+        )
+    session = open_session(reference.onnx)
+    inputs = (images.preprocessing.normalise(batch.pixels) for batch in images.batches(ANSWERED))
+    answers = [session.logits(x).argmax(axis=1) for x in inputs]
+    return replace(images, labels=np.concatenate(answers).astype(np.int64))
 
 
 def _calibration_images(

@@ -158,6 +158,13 @@ class Sources:
         images = open_images(place.checked(), self.preprocessing, place.roots)
         return images.sample(count, seed)
 
+    def unlabelled_test_images(self, count: int | None, seed: int) -> Images | None:
+        """The test images, whatever labels they have; None if nobody named any."""
+        if self.test is None:
+            return None
+        images = open_images(self.test.checked(), self.preprocessing, self.test.roots)
+        return images.sample(count, seed)
+
     def test_images(self, count: int | None, seed: int, classes: int) -> Images | None:
         """The labelled test images; None if nobody named any.
 

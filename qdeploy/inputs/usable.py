@@ -50,8 +50,13 @@ def distinct(images: Images, hashes: Sequence[bytes]) -> Usable:
     return Usable(images.only(kept), tuple(hashes[at] for at in kept), tuple(notes))
 
 
-def described(images: Images, classes: int) -> Iterator[str]:
+def described(images: Images, classes: int, *, labelled: bool) -> Iterator[str]:
     """Files that were not read, and classes that there are no images of."""
+    if not labelled:
+        yield (
+            "test data: not labelled; what the float model answers stands for labels, and nothing"
+            " is said of accuracy"
+        )
     unread = images.source.unread
     if unread:
         yield f"test data: {len(unread):,} files are no images and were not read: {_some(unread)}"

@@ -16,6 +16,7 @@ from qdeploy.settings.policy import GateSpec
 from qdeploy.values import DataUsed
 
 BY_LABELS, BY_TRIGGERS = that_need("labels"), that_need("trigger")
+NO_LABELS = "the test images have no labels"
 BY_IMAGES = that_need("test data")
 
 
@@ -29,7 +30,12 @@ def objections(
     """
     found: dict[str, str] = {}
     labels = evidence.images.labels if evidence.images is not None else None
-    if labels is not None and rates:
+    if not evidence.labelled and labels is not None:
+        found |= dict.fromkeys(sorted(BY_LABELS), NO_LABELS)
+        if len(np.unique(labels)) == 1:
+            same = f"the float model gives all {len(labels):,} images the same answer"
+            found |= dict.fromkeys(sorted(BY_IMAGES), same)
+    elif labels is not None and rates:
         reason = _too_few_classes(labels, classes) or _at_chance(labels, rates)
         if reason is not None:
             found |= dict.fromkeys(sorted(BY_LABELS), reason)
@@ -38,9 +44,12 @@ def objections(
     return found
 
 
-def sound(checks: Sequence[Check], objected: Mapping[str, str]) -> tuple[Check, ...]:
-    """The checks that the evidence carries; one that is off stands even so."""
-    return tuple(c for c in checks if c.name not in objected or c.state == "off")
+def sound(
+    checks: Sequence[Check], objected: Mapping[str, str], evidence: Evidence
+) -> tuple[Check, ...]:
+    """The checks that the evidence carries; one that is off stands even so, if there are labels."""
+    made = (c for c in checks if evidence.labelled or c.name not in BY_LABELS)
+    return tuple(c for c in made if c.name not in objected or c.state == "off")
 
 
 def _from_the_card(used: Sequence[DataUsed]) -> Iterator[tuple[str, str]]:

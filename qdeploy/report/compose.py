@@ -41,7 +41,7 @@ def compose(
     gate = request.policy.gate
     objected = objections(evidence, measured.rates, results.classes, gate)
     checks, required = (
-        sound(checks_of(results, gate, request.device.budget), objected),
+        sound(checks_of(results, gate, request.device.budget), objected, evidence),
         _required(gate, results),
     )
     outcome, absent = judge(checks, required), {**_absent(request, results), **objected}

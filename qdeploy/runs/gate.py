@@ -69,7 +69,8 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
         with clock.stage("compare"):
             origin, provenance = model.origin, trace(run, model)
     with clock.stage("data"):
-        evidence = open_evidence(request, interface.classes, (), progress)
+        reference = model if subject.has_reference else None
+        evidence = open_evidence(request, interface.classes, (), progress, reference)
     with clock.stage("detect"):
         detected = detect(Suspect(model, run, evidence.images), progress)
     run_id = _run_id(request, subject, data, model, evidence)

@@ -70,7 +70,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
     with clock.stage("data"):
         calibration = open_calibration(request, loaded, plan, progress)
         fitted = [calibration.fitted, *_fitted_to(student)]
-        evidence = open_evidence(request, model.classes, fitted, progress)
+        evidence = open_evidence(request, model.classes, fitted, progress, model)
     with clock.stage("detect"):
         detected = detect(Suspect(model, images=evidence.images), progress)
     with open_run(request.artifacts, _run_id(request, model, calibration, evidence)) as run:

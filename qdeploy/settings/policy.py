@@ -27,6 +27,11 @@ CheckName = Annotated[str, AfterValidator(_known)]
 
 class ValidationSpec(Spec):
     images: int | None = Field(None, gt=0, description="At most; none for all.")
+    labels: Literal["data", "float model"] = Field(
+        "data",
+        description="Whose: the data's, or, for pictures that have none, the answers of the"
+        " float model; nothing is then said of accuracy.",
+    )
     latency_runs: int = Field(10, ge=0, description="Timed runs per turn; 0 for none.")
 
 
