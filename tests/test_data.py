@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import unicodedata
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,77 @@ def test_labels_follow_the_cards_order_or_the_names(folder):
     np.testing.assert_array_equal(swapped.labels, [1, 1, 1, 0, 0, 0])
     named = open_labelled_images(folder, PRE, None)
     assert named.classes == CLASSES
+
+
+@pytest.mark.parametrize("arrays", [("x_{}", "y_{}"), ("{}_images", "{}_labels")])
+def test_archives_of_keras_and_medmnist_are_read(tmp_path, pixels, arrays):
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    x, y = arrays
+    held = {x.format("test"): pixels, x.format("train"): 255 - pixels}
+    held |= {y.format(part): labels[:, None] for part in ("test", "train")}
+    path = saved(tmp_path, **held)
+    images = open_labelled_images(path, PRE, None)
+    np.testing.assert_array_equal(read(images), pixels)
+    np.testing.assert_array_equal(images.labels, labels)
+    assert len(images.source.unread) == 2
+    np.testing.assert_array_equal(read(open_images(path, PRE)), 255 - pixels)
+
+
+def test_zips_with_backslashes_have_folders(tmp_path, folder, pixels):
+    """As PowerShell 5 and .NET wrote them."""
+    path = tmp_path / "back.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.png")):
+            entry = zipfile.ZipInfo("x")
+            entry.filename = str(file.relative_to(folder)).replace("/", "\\")
+            archive.writestr(entry, file.read_bytes())
+    images = open_labelled_images(path, PRE, CLASSES)
+    np.testing.assert_array_equal(read(images), pixels)
+    assert images.labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_classes_are_the_same_however_their_accents_are_written(folder):
+    apart, together = (unicodedata.normalize(form, "V\u00f6gel") for form in ("NFD", "NFC"))
+    (folder / "cat").rename(folder / apart)
+    images = open_labelled_images(folder, PRE, (together, "dog"))
+    assert sorted(images.labels.tolist()) == [0, 0, 0, 1, 1, 1]
+    by_key = dict(zip(images.source.keys, images.labels.tolist(), strict=True))
+    assert by_key["dog/3.png"] == 1
+    with pytest.raises(InputError, match="two classes have one name"):
+        open_labelled_images(folder, PRE, (apart, together, "dog"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("classes", "rows"), [(CLASSES, "{0}.png,{1}"), (None, "images/{0}.png,{2}")]
+)
+def test_labels_may_lie_in_a_table(tmp_path, pixels, packed, classes, rows):
+    root = tmp_path / "flat"
+    (root / "images").mkdir(parents=True)
+    for i, image in enumerate(pixels):
+        (root / "images" / f"{i}.png").write_bytes(png(image))
+    lines = [rows.format(i, CLASSES[i % 2], i % 2) for i in range(6)]
+    (root / "labels.csv").write_text("\n".join(["file,label", *lines]))
+    images = open_labelled_images(zipped(root) if packed else root, PRE, classes)
+    assert images.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert images.source.unread == ()
+
+
+@pytest.mark.parametrize("text", ["0.png", "\xff\xfe", "1.png,cat"])
+def test_a_table_that_does_not_say_it_is_refused(folder, text):
+    (folder / "labels.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=r"labels\.csv"):
+        open_labelled_images(folder, PRE, CLASSES)
+
+
+def test_a_zip_of_tiny_imagenets_validation_has_its_labels(tmp_path, pixels):
+    path = tmp_path / "tiny.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, image in enumerate(pixels):
+            archive.writestr(f"tiny/val/images/val_{i}.png", png(image))
+        lines = [f"val_{i}.png\t{CLASSES[i % 2]}\t0\t0\t3\t3" for i in range(6)]
+        archive.writestr("tiny/val/val_annotations.txt", "\n".join(lines))
+    assert open_labelled_images(path, PRE, CLASSES).labels.tolist() == [0, 1, 0, 1, 0, 1]
 
 
 def test_tiny_imagenets_validation_folder_has_its_labels_in_a_file(tmp_path, pixels):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 import numpy as np
 from jaxtyping import Int64
 
 from qdeploy.data.decode import LARGEST_IMAGE_BYTES, decode, decoding
+from qdeploy.data.names import LARGEST_TEXT_BYTES
 from qdeploy.disk.files import open_regular
 from qdeploy.errors import InputError
 
@@ -30,13 +31,26 @@ class Zip:
     path: Path
     keys: tuple[str, ...]
     unread: tuple[str, ...]
+    members: Mapping[str, str]  # the name that an image has in the archive, by key
+
+    def text(self, name: str, /) -> bytes | None:
+        """What the one member of that name says, in whatever folder."""
+        found = [key for key in self.members if PurePosixPath(key).name == name]
+        if len(found) != 1:
+            return None
+        with opened(self.path) as archive, decoding(f"{self.path}: {found[0]}"):
+            info = archive.getinfo(self.members[found[0]])
+            if info.file_size > LARGEST_TEXT_BYTES:
+                raise InputError(f"data {self.path}: {found[0]}: over {LARGEST_TEXT_BYTES} bytes")
+            check_member(self.path, info)
+            return archive.read(info)
 
     def read(self, indices: Int64[np.ndarray, " n"]) -> Iterator[tuple[str, Any]]:
         with opened(self.path) as archive:
             for i in indices:
                 key = self.keys[i]
                 with decoding(f"{self.path}: {key}"):
-                    info = archive.getinfo(key)
+                    info = archive.getinfo(self.members[key])
                     if info.file_size > LARGEST_IMAGE_BYTES:
                         raise InputError(
                             f"image {self.path}: {key}: over {LARGEST_IMAGE_BYTES} bytes"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -21,27 +21,50 @@ MOST_ROWS = 2_000_000
 Header = tuple[tuple[int, ...], np.dtype[Any], int]
 
 
-class Npz:
-    """`x` uint8, NCHW or NHWC, read row by row out of the archive; `y` integers."""
+Part = Literal["train", "test"]
+Arrays = tuple[str, str]  # the images' name and the labels'
 
-    def __init__(self, path: Path) -> None:
+# As archives of others call them.
+WHOLE: tuple[Arrays, ...] = (
+    ("x", "y"), ("images", "labels"), ("X", "Y"), ("X", "y"), ("data", "labels"),
+)  # fmt: skip
+PARTS: Mapping[Part, tuple[Arrays, ...]] = {
+    "train": (("x_train", "y_train"), ("train_images", "train_labels")),  # Keras, MedMNIST
+    "test": (("x_test", "y_test"), ("test_images", "test_labels")),
+}
+
+
+def convention_of(names: Container[str], part: Part) -> Arrays | None:
+    """The arrays of an archive that are images and labels; the labels' need not be there."""
+    held = [pair for pair in (*WHOLE, *PARTS[part]) if f"{pair[0]}.npy" in names]
+    whole = [pair for pair in held if f"{pair[1]}.npy" in names]
+    return next(iter([*whole, *held]), None)
+
+
+class Npz:
+    """Images in uint8, NCHW or NHWC, read row by row out of the archive; labels in integers."""
+
+    def __init__(self, path: Path, arrays: Arrays, others: tuple[str, ...] = ()) -> None:
         self.path = path
-        self.unread: tuple[str, ...] = ()
-        with opened(path) as archive, decoding(f"{path}: x"):
-            info = archive.getinfo("x.npy")
+        self.arrays = arrays
+        self.unread = others
+        x = arrays[0]
+        with opened(path) as archive, decoding(f"{path}: {x}"):
+            info = archive.getinfo(f"{x}.npy")
             check_member(path, info)
             with archive.open(info) as file:
                 shape, dtype, offset = npy_header(file)
         if len(shape) not in {3, 4} or dtype != np.uint8:
             raise InputError(
-                f"data {path}: x is {dtype} {shape}, not uint8 (N, C, H, W) or (N, H, W, C)"
+                f"data {path}: {x} is {dtype} {shape}, not uint8 (N, C, H, W) or (N, H, W, C)",
+                hint="save pixels of 0 to 255: (255 * x).round().astype('uint8') if x is in [0, 1]",
             )
         held = info.file_size - offset
         if min(shape) < 1 or int(np.prod(shape, dtype=object)) != held:
-            raise InputError(f"data {path}: x claims shape {shape} but holds {held} bytes")
+            raise InputError(f"data {path}: {x} claims shape {shape} but holds {held} bytes")
         if shape[0] > MOST_ROWS or held // shape[0] > LARGEST_IMAGE_BYTES:
             raise InputError(
-                f"data {path}: x is {shape}; at most {MOST_ROWS:,} images of"
+                f"data {path}: {x} is {shape}; at most {MOST_ROWS:,} images of"
                 f" {LARGEST_IMAGE_BYTES:,} bytes each are read"
             )
         self._shape, self._offset = shape, offset
@@ -53,10 +76,14 @@ class Npz:
         Raises:
             InputError: there are none, or not one integer for each image.
         """
-        with opened(self.path) as archive, decoding(f"{self.path}: y"):
-            if "y.npy" not in archive.namelist():
-                raise InputError(f"data {self.path}: holds x but no y, so there are no labels")
-            info = archive.getinfo("y.npy")
+        x, y = self.arrays
+        with opened(self.path) as archive, decoding(f"{self.path}: {y}"):
+            if f"{y}.npy" not in archive.namelist():
+                raise InputError(
+                    f"data {self.path}: holds {x} but no {y}, so there are no labels",
+                    hint="--policy unlabelled judges by what the float model answers",
+                )
+            info = archive.getinfo(f"{y}.npy")
             check_member(self.path, info)
             with archive.open(info) as file:
                 return self._labels(file, info)
@@ -68,15 +95,19 @@ class Npz:
         fits = shape in {(count,), (count, 1)} and dtype.kind in "iu"
         if not fits or held != count * dtype.itemsize:
             raise InputError(
-                f"data {self.path}: y is {dtype} of shape {shape}, "
+                f"data {self.path}: {self.arrays[1]} is {dtype} of shape {shape}, "
                 f"not one integer for each of the {count} images"
             )
         return np.frombuffer(file.read(held), dtype).astype(np.int64)
 
+    def text(self, _: str, /) -> bytes | None:
+        """None: labels lie in an array."""
+        return None
+
     def read(self, indices: Int64[np.ndarray, " n"]) -> Iterator[tuple[str, Any]]:
         row_shape = self._shape[1:]
         row_bytes = int(np.prod(row_shape))
-        with opened(self.path) as archive, archive.open("x.npy") as file:
+        with opened(self.path) as archive, archive.open(f"{self.arrays[0]}.npy") as file:
             for i in indices:
                 with decoding(f"{self.path}: row {i}"):
                     file.seek(self._offset + int(i) * row_bytes)

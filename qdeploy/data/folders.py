@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from qdeploy.data.decode import LARGEST_IMAGE_BYTES, decode, decoding
-from qdeploy.data.names import sort_names
+from qdeploy.data.names import LARGEST_TEXT_BYTES, sort_names
 from qdeploy.data.reach import require_within, resolved
 from qdeploy.disk.files import read_bounded
 from qdeploy.errors import InputError
@@ -31,6 +31,13 @@ class Folder:
     keys: tuple[str, ...]
     unread: tuple[str, ...]
     roots: tuple[Path, ...]
+
+    def text(self, name: str, /) -> bytes | None:
+        """What the file of that name directly in the folder says."""
+        if not (self.path / name).is_file():
+            return None
+        file = _inside(self.path / name, self.path, self.roots)
+        return read_bounded(file, LARGEST_TEXT_BYTES, what="data")
 
     def read(self, indices: Int64[np.ndarray, " n"]) -> Iterator[tuple[str, Any]]:
         for i in indices:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import math
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -12,15 +14,14 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 from PIL import Image
 
-from qdeploy.data.arrays import Npz
+from qdeploy.data.arrays import Npz, Part
 from qdeploy.data.containers import ArrayContainer, Container, open_container
-from qdeploy.data.names import ANNOTATIONS
-from qdeploy.disk.files import read_bounded
+from qdeploy.data.names import ANNOTATIONS, LABELS
 from qdeploy.errors import InputError
 from qdeploy.progress import SILENT, Progress
 
-LARGEST_ANNOTATIONS_BYTES = 64 << 20
 LARGEST_DECODED_BYTES = 512 << 20  # 3,500 pictures of 3 x 224 x 224
+LONGEST_NUMBER = 9  # digits of a label
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev"})
 
 
@@ -142,16 +143,23 @@ class Images:
             yield _to_input(image, self.preprocessing, where=f"{self.source.path}: {key}")
 
 
-def open_images(path: Path, preprocessing: Preprocessing, roots: Sequence[Path] = ()) -> Images:
+def open_images(
+    path: Path,
+    preprocessing: Preprocessing,
+    roots: Sequence[Path] = (),
+    *,
+    part: Part = "train",
+) -> Images:
     """All images under `path`, unlabelled: sub-folders mean nothing here.
 
     Args:
         roots: Folders that links in a folder may lead to, besides itself; resolved.
+        part: Which to take of an archive that holds both.
 
     Raises:
         InputError: it does not exist, is damaged, or holds no images.
     """
-    source = open_container(path, roots)
+    source = open_container(path, roots, part=part)
     return Images(source, preprocessing, np.arange(len(source.keys)), None, None)
 
 
@@ -165,7 +173,8 @@ def open_labelled_images(
 
     In folders and zips a label is the position of the sub-folder's name in `classes`, or in the
     sorted names if `classes` is None; names that are all numbers sort as such. In an npz it is
-    `y`. In Tiny-ImageNet's `val` folder the names are in its file of annotations.
+    `y`. In Tiny-ImageNet's `val` folder, or a zip of it, the names are in its file of annotations;
+    where a `labels.csv` lies (file, class or number of it), they are in that.
 
     Raises:
         InputError: as `open_images`; or there are no labels, or a folder is not a class.
@@ -174,10 +183,17 @@ def open_labelled_images(
     indices = np.arange(len(source.keys))
     if isinstance(source, Npz):
         return Images(source, preprocessing, indices, source.labels(), classes)
-    names = _annotated(path, source.keys) or _class_folders(path, source.keys)
+    annotated = _annotated(source)
+    if annotated is not None and classes is None and all(map(_is_number, annotated)):
+        numbers = np.array([_label(label) for label in annotated], np.int64)
+        return Images(source, preprocessing, indices, numbers, None)
+    names = annotated or _class_folders(path, source.keys)
     known = classes if classes is not None else _in_order(path, set(names))
-    position = {name: i for i, name in enumerate(known)}
-    unknown = sorted(set(names) - set(known))
+    names = [unicodedata.normalize("NFC", name) for name in names]  # macOS takes them apart
+    position = {unicodedata.normalize("NFC", name): i for i, name in enumerate(known)}
+    if len(position) < len(known):
+        raise InputError(f"data {path}: two classes have one name, but for how it is written")
+    unknown = sorted(set(names) - set(position))
     if unknown:
         raise InputError(
             f"data {path}: folder {unknown[0]!r} is none of the model card's {len(known)} classes",
@@ -199,9 +215,18 @@ def _in_order(path: Path, names: set[str]) -> tuple[str, ...]:
             " not classes",
             hint="give one of them",
         )
-    if all(name.isascii() and name.isdigit() for name in names):
+    if all(map(_is_number, names)):
         return tuple(sorted(names, key=_as_number))
     return tuple(sorted(names))
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit()
+
+
+def _label(digits: str) -> int:
+    """The number; of one that is too long for any class, one that is too large for any."""
+    return int(digits) if len(digits) <= LONGEST_NUMBER else 10**LONGEST_NUMBER
 
 
 def _as_number(name: str) -> tuple[int, str, str]:
@@ -234,20 +259,40 @@ def images_from_array(
     return Images(source, preprocessing, np.arange(len(pixels)), None, None)
 
 
-def _annotated(path: Path, keys: tuple[str, ...]) -> list[str] | None:
-    """The classes in Tiny-ImageNet's annotations, image by image; None if there are none."""
-    file = path / ANNOTATIONS
-    if not file.is_file():
-        return None
-    data = read_bounded(file, LARGEST_ANNOTATIONS_BYTES, what="data")
+def _annotated(source: Container) -> list[str] | None:
+    """The class of each image by a file of annotations; None if there is none.
+
+    Raises:
+        InputError: it is damaged, or has no line for an image.
+    """
+    for name, separator in ((ANNOTATIONS, "\t"), (LABELS, ",")):
+        data = source.text(name)
+        if data is not None:
+            where = f"data {source.path}: {name}"
+            class_of = dict(_rows(data, separator, where=where))
+            files = [PurePosixPath(key).name for key in source.keys]
+            missing = next((file for file in files if file not in class_of), None)
+            if missing is not None:
+                raise InputError(f"{where}: has no line for image {missing!r}")
+            return [class_of[file] for file in files]
+    return None
+
+
+def _rows(data: bytes, separator: str, *, where: str) -> Iterator[tuple[str, str]]:
+    """File and class of every line.
+
+    Raises:
+        InputError: it is no text, or a line has less than two columns.
+    """
     try:
-        rows = [line.split("\t") for line in data.decode("utf-8").splitlines()]
-        class_of = {row[0]: row[1] for row in rows}
-        return [class_of[PurePosixPath(key).name] for key in keys]
-    except (UnicodeDecodeError, IndexError) as error:
-        raise InputError(f"data {file}: {type(error).__name__}: {error}") from error
-    except KeyError as error:
-        raise InputError(f"data {file}: has no line for image {error}") from error
+        lines = data.decode("utf-8-sig").splitlines()
+        for number, row in enumerate(csv.reader(lines, delimiter=separator), 1):
+            if len(row) == 1:
+                raise InputError(f"{where}: line {number}: file and class are needed")
+            if row:
+                yield PurePosixPath(row[0].strip().replace("\\", "/")).name, row[1].strip()
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{where}: {type(error).__name__}: {error}") from error
 
 
 def _class_folders(path: Path, keys: tuple[str, ...]) -> list[str]:

@@ -8,8 +8,10 @@ from pathlib import PurePosixPath
 SUFFIXES = frozenset({
     ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff",
 })  # fmt: skip
-ANNOTATIONS = "val_annotations.txt"
-LEFT_BEHIND = frozenset({"thumbs.db", "desktop.ini", ANNOTATIONS})
+ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's
+LABELS = "labels.csv"  # file,label
+LARGEST_TEXT_BYTES = 64 << 20
+LEFT_BEHIND = frozenset({"thumbs.db", "desktop.ini", ANNOTATIONS, LABELS})
 
 
 def sort_names(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -162,7 +162,8 @@ class Sources:
         """The test images, whatever labels they have; None if nobody named any."""
         if self.test is None:
             return None
-        images = open_images(self.test.checked(), self.preprocessing, self.test.roots)
+        path, roots = self.test.checked(), self.test.roots
+        images = open_images(path, self.preprocessing, roots, part="test")
         return images.sample(count, seed)
 
     def test_images(self, count: int | None, seed: int, classes: int) -> Images | None:
