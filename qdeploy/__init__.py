@@ -9,7 +9,7 @@
     (seen,) = qdeploy.scan("model.onnx")          # nothing of it is run
     seen.findings
 
-The verbs: `sanitize`, `quantize`, `gate`, `scan`, `export` and `clean`. What they hand back:
+The verbs: `init`, `sanitize`, `quantize`, `gate`, `scan`, `export`, `clean`. What they hand back:
 `Report` with its `Check`s and `Outcome`, `QuantizedModel`, `FloatModel`, `FileScan`. What they
 read, as TOML: `Recipe`, `Policy`, `DeviceProfile`; a `Trigger` is what attack success is measured
 with. All errors are `QdeployError`. A report shows itself in a notebook. Where things are:
@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from qdeploy.api.verbs import clean, export, gate, quantize, sanitize, scan
+    from qdeploy.api.verbs import clean, export, gate, init, quantize, sanitize, scan
     from qdeploy.data.triggers import Trigger
     from qdeploy.errors import QdeployError
     from qdeploy.judging.verdict import Check, Outcome
@@ -53,13 +53,15 @@ __all__ = [
     "clean",
     "export",
     "gate",
+    "init",
     "quantize",
     "sanitize",
     "scan",
 ]
 
+_VERBS = ("clean", "export", "gate", "init", "quantize", "sanitize", "scan")
 _HOMES = {
-    **dict.fromkeys(("clean", "export", "gate", "quantize", "sanitize", "scan"), "api.verbs"),
+    **dict.fromkeys(_VERBS, "api.verbs"),
     **dict.fromkeys(("Check", "Outcome"), "judging.verdict"),
     **dict.fromkeys(("FloatModel", "QuantizedModel"), "values"),
     "DeviceProfile": "settings.device",

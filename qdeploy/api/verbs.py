@@ -39,6 +39,7 @@ from qdeploy.report.values import Report
 from qdeploy.runs import sanitize as runs
 from qdeploy.runs.gate import Subject
 from qdeploy.runs.gate import gate as judge
+from qdeploy.runs.init import Begun, begin
 from qdeploy.runs.scan import ScanRequest, scan_files, write_scans
 from qdeploy.values import FloatModel, QuantizedModel, QuantPlan
 
@@ -184,6 +185,20 @@ def export(
     check_keywords("export", settings, ModelSettings)
     request = quantize_request(Path(model), any_settings(settings), out=Path(out))
     return runs.export_file(request, Path(out), progress)
+
+
+def init(
+    model: PathLike,
+    out: PathLike | None = None,
+    *,
+    input_shape: tuple[int, int, int] | None = None,
+) -> Begun:
+    """Write a first model card: what the file says of itself, and guesses that are marked.
+
+    Raises:
+        QdeployError: there is a card already, or the file takes no images.
+    """
+    return begin(Path(model), None if out is None else Path(out), input_shape)
 
 
 def clean(

@@ -15,7 +15,7 @@ from qdeploy.cli.bundled import devices, policies, recipes, schema
 from qdeploy.cli.comparing import compare
 from qdeploy.cli.leaving import leave_by
 from qdeploy.cli.redteam import redteam
-from qdeploy.cli.verbs import clean, export, gate, quantize, sanitize, scan
+from qdeploy.cli.verbs import clean, export, gate, init, quantize, sanitize, scan
 from qdeploy.cli.vouching import attest, track, verify
 from qdeploy.errors import EXIT_INTERRUPTED, NO_MEMORY, QdeployError
 from qdeploy.machine import require_torch
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 
 for command in (
+    init,
     sanitize,
     quantize,
     gate,

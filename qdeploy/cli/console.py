@@ -18,8 +18,6 @@ from rich.text import Text
 from qdeploy.disk.printable import printable
 
 if TYPE_CHECKING:
-    from qdeploy.attest.sign import Attestation
-    from qdeploy.attest.verify import Verification
     from qdeploy.core.metrics import Estimate
     from qdeploy.detectors.crowding import WeightScan
     from qdeploy.errors import QdeployError
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     from qdeploy.provenance.trace import Provenance
     from qdeploy.report.scans import FileScan
     from qdeploy.report.values import Report
+    from qdeploy.runs.init import Begun
     from qdeploy.settings.device import DeviceProfile
     from qdeploy.settings.recipe import Recipe
     from qdeploy.values import Finding, FloatModel, QuantizedModel, QuantPlan
@@ -349,32 +348,16 @@ def show_exported(model: FloatModel, path: Path) -> None:
     )
 
 
-def show_attestation(made: Attestation) -> None:
-    outcome = made.predicate.outcome
-    out().print(Text.assemble((outcome, OUTCOME_STYLES[outcome]), f"  {printable(made.path)}"))
-    show_pairs([("file sha256", made.sha256), ("signed by key", made.keyid)])
-
-
-def show_verification(verification: Verification) -> None:
-    """What was signed, then whether to rely on it, one line for each reason not to."""
-    statement = verification.statement
-    if statement is not None:
-        verdict = statement.predicate
-        rows = [("attested file", f"{statement.name}, sha256 {statement.sha256}")]
-        if verdict is not None:
-            if verdict.expires is not None:
-                rows.append(("until", str(verdict.expires)))
-            settings = {"recipe": verdict.recipe, "policy": verdict.policy}
-            rows += [("outcome", verdict.outcome), ("run", f"{verdict.run_id}, {verdict.started}")]
-            rows += [(kind, s.name or s.sha256) for kind, s in settings.items() if s is not None]
-            rows.append(("checks", ", ".join(dict.fromkeys(c.name for c in verdict.checks))))
-            rows += [(d.role, f"{d.name}, sha256 {d.sha256 or 'none'}") for d in verdict.data]
-        show_pairs([*rows, ("signed by key", verification.keyid or "")])
-    word, style = ("VERIFIED", "ACCEPT") if verification.verified else ("NOT VERIFIED", "REJECT")
-    line = Text.assemble((word, OUTCOME_STYLES[style]), f"  {printable(verification.model)}")
-    out().print(line, soft_wrap=True)
-    for refusal in verification.refusals:
-        out().print(Text(f"  - {printable(refusal)}"), soft_wrap=True)
+def show_begun(begun: Begun, model: Path) -> None:
+    """Where the card is, what in it is a guess, and what can be done next."""
+    console = out()
+    console.print(printable(begun.path))
+    for line in begun.guesses:
+        console.print(Text(f"  guessed: {printable(line)}", style="yellow"))
+    console.print(
+        "  check what is guessed, name images under [data], then\n"
+        f"  qdeploy sanitize {printable(model)} --bits 8 --out {printable(model.stem)}.int8.onnx"
+    )
 
 
 def show_pairs(rows: Iterable[tuple[str, str]]) -> None:

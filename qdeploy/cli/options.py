@@ -89,6 +89,26 @@ class Group:
         return given({field.name: getattr(self, field.name) for field in fields(self)})  # type: ignore[arg-type]
 
 
+InputShape = Annotated[
+    str | None, option("--input-shape", "Channels,height,width; else from the card.", "Model")
+]
+
+
+def parse_shape(text: str | None) -> tuple[int, int, int] | None:
+    """The sizes in `3,224,224`.
+
+    Raises:
+        UsageError: it is not of that form.
+    """
+    if text is None:
+        return None
+    try:
+        channels, height, width = (int(size) for size in text.split(","))
+    except ValueError:
+        raise UsageError(f"--input-shape {text!r} is not channels,height,width") from None
+    return channels, height, width
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions(Group):
     """What the float model is, where its file and card do not say it."""
@@ -99,9 +119,7 @@ class ModelOptions(Group):
     data_roots: DataRoots = None
     arch: Arch = None
     arch_args: ArchArgs = None
-    input_shape: Annotated[
-        str | None, option("--input-shape", "Channels,height,width; else from the card.", "Model")
-    ] = None
+    input_shape: InputShape = None
     layout: Annotated[
         Literal["channels-first", "channels-last"] | None,
         option(
@@ -129,19 +147,9 @@ class ModelOptions(Group):
         Raises:
             UsageError: one of them cannot be.
         """
-        parsed = {"arch_args": parse_arguments(self.arch_args), "input_shape": self._shape()}
+        shape = parse_shape(self.input_shape)
+        parsed = {"arch_args": parse_arguments(self.arch_args), "input_shape": shape}
         return {**Group.settings(self), **given(parsed)}
-
-    def _shape(self) -> tuple[int, int, int] | None:
-        if self.input_shape is None:
-            return None
-        try:
-            channels, height, width = (int(size) for size in self.input_shape.split(","))
-        except ValueError:
-            raise UsageError(
-                f"--input-shape {self.input_shape!r} is not channels,height,width"
-            ) from None
-        return channels, height, width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

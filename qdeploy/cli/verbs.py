@@ -15,6 +15,7 @@ from qdeploy.cli.options import (
     Device,
     EvidenceOptions,
     File,
+    InputShape,
     JudgementOptions,
     Model,
     ModelOptions,
@@ -29,6 +30,7 @@ from qdeploy.cli.options import (
     TestImages,
     given,
     option,
+    parse_shape,
     takes,
 )
 from qdeploy.errors import EXIT_BAD_INPUT
@@ -121,7 +123,7 @@ def gate(
 def scan(
     models: Models, reference: Reference = None, reports: Reports = None, *, settings: Settings
 ) -> None:
-    """FileScan at model files without running them; exit 3 if something stands against one."""
+    """Look at model files without running them; exit 3 if something stands against one."""
     from qdeploy.api import verbs
     from qdeploy.cli import console
     from qdeploy.judging.verdict import Outcome
@@ -145,6 +147,21 @@ def export(model: Model, out: Out, *, settings: Settings) -> None:
 
     exported = verbs.export(model, out, progress=console.TerminalProgress(), **settings)
     console.show_exported(exported, out)
+
+
+def init(
+    model: Model,
+    out: Annotated[
+        Path | None, option("--out", "The card; else NAME.toml beside the model.", "Output")
+    ] = None,
+    input_shape: InputShape = None,
+) -> None:
+    """Write a first model card: what the file says of itself, and guesses that are marked."""
+    from qdeploy.api import verbs
+    from qdeploy.cli import console
+
+    begun = verbs.init(model, out, input_shape=parse_shape(input_shape))
+    console.show_begun(begun, model)
 
 
 @takes(ModelOptions, TeachingOptions)

@@ -42,7 +42,7 @@ def attest(
 
     from qdeploy.attest.keys import PASSWORD_VARIABLE
     from qdeploy.attest.sign import attest as attest_file
-    from qdeploy.cli import console
+    from qdeploy.cli.vouched import show_attestation
 
     made = attest_file(
         file,
@@ -52,7 +52,7 @@ def attest(
         password=os.environ.get(PASSWORD_VARIABLE),
         expires=datetime.now(UTC).date() + timedelta(days=days),
     )
-    console.show_attestation(made)
+    show_attestation(made)
 
 
 def verify(
@@ -74,12 +74,12 @@ def verify(
     from datetime import UTC, datetime
 
     from qdeploy.attest.verify import verify as verify_file
-    from qdeploy.cli import console
+    from qdeploy.cli.vouched import show_verification
     from qdeploy.judging.verdict import Outcome
 
     today = datetime.now(UTC).date()
     verification = verify_file(file, attestation, keys, report, today=today)
-    console.show_verification(verification)
+    show_verification(verification)
     leave_by(Outcome.ACCEPT if verification.verified else Outcome.REJECT)
 
 

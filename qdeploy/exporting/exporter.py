@@ -9,7 +9,8 @@ import numpy as np
 
 from qdeploy.errors import InputError, ProviderError, UsageError
 from qdeploy.formats.onnx.reading import ModelProto, check, refuse_quantized
-from qdeploy.graph.ends import PIXEL_RANGE, SHAPE_HINT, as_classifier
+from qdeploy.graph.ends import PIXEL_RANGE, as_classifier
+from qdeploy.graph.image_shape import SHAPE_HINT
 from qdeploy.graph.io import serialize
 from qdeploy.graph.prepare import interface, is_narrow, prepare
 from qdeploy.runtime.sessions import open_session

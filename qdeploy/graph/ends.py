@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -20,15 +20,11 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qdeploy.errors import InputError, UsageError, foreign_reader
+from qdeploy.graph.image_shape import Shape, Sizes, image_shape, likely_layout
 from qdeploy.graph.io import to_ir
 from qdeploy.settings.card import Layout
 from qdeploy.values import LARGEST_INPUT_VALUES, Stated
 
-Shape = tuple[int, int, int]
-Sizes = tuple[int | None, ...]  # None: left open
-
-IMAGE_CHANNELS = frozenset({1, 3})
-RANKS = frozenset({2, 3, 4})  # flat, without channels, images
 FLOAT = ir.DataType.FLOAT
 FLOATS = frozenset({FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16})
 PIXELS = frozenset({
@@ -42,9 +38,6 @@ TRANSPARENT = frozenset({
     "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Cast", "QuantizeLinear",
     "DequantizeLinear",
 })  # fmt: skip
-SHAPE_HINT = (
-    "say it: --input-shape 3,224,224 (channels, height, width), or [input] shape in a model card"
-)
 OUTPUT_HINT = "name it: --output NAME, or [model] output in a model card"
 
 
@@ -117,9 +110,9 @@ class _Ends:
 
     def mend_input(self, stated: Stated) -> bool:
         """Let it take float32 (batch, channels, height, width); whether that changes anything."""
-        image = self._image()
+        image = self.image()
         sizes = _sizes(image)
-        shape, layout = _image_shape(sizes, stated, f"{self.where}: input {image.name!r}")
+        shape, layout = image_shape(sizes, stated, f"{self.where}: input {image.name!r}")
         if math.prod(shape) * (sizes[0] or 1) > LARGEST_INPUT_VALUES:
             raise InputError(
                 f"{self.where}: takes inputs of shape {_shown(image)}, which are no images"
@@ -164,7 +157,7 @@ class _Ends:
         self.graph.outputs[0] = score
         return True
 
-    def _image(self) -> ir.Value:
+    def image(self) -> ir.Value:
         inputs = self.graph.inputs
         if len(inputs) != 1:
             names = ", ".join(repr(value.name) for value in inputs)
@@ -266,67 +259,6 @@ def _is_probability(value: ir.Value) -> bool:
     return node is not None and node.op_type in SIGMOIDS
 
 
-def _image_shape(sizes: Sizes, stated: Stated, what: str) -> tuple[Shape, Layout]:
-    """Channels, height and width, and where the channels are.
-
-    Raises:
-        InputError: no image has such a shape.
-        UsageError: the shape must be stated, or is another.
-    """
-    if len(sizes) not in RANKS:
-        raise InputError(
-            f"{what} takes {_plain(sizes)}; images have batch, channels, height and width"
-        )
-    if stated.shape is None:
-        return _own_shape(sizes, stated, what)
-    if len(sizes) != 4:
-        if _fits(sizes, _inner_shape(len(sizes), stated.shape)):
-            return stated.shape, "channels-first"
-    else:
-        layouts: tuple[Layout, ...] = ("channels-first", "channels-last")
-        for layout in layouts[::-1] if stated.layout == "channels-last" else layouts:
-            if _fits(sizes, _of_layout(stated.shape, layout)):
-                return stated.shape, layout
-    raise UsageError(
-        f"{what} takes {_plain(sizes[1:])}, not {_plain(stated.shape)} as is stated",
-        hint="the shape in a card or after --input-shape is channels, height, width",
-    )
-
-
-def _own_shape(sizes: Sizes, stated: Stated, what: str) -> tuple[Shape, Layout]:
-    """What the file itself says.
-
-    Raises:
-        UsageError: it does not.
-    """
-    inner = [size for size in sizes[1:] if size is not None]
-    if len(inner) != 3:
-        open_ = "which leaves the size of images open" if len(sizes) == 4 else "not images"
-        raise UsageError(f"{what} takes {_plain(sizes)}, {open_}", hint=SHAPE_HINT)
-    first, second, third = inner
-    likely = first not in IMAGE_CHANNELS and third in IMAGE_CHANNELS
-    if (stated.layout or ("channels-last" if likely else "channels-first")) == "channels-last":
-        return (third, first, second), "channels-last"
-    return (first, second, third), "channels-first"
-
-
-def _inner_shape(rank: int, shape: Shape) -> tuple[int, ...]:
-    """What a file that takes no channels takes for an image of that shape."""
-    if rank == 2:
-        return (math.prod(shape),)
-    return shape[1:] if shape[0] == 1 else ()
-
-
-def _of_layout(shape: Shape, layout: Layout) -> tuple[int, ...]:
-    return shape if layout == "channels-first" else (*shape[1:], shape[0])
-
-
-def _fits(sizes: Sizes, wanted: Sequence[int]) -> bool:
-    return len(sizes) == len(wanted) + 1 and all(
-        size in {None, want} for size, want in zip(sizes[1:], wanted, strict=True)
-    )
-
-
 def _require_pixels(image: ir.Value, stated: Stated, where: str) -> None:
     """A file that takes integers takes pixels as they are.
 
@@ -358,9 +290,40 @@ def _type(value: ir.Value) -> str:
     return "nothing" if value.dtype is None else value.dtype.name.lower()
 
 
-def _plain(sizes: Sequence[int | None]) -> str:
-    return f"({', '.join('?' if size is None else str(size) for size in sizes)})"
-
-
 def _shown(value: ir.Value) -> str:
     return f"({', '.join(map(str, value.shape if value.shape is not None else ()))})"
+
+
+@dataclass(frozen=True, slots=True)
+class SeenEnds:
+    """What a file says of its ends, and of what it leaves open nothing."""
+
+    sizes: Sizes  # of the input, without the batch
+    layout: Layout  # as far as it shows
+    takes: str  # the input's type
+    takes_pixels: bool  # in integers
+    outputs: tuple[str, ...]
+    classes: int | None  # of the first output
+
+
+def seen_ends(proto: onnx.ModelProto, *, where: str) -> SeenEnds:
+    """What a file takes and gives, before anybody has said anything of it.
+
+    Raises:
+        InputError: it cannot be read, or takes several tensors, or no images.
+    """
+    with foreign_reader(f"model {where}: its ends cannot be read"):
+        model = to_ir(proto)
+        common.RemoveInitializersFromInputsPass()(model)
+    image = _Ends(model.graph, f"model {where}").image()
+    sizes, outputs = _sizes(image), tuple(model.graph.outputs)
+    given = [_sizes(output) for output in outputs]
+    layout = likely_layout(sizes[1:]) if len(sizes) == 4 else "channels-first"
+    return SeenEnds(
+        sizes[1:],
+        layout,
+        _type(image),
+        image.dtype in PIXELS,
+        tuple(str(output.name) for output in outputs),
+        given[0][1] if given and len(given[0]) == 2 else None,
+    )

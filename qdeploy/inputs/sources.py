@@ -31,7 +31,8 @@ from qdeploy.values import Stated
 
 CARD, COMMAND_LINE = "model card", "command line"
 
-CARD_HINT = """a model card says how pixels become inputs; write {path}:
+CARD_HINT = """a model card says how pixels become inputs; qdeploy init {model}
+begins one, or write {path}:
   [input]
   shape = [3, 224, 224]
   mean = [0.485, 0.456, 0.406]
@@ -126,7 +127,9 @@ class Sources:
         if self.card is None:
             raise UsageError(
                 f"model {self.model}: has no model card",
-                hint=CARD_HINT.format(path=printable(self.model.with_suffix(".toml"))),
+                hint=CARD_HINT.format(
+                    model=printable(self.model), path=printable(self.model.with_suffix(".toml"))
+                ),
             )
         spec = self.card.input
         return Preprocessing(
