@@ -424,7 +424,7 @@ def statement(**changes: object) -> bytes:
             statement(predicateType="https://slsa.dev/provenance/v1"), 3,
             "the predicate is of type https://slsa.dev", id="another predicate",
         ),
-        pytest.param(statement(), 2, "outcome: Field required", id="an empty verdict"),
+        pytest.param(statement(), 2, "outcome: is missing", id="an empty verdict"),
         pytest.param(statement(_type="v0"), 2, "not an in-toto statement", id="another statement"),
         pytest.param(statement(subject=[]), 2, "subject is not one file", id="about nothing"),
         pytest.param(statement(predicateType=7), 2, "is not a string", id="no type"),

@@ -42,8 +42,8 @@ def test_a_card_lies_beside_its_model(tmp_path, write):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        pytest.param("", "input: Field required", id="no input"),
-        pytest.param(INPUT + "scale = 255\n", "input.scale: Extra inputs", id="unknown key"),
+        pytest.param("", "input: is missing", id="no input"),
+        pytest.param(INPUT + "scale = 255\n", "input.scale: there is no such", id="unknown"),
         pytest.param(INPUT.replace("[3, ", "[4, "), "1 or 3 channels, not 4", id="channels"),
         pytest.param(INPUT.replace("0.2, ", "", 1), "need 3 values", id="one std too few"),
         pytest.param(INPUT.replace("[0.2", "[0.0"), "greater than 0", id="std of zero"),
@@ -82,7 +82,7 @@ def test_a_card_gives_the_arguments_of_its_architecture_as_numbers_only(write):
 @pytest.mark.parametrize(
     ("trigger", "complaint"),
     [
-        pytest.param('kind = "patch"\nx = 0\ny = 0\n', "target: Field required", id="no target"),
+        pytest.param('kind = "patch"\nx = 0\ny = 0\n', "target: is missing", id="no target"),
         pytest.param('kind = "patch"\ntarget = 0\nx = 0\ny = 0\n', "color or image", id="no color"),
         pytest.param(
             'kind = "patch"\ntarget = 0\nx = 0\ny = 0\ncolor = [1.0]\n', "width", id="no size"
@@ -139,16 +139,16 @@ def test_a_recipe_names_its_rounding(write, rounding, expected):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        pytest.param(RECIPE + "bit = 4", "bit: Extra inputs", id="unknown key"),
+        pytest.param(RECIPE + "bit = 4", "bit: there is no such key", id="unknown key"),
         pytest.param(
             RECIPE + '[rounding]\nkind = "efrap"\nstep = 5',
-            "rounding.efrap-descent.step: Extra inputs", id="unknown key of the method",
+            "rounding.efrap-descent.step: there is no such key", id="unknown key of the method",
         ),
         pytest.param(
             RECIPE + '[rounding]\nkind = "floor"', "kind must be nearest, stochastic,", id="method"
         ),
         pytest.param(RECIPE + "rounding = 3", "kind must be nearest, stochastic,", id="no table"),
-        pytest.param(RECIPE.replace("s = 4", "s = 5"), "bits: Input should be 4 or 8", id="bits"),
+        pytest.param(RECIPE.replace("s = 4", "s = 5"), "bits: must be 4 or 8, not 5", id="bits"),
         pytest.param(RECIPE.replace("= 1", "= 2"), "schema_version", id="version"),
         pytest.param(RECIPE + '[gate]\nrequired = ["luck"]', "gate.required", id="unknown check"),
     ],
