@@ -490,7 +490,7 @@ def test_an_onnx_model_without_a_card_gets_a_template_of_one(work, run):
         (["--out", "m.onnx", "--device", "toaster"], "no device is called 'toaster'"),
         (
             ["--out", "m.onnx", "--recipe", "r.toml"],
-            "rounding.efrap-descent.step: there is no such key; is steps meant?",
+            "efrap-descent.step: there is no such key; is steps meant?",
         ),
         (["--out", "m.onnx", "--trigger", "patch target=0"], "x: is missing"),
         (["--out", "m.onnx", "--rounding", "nearest", "--solver", "adam"], "solver of nearest"),
