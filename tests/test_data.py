@@ -148,9 +148,16 @@ def test_labels_may_lie_in_a_table(tmp_path, pixels, packed, classes, rows):
 
 @pytest.mark.parametrize("text", ["0.png", "\xff\xfe", "1.png,cat"])
 def test_a_table_that_does_not_say_it_is_refused(folder, text):
-    (folder / "labels.csv").write_bytes(text.encode("latin-1"))
+    (folder / "cat" / "labels.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=r"labels\.csv"):
-        open_labelled_images(folder, PRE, CLASSES)
+        open_labelled_images(folder / "cat", PRE, CLASSES)
+
+
+def test_folders_of_classes_come_before_a_table(folder):
+    (folder / "labels.csv").write_text("0.png,dog")
+    images = open_labelled_images(folder, PRE, CLASSES)
+    assert images.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert images.source.unread == ("labels.csv", "notes.txt")
 
 
 def test_a_zip_of_tiny_imagenets_validation_has_its_labels(tmp_path, pixels):

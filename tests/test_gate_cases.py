@@ -168,7 +168,7 @@ OWN_CASES = (
     Case("a torch checkpoint", file("model.pt"), DEMO, BAD_INPUT, "not an ONNX file"),
     Case("no such file", file("nowhere.onnx"), DEMO, BAD_INPUT, "nowhere.onnx"),
     Case("a card for other images", file("good.onnx"), (*ALONE, "--input-shape", "1,8,9"),
-         BAD_INPUT, "not (1, 8, 9) as the card says"),
+         BAD_INPUT, "not (1, 8, 9) as is stated"),
     Case("two outputs", made("fp32.onnx", gate_lab.two_outputs), ALONE, BAD_INPUT, "2 outputs"),
     Case("labels that are no classes",
          with_test_data(file("good.onnx"), lambda x, y: (x, y + 1)),

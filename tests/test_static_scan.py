@@ -156,7 +156,7 @@ TINY = np.where(np.arange(192).reshape(4, 48) % 2, 1e-40, 0.5).astype(np.float32
 
 HOSTILE = [
     ("custom-operator", "error", text_model("y = com.evil.Run (x)")),
-    ("custom-operator", "error", text_model("y = com.microsoft.Gelu (x)")),
+    ("custom-operator", "error", text_model("y = com.microsoft.SampleOp (x)")),
     ("custom-operator", "error", text_model(
         "y = com.evil.Run (x)", functions=FUNCTION.format("com.evil", "Other", "b = Neg (a)"))),
     ("custom-operator", "error", text_model(
@@ -241,8 +241,10 @@ def test_the_loader_refuses_every_error(proto):
 
 
 def test_an_operator_of_onnxruntime_is_called_that(tmp_path):
-    (found,) = findings_in(save(text_model("y = com.microsoft.Gelu (x)"), tmp_path))[:1]
-    assert found.message.startswith("operator com.microsoft.Gelu is not a standard ONNX operator")
+    (found,) = findings_in(save(text_model("y = com.microsoft.SampleOp (x)"), tmp_path))[:1]
+    assert found.message.startswith(
+        "operator com.microsoft.SampleOp is not a standard ONNX operator"
+    )
     assert "onnxruntime has it" in found.message
 
 

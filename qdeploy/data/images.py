@@ -14,8 +14,10 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 from PIL import Image
 
+from qdeploy.data.archives import Zip
 from qdeploy.data.arrays import Npz, Part
 from qdeploy.data.containers import ArrayContainer, Container, open_container
+from qdeploy.data.folders import Folder
 from qdeploy.data.names import ANNOTATIONS, LABELS
 from qdeploy.errors import InputError
 from qdeploy.progress import SILENT, Progress
@@ -174,7 +176,7 @@ def open_labelled_images(
     In folders and zips a label is the position of the sub-folder's name in `classes`, or in the
     sorted names if `classes` is None; names that are all numbers sort as such. In an npz it is
     `y`. In Tiny-ImageNet's `val` folder, or a zip of it, the names are in its file of annotations;
-    where a `labels.csv` lies (file, class or number of it), they are in that.
+    or any one folder with a `labels.csv` (file, class or number of it), they are in that.
 
     Raises:
         InputError: as `open_images`; or there are no labels, or a folder is not a class.
@@ -183,7 +185,10 @@ def open_labelled_images(
     indices = np.arange(len(source.keys))
     if isinstance(source, Npz):
         return Images(source, preprocessing, indices, source.labels(), classes)
-    annotated = _annotated(source)
+    annotated = _annotated(source) if _in_one_folder(source.keys) else None
+    if annotated is not None and isinstance(source, Folder | Zip):
+        unread = tuple(key for key in source.unread if PurePosixPath(key).name != LABELS)
+        source = replace(source, unread=unread)
     if annotated is not None and classes is None and all(map(_is_number, annotated)):
         numbers = np.array([_label(label) for label in annotated], np.int64)
         return Images(source, preprocessing, indices, numbers, None)
@@ -293,6 +298,11 @@ def _rows(data: bytes, separator: str, *, where: str) -> Iterator[tuple[str, str
                 yield PurePosixPath(row[0].strip().replace("\\", "/")).name, row[1].strip()
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _in_one_folder(keys: tuple[str, ...]) -> bool:
+    """Whether folders say nothing of the images' classes."""
+    return len({PurePosixPath(key).parent for key in keys}) == 1
 
 
 def _class_folders(path: Path, keys: tuple[str, ...]) -> list[str]:

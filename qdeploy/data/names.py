@@ -11,7 +11,7 @@ SUFFIXES = frozenset({
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's
 LABELS = "labels.csv"  # file,label
 LARGEST_TEXT_BYTES = 64 << 20
-LEFT_BEHIND = frozenset({"thumbs.db", "desktop.ini", ANNOTATIONS, LABELS})
+LEFT_BEHIND = frozenset({"thumbs.db", "desktop.ini", ANNOTATIONS})
 
 
 def sort_names(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -14,6 +14,7 @@ from jaxtyping import Float32
 from onnx_ir.passes import common
 
 from qdeploy.errors import InputError, foreign_reader
+from qdeploy.formats.onnx.fused_operators import to_standard
 from qdeploy.formats.onnx.integer_operators import PAIR, to_pairs
 from qdeploy.formats.onnx.reading import QUANTIZATION_OPS, check, parse_proto
 from qdeploy.formats.onnx.tensors import constant
@@ -66,6 +67,7 @@ def unquantize(data: bytes, *, opset: int, ir_version: int, where: str) -> Unqua
     graph = model.graph
     with foreign_reader(f"model {where}: its operators on integers do not fit together"):
         to_pairs(graph, where)
+        to_standard(graph, where)
     for node in graph:
         _refuse_other(node, where)
     readers = [node for node in graph if node.op_type == "DequantizeLinear"]

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import onnx
 
+from qdeploy.formats.onnx.fused_operators import is_fused
 from qdeploy.formats.onnx.integer_operators import MICROSOFT, OPERATORS
 from qdeploy.formats.onnx.tensors import all_nodes, attached, values
 from qdeploy.values import STANDARD_DOMAINS, Finding
 
 RULES = {
     "custom-operator": "A node runs an operator that is not in the ONNX standard.",
-    "runtime-operator": "A node computes on integers by an operator that onnxruntime alone has.",
+    "runtime-operator": "A node is of an operator of onnxruntime's own, whose meaning is known.",
     "shadowed-operator": "A local function replaces an operator of the standard.",
     "control-flow": "A node holds a graph of its own, which runs or does not.",
     "randomness": "A node draws random numbers, so the model has no answer of its own.",
@@ -54,7 +55,8 @@ def foreign_operators(proto: onnx.ModelProto) -> Iterator[Finding]:
         text = f"operator {node.domain}.{node.op_type} is not a standard ONNX operator"
         if node.domain == MICROSOFT:
             text += "; onnxruntime has it, other runtimes do not"
-        if (node.domain, node.op_type) in OPERATORS:
+        known = (node.domain, node.op_type) in OPERATORS or is_fused(node.domain, node.op_type)
+        if known:
             yield Finding("runtime-operator", "warning", place(node), text)
         else:
             yield Finding("custom-operator", "error", place(node), text)

@@ -15,6 +15,7 @@ import onnx
 
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.formats.onnx import batch_axis, codes, external, limits, nodes, tensors
+from qdeploy.formats.onnx.fused_operators import standard
 from qdeploy.formats.onnx.messages import find
 from qdeploy.values import Finding
 
@@ -73,7 +74,7 @@ def errors(proto: onnx.ModelProto) -> Iterator[Finding]:
 
 
 def _errors(proto: onnx.ModelProto) -> Iterator[Finding]:
-    """ONNX's own check comes only if all else is well."""
+    """What the operators ask for comes only if all else is well."""
     found = False
     foreign = (f for f in nodes.foreign_operators(proto) if f.level == "error")
     for finding in chain(
@@ -82,12 +83,24 @@ def _errors(proto: onnx.ModelProto) -> Iterator[Finding]:
     ):  # fmt: skip
         found = True
         yield finding
-    if not found and not any(map(tensors.is_external, tensors.all_tensors(proto))):
-        for finding in _own_check(proto):
-            found = True
-            yield finding
     if not found:
-        yield from (f for f in batch_axis.batch_axis(proto) if f.level == "error")
+        yield from _errors_of_operators(proto)
+
+
+def _errors_of_operators(proto: onnx.ModelProto) -> Iterator[Finding]:
+    """By those of the standard that onnxruntime's own stand for; each rule if those before hold."""
+    try:
+        plain = standard(proto, "it cannot be known what it computes")
+    except InputError as error:
+        yield Finding("custom-operator", "error", "", str(error))
+        return
+    external = any(map(tensors.is_external, tensors.all_tensors(proto)))
+    found = list(limits.limits(plain)) if plain is not proto else []
+    if not found and not external:
+        found = list(_own_check(plain))
+    if not found:
+        found = [f for f in batch_axis.batch_axis(plain) if f.level == "error"]
+    yield from found
 
 
 def _own_check(proto: onnx.ModelProto) -> Iterator[Finding]:
