@@ -124,4 +124,6 @@ def judge(case: Case, lab: Lab) -> tuple[int, str]:
 
 def answered_as_expected(case: Case, code: int, said: str) -> bool:
     fitting = code == case.code and case.says in " ".join(said.split())
+    if code in {REJECT, NO_VERDICT} and case.command != "scan":  # and somebody knows what to do now
+        fitting = fitting and "next: " in said
     return fitting and "Traceback" not in said and "HARMED" not in said

@@ -81,7 +81,8 @@ def report() -> Report:
         ),
         checks=(Check("attack_success", 90.0, "<=", 10.0, "%", "cpu", "patch", 500, 200),),
         required=frozenset({"b", "a"}), outcome=Outcome.REJECT,
-        reasons=("attack_success: too high",), not_measured=("agreement: no test data",),
+        reasons=("attack_success: too high",), next_steps=("attack_success: do not",),
+        not_measured=("agreement: no test data",),
         notes=("a note",), crowding=(), findings=(), provenance=None, explanations={},
         samples=(), cleaning=None, output="m.rejected.onnx",
     )  # fmt: skip
@@ -148,6 +149,7 @@ def test_the_terminal_shows_variants_side_by_side_and_the_verdict_last(report, c
     assert "m.rejected.onnx" in lines[verdict]
     assert "not measured: agreement: no test data" in lines[verdict]
     assert lines[verdict + 1].strip() == "- attack_success: too high"
+    assert lines[verdict + 2].strip() == "next: attack_success: do not"
     assert lines[-1].strip() == "note: a note"
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from datetime import date
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from pydantic import ValidationError
 
 from qdeploy.core.metrics import Estimate
 from qdeploy.inputs.opened import NO_EVIDENCE
+from qdeploy.judging.advice import next_steps
 from qdeploy.judging.checks import MEASURES, LayersAsMade, Results, checks_of
 from qdeploy.judging.measure import Measured
 from qdeploy.judging.rates import AgainstFloat, ArmRates, RuntimeAgreement
 from qdeploy.judging.verdict import EXIT_CODE, Check, Outcome, explain, judge, missing
-from qdeploy.settings.checks import CHECKS, ROWS
+from qdeploy.settings.checks import CHECKS, ROWS, SUPPLY, Need
 from qdeploy.settings.device import BudgetSpec
 from qdeploy.settings.policy import GateSpec, load_policy
 from qdeploy.settings.recipe import load_recipe
@@ -252,3 +254,41 @@ def test_every_check_is_measured_and_has_a_key_of_its_own():
 def test_a_check_that_does_not_exist_cannot_be_required():
     with pytest.raises(ValidationError, match="there is no check 'acuracy'; have static_findings"):
         GateSpec(required=frozenset({"acuracy"}))
+
+
+LIMITS = {"off": 5.0, "within": 90.0, "unclear": 50.0}
+
+
+def one(name: str, state: str, samples: int = 500) -> Check:
+    value = 40.0
+    return Check(name, value, "<=", LIMITS[state], "%", "cpu", None, samples, 200, 30.0, 60.0)
+
+
+def test_what_can_be_done_begins_with_what_is_off_and_says_nothing_twice():
+    checks = (
+        one("agreement", "unclear"),
+        one("attack_success", "off"),
+        one("attack_success", "off"),
+    )
+    steps = next_steps(checks, {"attack_success", "accuracy_drop"}, {"accuracy_drop": "reference"})
+    assert steps == (
+        f"attack_success: {CHECKS['attack_success'].then}",
+        "accuracy_drop: give the float model: --reference",
+        "agreement: give more test images, until its interval lies on one side",
+    )
+
+
+def test_too_few_images_say_how_many_are_needed():
+    few = Check("agreement", 99.0, ">=", 90.0, "%", "cpu", None, 20, 200, 80.0, 100.0)
+    assert next_steps((few,), {"agreement"}, {}) == (
+        "agreement: give more test images, at least 200",
+    )
+
+
+def test_an_accepted_file_leaves_nothing_to_do():
+    assert next_steps((one("attack_success", "within"),), {"attack_success"}, {}) == ()
+
+
+@pytest.mark.parametrize("need", get_args(Need))
+def test_whatever_a_check_needs_can_be_supplied(need):
+    assert next_steps((), {"agreement"}, {"agreement": need}) == (f"agreement: {SUPPLY[need]}",)

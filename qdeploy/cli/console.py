@@ -111,6 +111,8 @@ def show_report(report: Report) -> None:
     console.print(Text.assemble((outcome, OUTCOME_STYLES[outcome]), f"  {_verdict_line(report)}"))
     for reason in report.reasons:
         console.print(Text(f"  - {printable(reason)}"))
+    for step in report.next_steps:
+        console.print(Text(f"  next: {printable(step)}"))
     for note in report.notes:
         console.print(Text(f"  note: {printable(note)}", style="dim"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from qdeploy import __version__
@@ -10,19 +11,21 @@ from qdeploy.detectors.crowding import NO_SCAN, WeightScan
 from qdeploy.inputs.opened import Evidence
 from qdeploy.inputs.requests import Request
 from qdeploy.inputs.sources import CARD
+from qdeploy.judging.advice import next_steps
 from qdeploy.judging.checks import Results, checks_of, explanation
 from qdeploy.judging.soundness import objections, sound
 from qdeploy.judging.verdict import Check, Outcome, explain, judge
 from qdeploy.machine import installed_versions
 from qdeploy.progress import Clock
 from qdeploy.report.values import Report
-from qdeploy.settings.checks import ANYTHING_ELSE, ROWS, CheckRow, Need
+from qdeploy.settings.checks import ANYTHING_ELSE, CHECKS, ROWS, CheckRow, Need
 from qdeploy.settings.device import misfit
 from qdeploy.settings.policy import GateSpec
 from qdeploy.settings.recipe import Recipe
 from qdeploy.values import Cleaning, StageTime, named_classes
 
 MADE_HERE = frozenset(row.name for row in ROWS if row.made_here)
+EVIDENCE: frozenset[Need] = frozenset({"test data", "trigger"})
 NOT_RUN = "the file was not run"
 SPOKEN_OF = (ANYTHING_ELSE, *(row.name for row in ROWS if row.spoken_of))
 
@@ -76,6 +79,7 @@ def compose(
         required=frozenset(required),
         outcome=outcome,
         reasons=reasons,
+        next_steps=_next_steps(request, results, checks, required, objected),
         not_measured=_not_measured(checks, absent),
         notes=(
             *_cleaning_notes(results.cleaning, names),
@@ -109,11 +113,16 @@ def _absent(request: Request, results: Results) -> dict[str, str]:
     """Why a check that is not there could not be made: the first thing that it needs and lacks."""
     if not results.measured.files:
         return {ANYTHING_ELSE: NOT_RUN}
+    return {name: why for name, (_, why) in _lacks(request, results).items()}
+
+
+def _lacks(request: Request, results: Results) -> dict[str, tuple[Need, str]]:
+    """The first thing that each check needs and lacks, and how that is said."""
     found = {row.name: _lack(row, request, results) for row in ROWS}
     return {name: lack for name, lack in found.items() if lack is not None}
 
 
-def _lack(row: CheckRow, request: Request, results: Results) -> str | None:
+def _lack(row: CheckRow, request: Request, results: Results) -> tuple[Need, str] | None:
     """The first thing that a check needs and that is not there."""
     traced, evidence = results.provenance, results.evidence
     alone = "no reference is known" if traced is None else None
@@ -134,7 +143,32 @@ def _lack(row: CheckRow, request: Request, results: Results) -> str | None:
         "budget": "neither device nor policy sets a budget" if unset else None,
         "timing": "no run was timed",
     }
-    return next((why for need in row.needs if (why := lacks.get(need)) is not None), None)
+    return next(((need, why) for need in row.needs if (why := lacks.get(need)) is not None), None)
+
+
+def _next_steps(
+    request: Request,
+    results: Results,
+    checks: tuple[Check, ...],
+    required: AbstractSet[str],
+    objected: Mapping[str, str],
+) -> tuple[str, ...]:
+    """What can be done; of a file that was not run, about what stands in it."""
+    if not results.measured.files:
+        required = frozenset()
+    lacks = {name: need for name, (need, _) in _lacks(request, results).items()}
+    lacks |= {name: _objected_need(name, lacks) for name in objected}
+    steps = next_steps(checks, required, lacks)
+    calibration = results.calibration
+    if calibration is not None and calibration.synthetic is not None:
+        steps += ("calibration: give images of the model's own kind (--calibration)",)
+    return steps
+
+
+def _objected_need(name: str, lacks: Mapping[str, Need]) -> Need:
+    """What there is, and says nothing: other images, labels or triggers are needed."""
+    first: Need = next((need for need in CHECKS[name].needs if need in EVIDENCE), "test data")
+    return lacks.get(name, "labels" if "labels" in CHECKS[name].needs else first)
 
 
 def _not_measured(checks: tuple[Check, ...], absent: Mapping[str, str]) -> tuple[str, ...]:

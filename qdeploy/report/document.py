@@ -173,6 +173,7 @@ class WrittenReport(Written):
     schema_version: Literal[1]
     outcome: Outcome
     reasons: tuple[str, ...]  # why it is not ACCEPT
+    next_steps: tuple[str, ...] = ()  # what can be done about it
     not_measured: tuple[str, ...] = ()  # what an ACCEPT does not speak of
     notes: tuple[str, ...] = ()
     output: str | None = None

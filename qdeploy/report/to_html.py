@@ -44,6 +44,7 @@ def to_html(report: Report) -> bytes:
         model=report.origin.path,
         output=report.output,
         reasons=report.reasons,
+        next_steps=report.next_steps,
         not_measured=report.not_measured,
         notes=report.notes,
         triggers=list(report.rates[0].attack_success) if report.rates else [],

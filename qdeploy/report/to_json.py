@@ -61,6 +61,7 @@ def written(report: Report) -> WrittenReport:
         schema_version=SCHEMA_VERSION,
         outcome=report.outcome,
         reasons=report.reasons,
+        next_steps=report.next_steps,
         not_measured=report.not_measured,
         notes=report.notes,
         output=report.output,

@@ -17,6 +17,7 @@ def to_markdown(report: Report) -> bytes:
     """Verdict, reasons and rates."""
     lines = [f"## {MARKS[report.outcome]} {report.outcome.value}: {_plain(report.origin.path)}", ""]
     lines += [f"- {_plain(reason)}" for reason in report.reasons]
+    lines += [f"- next: {_plain(step)}" for step in report.next_steps]
     lines += [f"- not measured: {_plain(line)}" for line in report.not_measured]
     if report.rates:
         triggers = list(report.rates[0].attack_success)

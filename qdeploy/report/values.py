@@ -57,6 +57,7 @@ class Report:
     required: frozenset[str]
     outcome: Outcome
     reasons: tuple[str, ...]  # why it is not ACCEPT
+    next_steps: tuple[str, ...]  # what can be done about it
     not_measured: tuple[str, ...]  # what an ACCEPT does not speak of
     notes: tuple[str, ...]
     crowding: tuple[CellCrowding, ...]  # of the float weights, the strongest first

@@ -32,6 +32,7 @@ class CheckRow:
 
     name: str
     says: str  # what stands against a file that is off the limit
+    then: str  # what its user can do
     relation: Literal["<=", ">="] = "<="
     unit: str = "%"
     needs: tuple[Need, ...] = ()  # in the order in which a reader wants to know what is missing
@@ -47,107 +48,146 @@ class CheckRow:
     spoken_of: bool = False  # readers take it for granted: if it was not measured, that is said
 
 
+BETTER = (
+    "--bits 8, more calibration images, another --rounding, or a recipe that keeps the worst layers"
+    " at 8 bits"
+)
+FROM_FLOAT = "have it made again from its float model: no rounding moves a weight that far"
 ROWS = (
     CheckRow(
         name="static_findings", unit="findings",
         says="The file holds what no classifier has any business with.",
+        then="qdeploy scan shows all of it; ask its maker, or have somebody waive it",
     ),
     CheckRow(
         name="accuracy", relation=">=", sampled="images", needs=("test data", "labels", "limit"),
         key="min_accuracy", meaning="Floor of the accuracy itself.",
         says="The file is less accurate than it has to be.",
+        then=BETTER,
     ),
     CheckRow(
         name="accuracy_drop", unit="points", sampled="images", spoken_of=True,
         needs=("test data", "labels", "reference"), key="max_accuracy_drop", default=1.0,
         says="The quantized file loses more accuracy than allowed.",
+        then=BETTER,
     ),
     CheckRow(
         name="accuracy_drop_relative", sampled="images",
         needs=("test data", "labels", "reference", "limit"), key="max_accuracy_drop_relative",
         meaning="The same in percent of the reference's accuracy.",
         says="The file loses a larger share of the accuracy than allowed.",
+        then=BETTER,
     ),
     CheckRow(
         name="class_drop", unit="points", sampled="images of a class",
         needs=("test data", "labels", "reference", "limit"), key="max_class_drop",
         meaning="Largest drop of one class's accuracy.",
         says="One class loses more accuracy than allowed.",
+        then=BETTER,
     ),
     CheckRow(
         name="agreement", relation=">=", sampled="images", spoken_of=True,
         needs=("test data", "reference"), key="min_agreement", default=90.0,
         says="The quantized file disagrees with the float model too often.",
+        then=BETTER,
     ),
     CheckRow(
         name="attack_success", sampled="images", spoken_of=True, needs=("test data", "trigger"),
         key="max_attack_success", default=10.0,
         says="A known trigger leads to the attacker's class.",
+        then="do not deploy it: clean the float model (qdeploy clean), or have it made anew",
     ),
     CheckRow(
         name="attack_success_rise", unit="points", sampled="images",
         needs=("test data", "trigger", "reference"), key="max_attack_success_rise", default=1.0,
         says="Quantization makes a known trigger work better.",
+        then="do not deploy it: round the float model by qdeploy sanitize",
     ),
     CheckRow(
         name="runtime_agreement", relation=">=", sampled="images", spoken_of=True,
         needs=("test data", "two runtimes"), key="min_runtime_agreement", default=99.0,
         says="The file answers differently from one runtime to the other.",
+        then="name the device that will run it (--device): without VNNI products saturate",
     ),
     CheckRow(
         name="batch_invariance", relation=">=", key="min_batch_invariance", default=97.0,
         meaning="Share of images that are answered alike in whatever batch they come.",
         says="What an image is answered depends on what shares its batch.",
+        then="do not deploy it: have the model made without what mixes the images of a batch",
     ),
     CheckRow(
         name="layers_as_planned", unit="layers off plan", made_here=True,
         says="A layer was left in float or lost its rounding method.",
+        then="the report says which: more calibration images, another --rounding, or a waiver",
     ),
     CheckRow(
         name="codes_as_chosen", unit="wrong integers", made_here=True,
         says="The file does not hold the integers that were chosen.",
+        then="run it again; if it stays so, report it as a bug",
     ),
     CheckRow(
         name="source_differences", unit="differences", spoken_of=True, needs=("comparison",),
         says="The graph differs from its float source beyond quantization.",
+        then="name the float model it was made from (--reference), or have it made from this",
     ),
     CheckRow(
         name="weight_steps", unit="steps", needs=("limit", "integers"), key="max_weight_steps",
         meaning="Distance of a weight from the reference's, in steps; rounding stays at 1",
         says="A weight is further from its float source than rounding can bring it.",
+        then=FROM_FLOAT,
     ),
     CheckRow(
         name="bias_shift", unit="of the weights", needs=("limit", "integers"), key="max_bias_shift",
         meaning="Change of a bias, in units of what its weights add; corrections of rounding"
         " reached 0.65, and more than 2 is a difference under every policy.",
         says="A bias is further from its float source's than a correction brings it.",
+        then=FROM_FLOAT,
     ),
     CheckRow(
         name="unexplained_rounding", needs=("limit", "integers"), key="max_unexplained_rounding",
         meaning="Share of integers in layers rounded neither to nearest nor as reported.",
         says="Integers are neither rounded to nearest nor as a report says.",
+        then="give its maker's report (--made-by), or round the float model yourself",
     ),
     CheckRow(
         name="cell_crowding", unit="sd", detector="crowding", needs=("limit", "floats"),
         key="max_cell_crowding",
         meaning="Score of the float weights at cell edges; clean models stay below 5.",
         says="The float weights were held inside the cells of a quantizer.",
+        then="do not round it to nearest: qdeploy sanitize, and clean it first if a trigger stays",
     ),
     CheckRow(
         name="remaining_shortcuts", unit="classes", made_here=True, needs=("search",),
         key="max_remaining_shortcuts", default=0.0, counted=True,
         meaning="Classes reached too easily after a cleaning that looked for them.",
         says="After cleaning, images are still led to a class too easily.",
+        then="clean it with more images, or further (--further)",
     ),
     CheckRow(
         name="file_bytes", unit="bytes", needs=("budget",), key="file_bytes", of_budget=True,
         says="The file is larger than the device allows.",
+        then="fewer bits, or --weight-storage int4",
     ),
     CheckRow(
         name="latency_ms", unit="ms", needs=("budget", "timing"), key="latency_ms", of_budget=True,
         says="The file is slower than the device allows.",
+        then="int8 storage, or another device profile",
     ),
 )  # fmt: skip
+SUPPLY: Mapping[Need, str] = {
+    "limit": "set its limit in the policy",
+    "test data": "give test images: --test, or [data] test in the card",
+    "labels": "give test images whose labels fit the model",
+    "trigger": "give a trigger (--trigger), or a policy that requires none",
+    "reference": "give the float model: --reference",
+    "two runtimes": "name a second runtime in the device profile",
+    "comparison": "give the float model that the file was made from: --reference",
+    "integers": "give a quantized file",
+    "floats": "give the float model",
+    "search": "clean it by a sanitizer that looks for shortcuts: --sanitizer unlearn",
+    "budget": "set a budget in the device profile or the policy",
+    "timing": "set validation.latency_runs in the policy",
+}  # what to do about what a check needs and lacks
 CHECKS: Mapping[str, CheckRow] = {row.name: row for row in ROWS}
 ANYTHING_ELSE = "anything else"  # what a reader takes for granted of a file that was not run
 
