@@ -514,7 +514,7 @@ def test_options_that_make_no_sense_are_one_line_and_exit_code_2(work, run, opti
     assert not list(work.glob("*.onnx"))
 
 
-@pytest.mark.parametrize("options", [["--bits", "5"], ["--seed", "-1"], ["--fast"], []])
+@pytest.mark.parametrize("options", [["--bits", "5"], ["--seed", "-1"], ["--fast"]])
 def test_options_that_do_not_exist_are_exit_code_2(work, run, options):
     assert run("sanitize", "model.pt", *options).code == 2
 
@@ -627,3 +627,17 @@ def test_an_onnx_file_with_nan_weights_is_refused(work, run):
     onnx.save(model, work / "nan.onnx")
     done = run("sanitize", "nan.onnx", "--card", "model.toml", "--out", "m.onnx")
     assert (done.code, "NaN" in done.error) == (2, True)
+
+
+def test_a_report_can_go_into_a_pipe_and_files_name_themselves(work, run):
+    done = run("sanitize", "model.pt", "--json", "--seed", "1")
+    assert json.loads(done.out)["outcome"] == "ACCEPT"
+    assert json.loads(done.out)["output"] == "model.quantized.onnx"
+    assert Path("model.quantized.onnx").is_file()
+    judged = run("gate", "model.quantized.onnx", "--card", "model.toml", "--reference", "model.pt",
+                 "--json")  # fmt: skip
+    assert json.loads(judged.out)["outcome"] == "ACCEPT"
+    scanned = run("scan", "model.quantized.onnx", "model.pt", "--json")
+    assert [len(one["findings"]) for one in json.loads(scanned.out)["files"]] == [0, 1]
+    assert run("export", "model.pt").code == 0
+    assert Path("model.float.onnx").is_file()

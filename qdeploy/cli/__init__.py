@@ -21,7 +21,6 @@ from qdeploy.errors import EXIT_INTERRUPTED, NO_MEMORY, QdeployError
 from qdeploy.machine import require_torch
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Quantize an untrusted classifier so that a quantization-conditioned backdoor does not"

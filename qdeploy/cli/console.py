@@ -99,8 +99,18 @@ def show_interrupted() -> None:
     err().print(Text("interrupted; the same command goes on where it stopped", style="yellow"))
 
 
-def show_report(report: Report) -> None:
+def show_json(document: bytes) -> None:
+    """A document, and nothing that is for people."""
+    sys.stdout.write(document.decode())
+
+
+def show_report(report: Report, *, as_json: bool = False) -> None:
     """The measured rates side by side, then the verdict and what it rests on."""
+    if as_json:
+        from qdeploy.report.to_json import to_json
+
+        show_json(to_json(report))
+        return
     console = out()
     _show_measured(report, console)
     for found in report.findings:

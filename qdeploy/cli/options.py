@@ -32,6 +32,14 @@ Models = Annotated[
 ]
 File = Annotated[Path, typer.Argument(help="ONNX file, float or quantized, whoever made it.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where the file or folder goes.")]
+OutFile = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Where the file goes; else here, named after the model."),
+]
+AsJson = Annotated[
+    bool,
+    option("--json", "Print the report as JSON, and nothing else there.", "Output"),
+]
 Seed = Annotated[
     int | None,
     option(
@@ -87,6 +95,11 @@ class Group:
     def settings(self) -> dict[str, Any]:
         """What was said, as keywords of the verbs."""
         return given({field.name: getattr(self, field.name) for field in fields(self)})  # type: ignore[arg-type]
+
+
+def place_of(out: Path | None, model: Path, ending: str) -> Path:
+    """Where the file goes: in the working directory, unless it was said."""
+    return out if out is not None else Path(model.stem + ending)
 
 
 InputShape = Annotated[

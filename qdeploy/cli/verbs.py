@@ -11,6 +11,7 @@ from qdeploy.api.settings import ARTIFACTS, SanitizerKind
 from qdeploy.cli.leaving import leave_by
 from qdeploy.cli.options import (
     Artifacts,
+    AsJson,
     CalibrationOptions,
     Device,
     EvidenceOptions,
@@ -21,6 +22,7 @@ from qdeploy.cli.options import (
     ModelOptions,
     Models,
     Out,
+    OutFile,
     QuantizationOptions,
     Reference,
     Reports,
@@ -31,9 +33,12 @@ from qdeploy.cli.options import (
     given,
     option,
     parse_shape,
+    place_of,
     takes,
 )
 from qdeploy.errors import EXIT_BAD_INPUT
+
+QUANTIZED, EXPORTED = ".quantized.onnx", ".float.onnx"  # what names of files end in
 
 
 @takes(
@@ -46,7 +51,7 @@ from qdeploy.errors import EXIT_BAD_INPUT
 )
 def sanitize(
     model: Model,
-    out: Out,
+    out: OutFile = None,
     sanitizer: Annotated[
         SanitizerKind | None,
         option("--sanitizer", "Clean the float model first, as qdeploy clean does.", "Cleaning"),
@@ -57,6 +62,7 @@ def sanitize(
     ] = None,
     artifacts: Artifacts = ARTIFACTS,
     dry_run: Annotated[bool, option("--dry-run", "Show the plan and stop.", "Output")] = False,
+    as_json: AsJson = False,
     *,
     settings: Settings,
 ) -> None:
@@ -65,24 +71,25 @@ def sanitize(
     from qdeploy.cli import console
 
     settings |= given({"sanitizer": sanitizer, "images": images, "artifacts": artifacts})
-    progress = console.TerminalProgress()
+    progress, out = console.TerminalProgress(), place_of(out, model, QUANTIZED)
     if dry_run:
         request, float_model, plan = verbs.plan(model, out, progress=progress, **settings)
         console.show_plan(float_model, plan, request.recipe, request.device)
         return
     report = verbs.sanitize(model, out, progress=progress, **settings)
-    console.show_report(report)
+    console.show_report(report, as_json=as_json)
     leave_by(report.outcome)
 
 
 @takes(ModelOptions, CalibrationOptions, QuantizationOptions)
 def quantize(
-    model: Model, out: Out, artifacts: Artifacts = ARTIFACTS, *, settings: Settings
+    model: Model, out: OutFile = None, artifacts: Artifacts = ARTIFACTS, *, settings: Settings
 ) -> None:
     """Quantize by any method. Nothing is measured and nothing is judged."""
     from qdeploy.api import verbs
     from qdeploy.cli import console
 
+    out = place_of(out, model, QUANTIZED)
     quantized = verbs.quantize(
         model, out, progress=console.TerminalProgress(), artifacts=artifacts, **settings
     )
@@ -103,6 +110,7 @@ def gate(
     test_images: TestImages = None,
     device: Device = None,
     artifacts: Artifacts = ARTIFACTS,
+    as_json: AsJson = False,
     *,
     settings: Settings,
 ) -> None:
@@ -115,24 +123,33 @@ def gate(
         "artifacts": artifacts,
     })  # fmt: skip
     report = verbs.gate(file, progress=console.TerminalProgress(), **settings)
-    console.show_report(report)
+    console.show_report(report, as_json=as_json)
     leave_by(report.outcome)
 
 
 @takes(ModelOptions)
 def scan(
-    models: Models, reference: Reference = None, reports: Reports = None, *, settings: Settings
+    models: Models,
+    reference: Reference = None,
+    reports: Reports = None,
+    as_json: AsJson = False,
+    *,
+    settings: Settings,
 ) -> None:
     """Look at model files without running them; exit 3 if something stands against one."""
     from qdeploy.api import verbs
     from qdeploy.cli import console
     from qdeploy.judging.verdict import Outcome
+    from qdeploy.report.scans import scans_to_json
 
     said: Any = settings | given({"reference": reference, "reports": reports})
     scans = []
     for one in verbs.scan_each(models, console.TerminalProgress(), said):
         scans.append(one)
-        console.show_scan(one)
+        if not as_json:
+            console.show_scan(one)
+    if as_json:
+        console.show_json(scans_to_json(scans))
     rejected = any(one.stands_against for one in scans)
     if not rejected and any(one.failed is not None for one in scans):
         raise typer.Exit(EXIT_BAD_INPUT)
@@ -140,11 +157,12 @@ def scan(
 
 
 @takes(ModelOptions)
-def export(model: Model, out: Out, *, settings: Settings) -> None:
+def export(model: Model, out: OutFile = None, *, settings: Settings) -> None:
     """Write the model as a prepared float32 ONNX graph, proved equal to what was loaded."""
     from qdeploy.api import verbs
     from qdeploy.cli import console
 
+    out = place_of(out, model, EXPORTED)
     exported = verbs.export(model, out, progress=console.TerminalProgress(), **settings)
     console.show_exported(exported, out)
 
