@@ -243,6 +243,11 @@ def lean_on_a_class(proto: onnx.ModelProto, *, by: float) -> None:
     held[f"{last}.quantized"].CopyFrom(numpy_helper.from_array(codes, f"{last}.quantized"))
 
 
+def sign_otherwise(proto: onnx.ModelProto) -> None:
+    """The same network in a file that no run of ours has written."""
+    proto.producer_name = "somebody"
+
+
 def fused_operator(proto: onnx.ModelProto) -> None:
     """One that onnxruntime has, and that nobody knows the meaning of here."""
     proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))

@@ -53,10 +53,11 @@ def private_number(*context: str) -> int:
 def _mac(data: bytes, context: tuple[str, ...]) -> bytes:
     parts = (*(part.encode() for part in context), data)
     framed = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
-    return hmac.digest(_key(_folder()), framed, "sha256")
+    return hmac.digest(_key(state_folder()), framed, "sha256")
 
 
-def _folder() -> Path:
+def state_folder() -> Path:
+    """Where this user's key lies, and what it has sealed outside of runs."""
     given = os.environ.get(FOLDER_VARIABLE)
     return Path(given) if given else platformdirs.user_state_path("qdeploy")
 

@@ -21,6 +21,7 @@ from qdeploy.progress import Clock, Progress
 from qdeploy.provenance.trace import Provenance, trace
 from qdeploy.report.compose import compose
 from qdeploy.report.values import Report
+from qdeploy.runs.made import recall
 from qdeploy.runs.measuring import check_providers, measure
 from qdeploy.runs.opening import open_model
 from qdeploy.runs.run_id import data_facts, facts_id, input_facts
@@ -53,6 +54,7 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
     check_providers(request)
     check_places(request)
     origin = Origin(str(subject.path), sha256(subject.path), "ONNX")
+    subject = replace(subject, known=subject.known | recall(origin.sha256))
     with clock.stage("scan"):
         static = findings_in(subject.path)
     if any(stands_against(f, request.policy.gate) for f in static):

@@ -34,6 +34,7 @@ from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, round_to_nearest
 from qdeploy.report.compose import compose
 from qdeploy.report.values import Report
+from qdeploy.runs.made import remember
 from qdeploy.runs.measuring import check_providers, measure
 from qdeploy.runs.opening import exported, open_model, open_source
 from qdeploy.runs.run_id import data_facts, facts_id, input_facts
@@ -80,6 +81,8 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
         measured = measure(request, model.interface, files, evidence, run, clock)
         wrong = wrong_codes(files["result"], plan, quantized.layers)
         provenance = trace(files["result"], model)
+        known = _chosen(provenance, quantized)
+        remember(hashlib.sha256(files["result"]).hexdigest(), known)
         results = Results(
             origin=model.origin,
             classes=model.classes,
@@ -88,7 +91,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             static=findings_in(run.path / "result.onnx"),
             detected=detected,
             provenance=provenance,
-            known=_chosen(provenance, quantized),
+            known=known,
             calibration=calibration,
             plan=plan.layers,
             made=LayersAsMade(quantized.layers, quantized.left_float, wrong),
