@@ -130,3 +130,12 @@ def test_an_onnx_model_needs_no_torch():
 def test_no_file_is_too_long_for_one_idea():
     long = {p.name: n for p in modules() if (n := len(p.read_text("utf-8").splitlines())) > 400}
     assert long == {}
+
+
+def test_the_floor_plan_stays_as_flat_as_it_is():
+    script = PACKAGE.parent / "benchmarks" / "floor_plan.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    said = {line[:18].strip(): line[18:] for line in done.stdout.splitlines()}
+    assert int(said["names at the top"]) <= 30
+    assert int(said["loose modules"].split(":")[0]) <= 5
+    assert (int(said["import levels"]), int(said["circles"])) == (12, 0)

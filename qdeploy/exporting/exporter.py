@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qdeploy.errors import InputError, ProviderError, UsageError
+from qdeploy.formats.onnx.fused_operators import standard
 from qdeploy.formats.onnx.reading import ModelProto, check, refuse_quantized
 from qdeploy.graph.ends import PIXEL_RANGE, as_classifier
 from qdeploy.graph.image_shape import SHAPE_HINT
@@ -96,7 +97,8 @@ def _taken(stated: Stated, where: str = "") -> tuple[int, int, int]:
 
 
 def _prepared(proto: ModelProto, loaded: Loaded, opset: int, ir_version: int) -> FloatModel:
-    model = prepare(proto, opset=opset, ir_version=ir_version, where=loaded.origin.path)
+    where = loaded.origin.path
+    model = prepare(standard(proto, where), opset=opset, ir_version=ir_version, where=where)
     input_name, input_shape, output_name, classes = interface(model)
     return FloatModel(
         serialize(model), loaded.origin, input_name, input_shape, output_name, classes

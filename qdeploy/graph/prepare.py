@@ -22,7 +22,6 @@ from onnxscript import rewriter
 from onnxscript.rewriter.rules import common as rules
 
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.formats.onnx.fused_operators import standard
 from qdeploy.graph.io import PRODUCER, check_written, to_ir
 from qdeploy.graph.simplify import indexed, simplify
 
@@ -95,7 +94,6 @@ def interface(model: ir.Model) -> tuple[str, tuple[int, int, int], str, int]:
 
 def _read(proto: onnx.ModelProto, opset: int, where: str) -> ir.Model:
     """`proto` at exactly `opset`, by onnx's own converter."""
-    proto = standard(proto, where)
     have = {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import}.get("ai.onnx")
     with foreign_reader(
         f"model {where}: cannot be converted from opset {have} to {opset}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,9 +16,9 @@ from qdeploy.inputs.requests import QuantizeRequest, Request
 from qdeploy.inputs.synthesize import synthesize
 from qdeploy.inputs.usable import described, distinct, hidden, seen
 from qdeploy.progress import Progress
-from qdeploy.runtime.sessions import open_session
-from qdeploy.values import DataUsed, FloatModel, Loaded, QuantPlan
+from qdeploy.values import DataUsed, Loaded, QuantPlan
 
+Answers = Callable[[np.ndarray], np.ndarray]  # the logits of inputs
 ANSWERED = 64  # images at a time
 NO_HASHES: frozenset[bytes] = frozenset()
 
@@ -80,7 +80,7 @@ def open_evidence(
     classes: int,
     fitted: Sequence[Fitted],
     progress: Progress,
-    reference: FloatModel | None = None,
+    reference: Answers | None = None,
 ) -> Evidence:
     """The test images and triggers, read once to prove that they can be trusted.
 
@@ -127,7 +127,7 @@ def open_evidence(
     return Evidence(images, triggers, (test, *used), changed, notes, labelled)
 
 
-def _labelled_by(reference: FloatModel | None, images: Images) -> Images:
+def _labelled_by(reference: Answers | None, images: Images) -> Images:
     """The images with the answers of the float model for labels.
 
     Raises:
@@ -138,9 +138,8 @@ def _labelled_by(reference: FloatModel | None, images: Images) -> Images:
             "the policy takes the float model's answers for labels, and no float model is given",
             hint="give --reference, or a policy that takes the labels of the data",
         )
-    session = open_session(reference.onnx)
     inputs = (images.preprocessing.normalise(batch.pixels) for batch in images.batches(ANSWERED))
-    answers = [session.logits(x).argmax(axis=1) for x in inputs]
+    answers = [reference(x).argmax(axis=1) for x in inputs]
     return replace(images, labels=np.concatenate(answers).astype(np.int64))
 
 

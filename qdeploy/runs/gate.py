@@ -22,7 +22,7 @@ from qdeploy.provenance.trace import Provenance, trace
 from qdeploy.report.compose import compose
 from qdeploy.report.values import Report
 from qdeploy.runs.made import recall
-from qdeploy.runs.measuring import check_providers, measure
+from qdeploy.runs.measuring import answers_of, check_providers, measure
 from qdeploy.runs.opening import open_model
 from qdeploy.runs.run_id import data_facts, facts_id, input_facts
 from qdeploy.runs.rundir import RunDir, open_run
@@ -71,7 +71,7 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
         with clock.stage("compare"):
             origin, provenance = model.origin, trace(run, model)
     with clock.stage("data"):
-        reference = model if subject.has_reference else None
+        reference = answers_of(model if subject.has_reference else None, request)
         evidence = open_evidence(request, interface.classes, (), progress, reference)
     with clock.stage("detect"):
         detected = detect(Suspect(model, run, evidence.images), progress)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qdeploy.graph.io import identity
-from qdeploy.inputs.opened import Evidence
+from qdeploy.inputs.opened import Answers, Evidence
 from qdeploy.inputs.requests import Request
 from qdeploy.judging.measure import Measured, Trial, validate
 from qdeploy.progress import Clock
 from qdeploy.runs.rundir import RunDir
 from qdeploy.runtime.known import runtime_of
-from qdeploy.values import Interface, Variant
+from qdeploy.values import FloatModel, Interface, Variant
 
 
 def check_providers(request: Request) -> None:
@@ -22,6 +22,14 @@ def check_providers(request: Request) -> None:
     """
     for runtime in request.device.runtimes:
         runtime_of(runtime).open(identity(), runtime)
+
+
+def answers_of(model: FloatModel | None, request: Request) -> Answers | None:
+    """What stands for labels, if the policy takes it from the float model, and there is one."""
+    if model is None or request.policy.validation.labels == "data":
+        return None
+    first = request.device.runtimes[0]
+    return runtime_of(first).open(model.onnx, first).logits
 
 
 def measure(

@@ -35,7 +35,7 @@ from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, rou
 from qdeploy.report.compose import compose
 from qdeploy.report.values import Report
 from qdeploy.runs.made import remember
-from qdeploy.runs.measuring import check_providers, measure
+from qdeploy.runs.measuring import answers_of, check_providers, measure
 from qdeploy.runs.opening import exported, open_model, open_source
 from qdeploy.runs.run_id import data_facts, facts_id, input_facts
 from qdeploy.runs.rundir import RunDir, open_run
@@ -71,7 +71,9 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
     with clock.stage("data"):
         calibration = open_calibration(request, loaded, plan, progress)
         fitted = [calibration.fitted, *_fitted_to(student)]
-        evidence = open_evidence(request, model.classes, fitted, progress, model)
+        evidence = open_evidence(
+            request, model.classes, fitted, progress, answers_of(model, request)
+        )
     with clock.stage("detect"):
         detected = detect(Suspect(model, images=evidence.images), progress)
     with open_run(request.artifacts, _run_id(request, model, calibration, evidence)) as run:
