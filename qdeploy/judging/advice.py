@@ -6,32 +6,36 @@ from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 
 from qdeploy.judging.verdict import Check, missing
-from qdeploy.settings.checks import CHECKS, SUPPLY, Need
+from qdeploy.settings.checks import CHECKS
 
 
 def next_steps(
-    checks: Iterable[Check], required: AbstractSet[str], lacks: Mapping[str, Need]
+    checks: Iterable[Check], required: AbstractSet[str], supply: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """One line for each thing to do, the most urgent first, none twice.
+    """One line for each thing to do and the checks that it is for, the most urgent first.
 
     Args:
-        lacks: What a check needed and did not get, by its name.
+        supply: What to give for a check that could not be made, by its name.
     """
-    return tuple(dict.fromkeys(_steps(tuple(checks), required, lacks)))
+    whom: dict[str, dict[str, None]] = {}
+    for name, step in _steps(tuple(checks), required, supply):
+        whom.setdefault(step, {})[name] = None
+    return tuple(f"{', '.join(names)}: {step}" for step, names in whom.items())
 
 
 def _steps(
-    checks: tuple[Check, ...], required: AbstractSet[str], lacks: Mapping[str, Need]
-) -> Iterator[str]:
+    checks: tuple[Check, ...], required: AbstractSet[str], supply: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Check and step."""
     for check in checks:
         if check.state == "off":
-            yield f"{check.name}: {CHECKS[check.name].then}"
+            yield check.name, CHECKS[check.name].then
     for name in missing(checks, required):
         few = [check for check in checks if check.name == name and check.state == "few"]
         if few:
-            yield f"{name}: give more test images, at least {few[0].needed_samples:,}"
-        elif name in lacks:
-            yield f"{name}: {SUPPLY[lacks[name]]}"
+            yield name, f"give more test images, at least {few[0].needed_samples:,}"
+        elif name in supply:
+            yield name, supply[name]
     for check in checks:
         if check.state == "unclear":
-            yield f"{check.name}: give more test images, until its interval lies on one side"
+            yield check.name, "give more test images, until the interval lies on one side"

@@ -16,6 +16,7 @@ from qdeploy.settings.policy import GateSpec
 from qdeploy.values import DataUsed
 
 BY_LABELS, BY_TRIGGERS = that_need("labels"), that_need("trigger")
+OF_THE_CARD = "come from the model's own card"
 NO_LABELS = "the test images have no labels"
 BY_IMAGES = that_need("test data")
 
@@ -54,7 +55,7 @@ def sound(
 
 def _from_the_card(used: Sequence[DataUsed]) -> Iterator[tuple[str, str]]:
     roles = {data.role for data in used if data.given_by == CARD}
-    wanted = "come from the model's own card, and the policy wants independent evidence"
+    wanted = f"{OF_THE_CARD}, and the policy wants independent evidence"
     if "trigger" in roles:
         reason = f"the triggers {wanted}: give --trigger"
         yield from dict.fromkeys(sorted(BY_TRIGGERS), reason).items()

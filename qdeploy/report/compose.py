@@ -13,19 +13,19 @@ from qdeploy.inputs.requests import Request
 from qdeploy.inputs.sources import CARD
 from qdeploy.judging.advice import next_steps
 from qdeploy.judging.checks import Results, checks_of, explanation
-from qdeploy.judging.soundness import objections, sound
+from qdeploy.judging.soundness import OF_THE_CARD, objections, sound
 from qdeploy.judging.verdict import Check, Outcome, explain, judge
 from qdeploy.machine import installed_versions
 from qdeploy.progress import Clock
 from qdeploy.report.values import Report
-from qdeploy.settings.checks import ANYTHING_ELSE, CHECKS, ROWS, CheckRow, Need
+from qdeploy.settings.checks import ANYTHING_ELSE, CHECKS, ROWS, SUPPLY, CheckRow, Need
 from qdeploy.settings.device import misfit
 from qdeploy.settings.policy import GateSpec
 from qdeploy.settings.recipe import Recipe
 from qdeploy.values import Cleaning, StageTime, named_classes
 
 MADE_HERE = frozenset(row.name for row in ROWS if row.made_here)
-EVIDENCE: frozenset[Need] = frozenset({"test data", "trigger"})
+OTHER_IMAGES = "give test images that the float model answers in more than one way"
 NOT_RUN = "the file was not run"
 SPOKEN_OF = (ANYTHING_ELSE, *(row.name for row in ROWS if row.spoken_of))
 
@@ -156,19 +156,20 @@ def _next_steps(
     """What can be done; of a file that was not run, about what stands in it."""
     if not results.measured.files:
         required = frozenset()
-    lacks = {name: need for name, (need, _) in _lacks(request, results).items()}
-    lacks |= {name: _objected_need(name, lacks) for name in objected}
-    steps = next_steps(checks, required, lacks)
+    supply = {name: SUPPLY[need] for name, (need, _) in _lacks(request, results).items()}
+    supply |= {name: _better_evidence(name, why) for name, why in objected.items()}
+    steps = next_steps(checks, required, supply)
     calibration = results.calibration
     if calibration is not None and calibration.synthetic is not None:
         steps += ("calibration: give images of the model's own kind (--calibration)",)
     return steps
 
 
-def _objected_need(name: str, lacks: Mapping[str, Need]) -> Need:
-    """What there is, and says nothing: other images, labels or triggers are needed."""
-    first: Need = next((need for need in CHECKS[name].needs if need in EVIDENCE), "test data")
-    return lacks.get(name, "labels" if "labels" in CHECKS[name].needs else first)
+def _better_evidence(name: str, why: str) -> str:
+    """What to give in place of what there is, and says nothing."""
+    if OF_THE_CARD in why:
+        return "give --test and --trigger: what the model's own card names does not count"
+    return SUPPLY["labels"] if "labels" in CHECKS[name].needs else OTHER_IMAGES
 
 
 def _not_measured(checks: tuple[Check, ...], absent: Mapping[str, str]) -> tuple[str, ...]:
