@@ -359,6 +359,22 @@ def test_what_is_missing_or_wrong_is_one_line(data, stated, said):
     assert said in str(error.value)
 
 
+def test_classes_that_a_file_claims_and_does_not_give_are_an_error():
+    """The end of a Slice is computed, and no shape inferred: six classes, said to be ten."""
+    net = net_with(*SHAPE)
+    scores = body(net, net.x, classes=8)
+    largest = net.node("ReduceMax", net.node("Sigmoid", scores), keepdims=0)
+    none = net.node(
+        "Mul", net.node("Cast", largest, to=ir.DataType.INT64), net.constant(np.array(0))
+    )
+    end = net.node("Reshape", net.node("Add", none, net.constant(np.array(6))),
+                   net.constant(np.array([1])))  # fmt: skip
+    start, axis = net.constant(np.array([0])), net.constant(np.array([1]))
+    data = written(net, net.node("Slice", scores, start, end, axis), "N", 10)
+    with pytest.raises(InputError, match=r"gives \(2, 6\) for a batch of 2, not \(2, 10\)"):
+        exported(data, NOTHING_STATED)
+
+
 def test_a_card_says_what_becomes_of_pixels():
     spec = {"shape": (3, 8, 8)}
     plain = ModelCard.model_validate({"input": spec | {"mean": (0.5,) * 3, "std": (0.25,) * 3}})

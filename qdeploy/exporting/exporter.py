@@ -44,21 +44,24 @@ def export(
     traced = _traced(loaded, stated)
     proto = as_classifier(traced, stated, where=where)
     step, tolerance = _fixed_batch(proto), NARROW_TOLERANCE if is_narrow(proto) else TOLERANCE
-    reference = _onnx_reference(proto)
-    if loaded.kind != "onnx":
+    if loaded.kind == "onnx":
+        reference = _onnx_reference(proto)
+    else:
         from qdeploy.exporting.from_torch import torch_reference
 
-        whole = torch_reference(loaded.content)
-        if proto is traced:
-            reference = whole
-        else:  # the module itself gives something else: that is what was traced
+        reference = torch_reference(loaded.content)
+        if proto is not traced:  # the module itself gives something else: that is what was traced
             raw = _onnx_reference(traced)
-            _compare(_Compared(where, _taken(stated), raw, whole, step, tolerance, None))
+            _compare(_Compared(where, _taken(stated), raw, reference, step, tolerance))
+            reference = _onnx_reference(proto)
     exported = _prepared(proto, loaded, opset, ir_version)
     got = open_session(exported.onnx, optimizations="off").logits
     _compare(
-        _Compared(where, exported.input_shape, got, reference, step, tolerance, stated.pixel_range)
-    )
+        _Compared(
+            where, exported.input_shape, got, reference, step, tolerance, stated.pixel_range,
+            exported.classes,
+        )
+    )  # fmt: skip
     return exported
 
 
@@ -128,7 +131,8 @@ class _Compared:
     want: Reference
     step: int | None  # images at a time that `want` takes; None for any number
     tolerance: float
-    pixels: tuple[float, float] | None  # the range of inputs, where it is stated
+    pixels: tuple[float, float] | None = None  # the range of inputs, where it is stated
+    classes: int | None = None  # that both must give; None: whatever they give
 
 
 def _compare(pair: _Compared) -> None:
@@ -152,9 +156,10 @@ def _compare(pair: _Compared) -> None:
         want = np.concatenate(
             [pair.want(np.resize(part, (step, *part.shape[1:])))[: len(part)] for part in parts]
         )
-        if got.shape != want.shape or len(got) != size:
+        due = want.shape if pair.classes is None else (size, pair.classes)
+        if got.shape != want.shape or got.shape != due or len(got) != size:
             raise InputError(
-                f"model {pair.where}: gives {got.shape} for a batch of {size}, not {want.shape}",
+                f"model {pair.where}: gives {got.shape} for a batch of {size}, not {due}",
                 hint="export it with a dynamic batch dimension",
             )
         with np.errstate(all="ignore"):  # a stranger's numbers may overflow: that is no match
