@@ -73,6 +73,7 @@ class FloatModel:
     input_shape: tuple[int, int, int]  # channels, height, width
     output_name: str
     classes: int
+    other_ends: bool = False  # the file that came takes or gives something else than this
 
     @property
     def interface(self) -> Interface:

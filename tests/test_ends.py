@@ -295,6 +295,18 @@ def test_pictures_that_are_all_answered_alike_show_nothing(unlabelled):
     assert "the same answer" in " ".join(json.loads(Path("r.json").read_bytes())["reasons"])
 
 
+def test_a_report_says_that_the_file_takes_something_else(tmp_path, monkeypatch, rng):
+    monkeypatch.chdir(tmp_path)
+    Path("model.onnx").write_bytes(channels_last())
+    Path("model.toml").write_text("[input]\nshape = [3, 8, 8]\nrange = [-1, 1]\n")
+    np.savez("images.npz", x=rng.integers(0, 256, (40, *SHAPE), np.uint8))
+    run("sanitize", "model.onnx", "--calibration", "images.npz", "--report", "r.json", "--seed", 1)
+    said = (
+        "the file takes and gives float32 (N, 3, 8, 8) to (N, 10), other than the model that came"
+    )
+    assert said in json.loads(Path("r.json").read_bytes())["notes"]
+
+
 def several_outputs() -> bytes:
     net = net_with(*SHAPE)
     output = body(net, net.x)

@@ -90,7 +90,7 @@ OWN_CASES = (
     Case("sanitized, biases under the same limit",
          with_policy(file("good.onnx"), "max_bias_shift = 1.0\n"), OWN, ACCEPT, ""),
     Case("sanitized, integers that a run of this user has chosen",
-         with_policy(file("good.onnx"), INTEGERS), OWN, ACCEPT),
+         with_policy(file("good.onnx"), INTEGERS), OWN, ACCEPT, "a run of this user has written"),
     Case("sanitized by somebody, integers that no report explains",
          with_policy(made("good.onnx", gate_lab.sign_otherwise), INTEGERS), OWN, REJECT,
          "unexplained_rounding"),

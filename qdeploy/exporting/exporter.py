@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from qdeploy.errors import InputError, ProviderError, UsageError
 from qdeploy.formats.onnx.fused_operators import standard
 from qdeploy.formats.onnx.reading import ModelProto, check, refuse_quantized
-from qdeploy.graph.ends import PIXEL_RANGE, as_classifier
+from qdeploy.graph.ends import PIXEL_RANGE, as_classifier, seen_ends
 from qdeploy.graph.image_shape import SHAPE_HINT
 from qdeploy.graph.io import serialize
 from qdeploy.graph.prepare import interface, is_narrow, prepare
@@ -54,7 +54,8 @@ def export(
             raw = _onnx_reference(traced)
             _compare(_Compared(where, _taken(stated), raw, reference, step, tolerance))
             reference = _onnx_reference(proto)
-    exported = _prepared(proto, loaded, opset, ir_version)
+    other = proto is not traced and seen_ends(proto, where=where) != seen_ends(traced, where=where)
+    exported = replace(_prepared(proto, loaded, opset, ir_version), other_ends=other)
     got = open_session(exported.onnx, optimizations="off").logits
     _compare(
         _Compared(

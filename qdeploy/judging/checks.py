@@ -56,6 +56,7 @@ class Results:
     calibration: Calibration | None = None  # None, as the next two: the file was made elsewhere
     plan: tuple[LayerPlan, ...] = ()
     made: LayersAsMade | None = None
+    notes: tuple[str, ...] = ()  # what was done to come to them
     cleaning: Cleaning | None = None
     class_names: tuple[str, ...] = ()
 

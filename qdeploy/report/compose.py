@@ -83,6 +83,7 @@ def compose(
         not_measured=_not_measured(checks, absent),
         notes=(
             *_cleaning_notes(results.cleaning, names),
+            *results.notes,
             *_notes(request, evidence),
             *_waiver_notes(request, results),
             *evidence.notes,

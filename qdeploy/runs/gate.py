@@ -30,6 +30,8 @@ from qdeploy.runs.writing import as_json, check_places, keep, write_reports
 from qdeploy.runtime.known import runtime_of
 from qdeploy.values import Finding, FloatModel, Interface, Origin, Variant
 
+OWN = "a run of this user has written the file, and explains its integers"
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
@@ -54,7 +56,8 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
     check_providers(request)
     check_places(request)
     origin = Origin(str(subject.path), sha256(subject.path), "ONNX")
-    subject = replace(subject, known=subject.known | recall(origin.sha256))
+    own = recall(origin.sha256)
+    subject = replace(subject, known=subject.known | own)
     with clock.stage("scan"):
         static = findings_in(subject.path)
     if any(stands_against(f, request.policy.gate) for f in static):
@@ -88,6 +91,7 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
             detected=detected,
             provenance=provenance,
             known=subject.known,
+            notes=(OWN,) if own else (),
         )
         return _deliver(compose(request, found, clock, run_id), request, subject, folder)
 

@@ -24,6 +24,12 @@ def check_providers(request: Request) -> None:
         runtime_of(runtime).open(identity(), runtime)
 
 
+def form_of(model: FloatModel) -> str:
+    """What a file that is made of it takes and gives."""
+    shape = ", ".join(map(str, model.input_shape))
+    return f"float32 (N, {shape}) to (N, {model.classes})"
+
+
 def answers_of(model: FloatModel | None, request: Request) -> Answers | None:
     """What stands for labels, if the policy takes it from the float model, and there is one."""
     if model is None or request.policy.validation.labels == "data":

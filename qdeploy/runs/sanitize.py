@@ -35,7 +35,7 @@ from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, rou
 from qdeploy.report.compose import compose
 from qdeploy.report.values import Report
 from qdeploy.runs.made import remember
-from qdeploy.runs.measuring import answers_of, check_providers, measure
+from qdeploy.runs.measuring import answers_of, check_providers, form_of, measure
 from qdeploy.runs.opening import exported, open_model, open_source
 from qdeploy.runs.run_id import data_facts, facts_id, input_facts
 from qdeploy.runs.rundir import RunDir, open_run
@@ -94,6 +94,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             detected=detected,
             provenance=provenance,
             known=known,
+            notes=_ends_note(model),
             calibration=calibration,
             plan=plan.layers,
             made=LayersAsMade(quantized.layers, quantized.left_float, wrong),
@@ -194,6 +195,13 @@ def _deliver(
     write_atomically(place, data)
     run.seal()
     return report
+
+
+def _ends_note(model: FloatModel) -> tuple[str, ...]:
+    """That whoever feeds the file must feed it otherwise than the one that came."""
+    if not model.other_ends:
+        return ()
+    return (f"the file takes and gives {form_of(model)}, other than the model that came",)
 
 
 def _chosen(provenance: Provenance, quantized: QuantizedModel) -> frozenset[LayerDigest]:
