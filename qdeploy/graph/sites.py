@@ -16,6 +16,7 @@ INTEGER_OPS = frozenset({
     "Conv", "Gemm", "MatMul", "Add", "Mul", "AveragePool", "GlobalAveragePool", "Concat",
 })  # fmt: skip
 SAME_GRID_OPS = frozenset({"MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"})
+ROUNDED_AT_LOAD = frozenset({"Conv", "ConvTranspose", "Gemm"})
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
 
 
@@ -57,6 +58,9 @@ def find_activations(model: ir.Model, sites: tuple[WeightSite, ...]) -> dict[str
     A tensor between an operator and the ReLU that is fused into it is left out: the runtime then
     computes both in one kernel. So are the logits. Operators that only move values (pooling by
     maximum, reshaping) keep the grid of their input.
+
+    What a float weight writes stays float: between integers onnxruntime would round that weight
+    itself, to nearest, when it loads the file (its WeightBiasQuantization).
     """
     at_sites: set[str | None] = {use.node for site in sites for use in site.uses}
     shared: dict[str, str] = {}
@@ -70,7 +74,13 @@ def find_activations(model: ir.Model, sites: tuple[WeightSite, ...]) -> dict[str
             source, output = shared.get(_name(node.inputs[0])), node.outputs[0]
             if source is not None and not output.is_graph_output():
                 shared[_name(output)] = source
-    return shared
+    of_floats = {
+        _name(value)
+        for node in model.graph
+        if node.op_type in ROUNDED_AT_LOAD and node.name not in at_sites
+        for value in (node.outputs[0], fused_output(node))
+    }
+    return {t: source for t, source in shared.items() if not {t, source} & of_floats}
 
 
 def fused_output(node: ir.Node) -> ir.Value:
