@@ -18,7 +18,10 @@ from qdeploy.core.rounding.stochastic import stochastic
 from qdeploy.core.weight_grids import absmax_grid
 from qdeploy.errors import DivergedError
 
-SETTINGS = DescentSettings(flip_weight=0.0, start="nearest", sweeps=50, damping=0.0)
+UNBOUNDED = float("inf")
+SETTINGS = DescentSettings(
+    flip_weight=0.0, flip_bound=UNBOUNDED, start="nearest", sweeps=50, damping=0.0
+)
 
 
 def make_problem(
@@ -44,7 +47,7 @@ def objective(
 ) -> np.ndarray:
     """What descent is to minimise, row by row, written out."""
     agrees = codes == nearest(problem)
-    price = flip_weight * flip_price(problem, quadratic)
+    price = flip_price(problem, quadratic, flip_weight, UNBOUNDED)
     return quadratic.error(problem.dequantized(codes)) + (price * agrees).sum(-1)
 
 
@@ -59,7 +62,7 @@ def test_every_method_chooses_one_of_the_two_neighbours(seed):
     rng = np.random.default_rng(seed)
     problem = make_problem(rng, groups=2)
     quadratic = make_quadratic(rng, problem)
-    settings = DescentSettings(1.0, "flipped", 5, 1e-4)
+    settings = DescentSettings(1.0, UNBOUNDED, "flipped", 5, 1e-4)
     for codes in (stochastic(problem, rng), descent(problem, quadratic, settings, rng)):
         assert np.all(np.abs(codes - problem.steps) <= 1)
         assert np.all(np.abs(codes) <= problem.high)
@@ -69,7 +72,7 @@ def test_weights_on_a_code_stay_there():
     weight = np.array([[[-7, -3, 0, 2, 7]]], np.float32)
     problem = RoundingProblem.symmetric(weight, np.ones((1, 1), np.float32), 7)
     quadratic = make_quadratic(np.random.default_rng(0), problem)
-    flip = DescentSettings(100.0, "flipped", 5, 0.0)
+    flip = DescentSettings(100.0, UNBOUNDED, "flipped", 5, 0.0)
     assert not problem.free.any()
     for seed in range(5):
         rng = np.random.default_rng(seed)
@@ -87,7 +90,7 @@ def test_stochastic_rounding_is_right_on_average(rng):
 def test_no_single_flip_improves_what_descent_found(rng, flip_weight):
     problem = make_problem(rng, groups=2, rows=4, fan_in=BLOCK + 20)
     quadratic = make_quadratic(rng, problem, samples=1000)
-    settings = DescentSettings(flip_weight, "nearest", 200, 0.0)
+    settings = DescentSettings(flip_weight, UNBOUNDED, "nearest", 200, 0.0)
     codes = descent(problem, quadratic, settings, rng)
     best = objective(problem, quadratic, codes, flip_weight)
     floor = problem.floor.astype(np.int32)
@@ -107,7 +110,7 @@ def test_descent_goes_half_of_the_way_to_the_best_of_all_choices_or_further(rng,
         codes = problem.codes(np.broadcast_to(np.array(bits), problem.weight.shape))
         choices.append(objective(problem, quadratic, codes, flip_weight))
     best = np.min(choices, axis=0).sum()
-    settings = DescentSettings(flip_weight, "nearest", 50, 0.0)
+    settings = DescentSettings(flip_weight, UNBOUNDED, "nearest", 50, 0.0)
     found = objective(
         problem, quadratic, descent(problem, quadratic, settings, rng), flip_weight
     ).sum()
@@ -130,7 +133,7 @@ def test_a_larger_flip_weight_flips_more(rng):
     quadratic = make_quadratic(rng, problem, samples=2000)
     shares = []
     for flip_weight in (0.0, 0.5, 2.0, 1e3):
-        settings = DescentSettings(flip_weight, "nearest", 50, 0.0)
+        settings = DescentSettings(flip_weight, UNBOUNDED, "nearest", 50, 0.0)
         codes = descent(problem, quadratic, settings, rng)
         shares.append((codes != nearest(problem)).mean())
     assert shares == sorted(shares)
@@ -144,7 +147,7 @@ def test_inputs_that_clean_images_never_use_are_flipped_by_the_price_alone(rng):
     samples[:, :, 5] = 0
     moments = FloatInputMoments(problem.weight)
     moments.update(samples)
-    settings = DescentSettings(0.3, "nearest", 20, 0.0)
+    settings = DescentSettings(0.3, UNBOUNDED, "nearest", 20, 0.0)
     codes = descent(problem, moments.quadratic(centred=True), settings, rng)
     dormant = problem.free[:, :, 5] & (problem.error[:, :, 5] > 0)
     assert dormant.any()
@@ -167,7 +170,15 @@ def test_the_price_is_relative_to_the_error_of_nearest(rng):
     problem = make_problem(rng, rows=4, fan_in=32)
     quadratic = make_quadratic(rng, problem)
     error = quadratic.error(problem.dequantized(nearest(problem))).sum()
-    assert flip_price(problem, quadratic).sum() == pytest.approx(error)
+    assert flip_price(problem, quadratic, 1.0, UNBOUNDED).sum() == pytest.approx(error)
+
+
+def test_the_price_is_never_more_than_its_share_of_the_output(rng):
+    problem = make_problem(rng, rows=4, fan_in=32)
+    quadratic = make_quadratic(rng, problem)
+    free, bounded = (flip_price(problem, quadratic, 1.0, bound) for bound in (UNBOUNDED, 1e-4))
+    assert bounded.sum() == pytest.approx(1e-4 * quadratic.energy.sum())
+    np.testing.assert_allclose(bounded / bounded.sum(), free / free.sum())
 
 
 def test_inputs_that_are_not_finite_are_refused(rng):
@@ -204,6 +215,20 @@ def test_gptq_is_nearest_where_inputs_have_nothing_in_common(rng):
     gram = np.diag(rng.uniform(1, 2, 40))[None]
     quadratic = Quadratic(gram, weight @ gram, np.ones((1, 4)))
     np.testing.assert_array_equal(gptq(problem, quadratic, GPTQ), nearest(problem))
+
+
+def test_gptq_is_nearest_in_a_group_whose_inputs_are_always_zero(rng):
+    problem = make_problem(rng, groups=2)
+    quadratic = make_quadratic(rng, problem)
+    live = np.array([1.0, 0.0])
+    dead = Quadratic(
+        quadratic.gram * live[:, None, None],
+        quadratic.cross * live[:, None, None],
+        quadratic.energy * live[:, None],
+    )
+    codes = gptq(problem, dead, GPTQ)
+    np.testing.assert_array_equal(codes[1], nearest(problem)[1])
+    np.testing.assert_array_equal(codes[0], gptq(problem, quadratic, GPTQ)[0])
 
 
 def test_gptq_follows_the_reference_column_by_column(rng):

@@ -140,7 +140,7 @@ class Descent(FromMoments):
     def codes(
         self, problem: RoundingProblem, quadratic: Quadratic, generator: np.random.Generator
     ) -> Codes:
-        settings = DescentSettings(0.0, "nearest", self.sweeps, self.damping)
+        settings = DescentSettings(0.0, 0.0, "nearest", self.sweeps, self.damping)
         return descent(problem, quadratic, settings, generator)
 
 
@@ -153,6 +153,9 @@ class EfrapDescent(Descent):
     flip_weight: float = Field(
         0.3, ge=0, description="Pull away from nearest, relative to its error."
     )
+    flip_bound: float = Field(
+        0.01, ge=0, description="That pull at most, as a share of the variance of the output."
+    )
     start: Literal["nearest", "flipped", "stochastic"] = Field(
         "stochastic",
         description="Whence the descent begins. A fixed start can be foreseen; this one needs the"
@@ -162,7 +165,9 @@ class EfrapDescent(Descent):
     def codes(
         self, problem: RoundingProblem, quadratic: Quadratic, generator: np.random.Generator
     ) -> Codes:
-        settings = DescentSettings(self.flip_weight, self.start, self.sweeps, self.damping)
+        settings = DescentSettings(
+            self.flip_weight, self.flip_bound, self.start, self.sweeps, self.damping
+        )
         return descent(problem, quadratic, settings, generator)
 
 

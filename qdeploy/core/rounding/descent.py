@@ -33,6 +33,7 @@ class DescentSettings:
     """At `flip_weight` (mu) 1, agreeing with nearest everywhere costs as much as its error."""
 
     flip_weight: float
+    flip_bound: float  # of that cost, as a share of the output's variance
     start: Literal["nearest", "flipped", "stochastic"]
     sweeps: int  # at most; stops when no flip improves the objective
     damping: float  # share of the mean diagonal added to the Gram matrix; pulls towards W
@@ -56,22 +57,25 @@ def descent(
         raise DivergedError("the layer's inputs are not finite on the calibration images")
     up = _start(problem, settings.start, generator)
     damped = _damp(quadratic, problem, settings.damping)
-    price = settings.flip_weight * flip_price(problem, damped)
+    price = flip_price(problem, damped, settings.flip_weight, settings.flip_bound)
     return problem.codes(_sweep(problem, damped, price, up, settings.sweeps))
 
 
 def flip_price(
-    problem: RoundingProblem, quadratic: Quadratic
+    problem: RoundingProblem, quadratic: Quadratic, weight: float, bound: float
 ) -> Float64[np.ndarray, "groups rows fan_in"]:
-    """Price of agreeing with nearest, for every weight, at flip weight 1.
+    """Price of agreeing with nearest, for every weight.
 
-    In proportion to the rounding error in steps, and over the whole layer as large as the output
+    In proportion to the rounding error in steps, and over the whole layer `weight` times the output
     error of nearest rounding: so the weight means the same in every layer and at every bit width.
+    But no more than `bound` times the variance of the output: in a layer where nearest loses much,
+    a price as large would be paid in wrong answers.
     """
     error = np.where(problem.free, problem.error, 0)
     nearest = problem.dequantized(problem.codes(problem.nearest_up))
     total = error.sum()
-    return error * (quadratic.error(nearest).sum() / total if total > 0 else 0.0)
+    paid = min(weight * quadratic.error(nearest).sum(), bound * quadratic.energy.sum())
+    return error * (paid / total if total > 0 else 0.0)
 
 
 def _start(

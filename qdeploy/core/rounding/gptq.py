@@ -37,13 +37,17 @@ def gptq(
         DivergedError: the inputs were not finite, or the damped Gram matrix is singular.
     """
     groups = range(len(problem.weight))
-    return np.concatenate([_solve_group(problem, quadratic, settings, g) for g in groups])
+    steps = np.stack([_solve_group(problem, quadratic, settings, g) for g in groups])
+    return problem.at(steps)
 
 
 def _solve_group(
     problem: RoundingProblem, quadratic: Quadratic, settings: GptqSettings, group: int
-) -> Int32[np.ndarray, "1 rows fan_in"]:
+) -> Float64[np.ndarray, "rows fan_in"]:
+    """The codes of one group in steps. Inputs that are always 0 say nothing: nearest then."""
     gram = quadratic.gram[group]
+    if not gram.any():
+        return np.rint(problem.steps[group]).astype(np.float64)
     order = np.argsort(-np.diagonal(gram), kind="stable")
     factor = _inverse_factor(gram[np.ix_(order, order)], settings.damping)
     target = _best_float(problem, quadratic, group, settings.damping)[:, order]
@@ -61,7 +65,9 @@ def _solve_group(
         target[:, last:] -= errors @ factor[first:last, last:]
     in_place = np.empty_like(steps)
     in_place[:, order] = steps
-    return (in_place + problem.zero_point[group][:, None]).astype(np.int32)[None]
+    if not np.isfinite(in_place).all():
+        raise DivergedError("the damped Gram matrix is singular: its errors are not finite")
+    return in_place
 
 
 def _inverse_factor(
