@@ -148,7 +148,7 @@ def test_a_recipe_names_its_rounding(write, rounding, expected):
             RECIPE + '[rounding]\nkind = "floor"', "kind must be nearest, stochastic,", id="method"
         ),
         pytest.param(RECIPE + "rounding = 3", "kind must be nearest, stochastic,", id="no table"),
-        pytest.param(RECIPE.replace("s = 4", "s = 5"), "bits: must be 4 or 8, not 5", id="bits"),
+        pytest.param(RECIPE.replace("s = 4", "s = 5"), "must be 4, 8 or 'auto', not 5", id="bits"),
         pytest.param(RECIPE.replace("= 1", "= 2"), "schema_version", id="version"),
         pytest.param(RECIPE + '[gate]\nrequired = ["luck"]', "gate.required", id="unknown check"),
     ],

@@ -59,6 +59,20 @@ def test_overrides_change_the_bits_of_the_layers_they_match(net):
     }  # fmt: skip
 
 
+def test_what_a_layer_reads_can_stay_float(net):
+    whole = plan(net)
+    read = {use.input for x in whole.layers if x.site.name == "block" for use in x.site.uses}
+    kept = plan(net, overrides=(Override(layers="block", activations="none"),))
+    assert set(whole.activations) - set(kept.activations) >= read
+    assert not read & {*kept.activations, *kept.activations.values()}
+    assert [x.bits for x in kept.layers] == [4] * 6
+
+
+def test_an_override_that_says_nothing_is_an_error():
+    with pytest.raises(ValueError, match="gives bits, activations or both"):
+        Override(layers="*")
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -228,7 +228,8 @@ def _private_seed(model: Path) -> int:
 
 
 def _recipe_name(settings: QuantizationSettings) -> str:
-    return str(settings.get("recipe", f"int{settings.get('bits', 4)}"))
+    bits = settings.get("bits", 4)
+    return str(settings.get("recipe", bits if bits == "auto" else f"int{bits}"))
 
 
 def _recipe(settings: SanitizeSettings) -> Recipe:
@@ -242,6 +243,11 @@ def _recipe(settings: SanitizeSettings) -> Recipe:
         table["validation"] = {**table["validation"], "images": settings["test_images"]}
     if "activation_bits" in settings:
         table["activations"] = {**table["activations"], "bits": settings["activation_bits"]}
+    kept = [{"layers": p, "bits": 8} for p in settings.get("keep_at_8", ())]
+    kept += [
+        {"layers": p, "bits": 8, "activations": "none"} for p in settings.get("keep_float", ())
+    ]
+    table["overrides"] = (*table["overrides"], *kept)
     table["rounding"] = _rounding(settings, table["rounding"])
     return validate(table, Recipe, where="options")
 
@@ -260,8 +266,8 @@ def _device(device: DeviceProfile, settings: QuantizationSettings, recipe: Recip
     storage = settings.get("weight_storage")
     if storage is None:
         return device
-    if recipe.bits != 4 and storage == "int4":
-        raise UsageError(f"--weight-storage int4 cannot hold {recipe.bits}-bit weights")
+    if recipe.bits == 8 and storage == "int4":
+        raise UsageError("--weight-storage int4 cannot hold 8-bit weights")
     table = device.model_dump()
     table["weights"]["storage"] = {**table["weights"]["storage"], "4": storage}
     return validate(table, DeviceProfile, where="options")

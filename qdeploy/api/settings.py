@@ -41,7 +41,9 @@ class EvidenceSettings(TypedDict, total=False):
 class QuantizationSettings(TypedDict, total=False):
     """How the integers are chosen, and what they are fitted to."""
 
-    bits: Literal[4, 8]
+    bits: Literal[4, 8, "auto"]
+    keep_at_8: Sequence[str]  # patterns of layer names
+    keep_float: Sequence[str]  # layers that run in float, on 8-bit weights
     recipe: PathLike  # name or TOML file
     device: PathLike  # name or TOML file
     rounding: str

@@ -215,7 +215,24 @@ class QuantizationOptions(Group):
     """How the integers are chosen."""
 
     bits: Annotated[
-        Literal["4", "8"] | None, option("--bits", "Bits of a weight.", "Quantization")
+        Literal["4", "8", "auto"] | None,
+        option(
+            "--bits", "Bits of a weight; auto gives 8 to the layers that need them.", "Quantization"
+        ),
+    ] = None
+    keep_at_8: Annotated[
+        list[str] | None,
+        option(
+            "--keep-at-8", "Pattern of layers that keep 8 bits; may be repeated.", "Quantization"
+        ),
+    ] = None
+    keep_float: Annotated[
+        list[str] | None,
+        option(
+            "--keep-float",
+            "Pattern of layers that run in float, on 8-bit weights; may be repeated.",
+            "Quantization",
+        ),
     ] = None
     recipe: Annotated[
         str | None, option("--recipe", "Name (see qdeploy recipes) or TOML file.", "Quantization")
@@ -250,7 +267,7 @@ class QuantizationOptions(Group):
     def settings(self) -> dict[str, Any]:
         """The same with numbers as numbers."""
         numbers = {
-            "bits": int(self.bits) if self.bits is not None else None,
+            "bits": int(self.bits) if self.bits in {"4", "8"} else self.bits,
             "activation_bits": 8 if self.activation_bits == "8" else self.activation_bits,
         }
         return {**Group.settings(self), **given(numbers)}

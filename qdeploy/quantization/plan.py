@@ -38,11 +38,17 @@ def plan_layers(model: FloatModel, recipe: Recipe, device: DeviceProfile) -> Qua
         _must_match(pattern, [*names, *(layer.name for layer in left_float)], "gate")
     layers = tuple(_layer(site, recipe, device) for site in sites)
     activations = find_activations(graph, sites) if recipe.activations.bits == 8 else {}
+    float_inputs = _float_inputs(sites, recipe.overrides)
+    activations = {
+        tensor: source
+        for tensor, source in activations.items()
+        if tensor not in float_inputs and source not in float_inputs
+    }
     return QuantPlan(layers, left_float, activations)
 
 
 def _layer(site: WeightSite, recipe: Recipe, device: DeviceProfile) -> LayerPlan:
-    bits = _bits(site.name, recipe.bits, recipe.overrides)
+    bits = _bits(site.name, 8 if recipe.bits == 8 else 4, recipe.overrides)
     key: Literal["4", "8"] = "4" if bits == 4 else "8"
     storage = IntType(device.weights.storage[key])
     max_code = LARGEST_4_BIT_CODE if bits == 4 else device.weights.max_code
@@ -68,8 +74,20 @@ def _check_grid(recipe: Recipe, device: DeviceProfile) -> None:
 
 
 def _bits(name: str, default: int, overrides: Sequence[Override]) -> int:
-    """The bit width of the last override that matches."""
-    return next((o.bits for o in reversed(overrides) if fnmatchcase(name, o.layers)), default)
+    """The bit width of the last override that matches and gives one."""
+    given = (o.bits for o in reversed(overrides) if fnmatchcase(name, o.layers))
+    return next((bits for bits in given if bits is not None), default)
+
+
+def _float_inputs(sites: Sequence[WeightSite], overrides: Sequence[Override]) -> frozenset[str]:
+    """The tensors that layers read which are to run in float."""
+    patterns = [o.layers for o in overrides if o.activations == "none"]
+    return frozenset(
+        use.input
+        for site in sites
+        for use in site.uses
+        if any(fnmatchcase(site.name, pattern) for pattern in patterns)
+    )
 
 
 def _must_match(pattern: str, names: list[str], where: str) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from qdeploy.detectors.known import Suspect, detect
 from qdeploy.disk.files import require_writable, set_aside, write_atomically
+from qdeploy.errors import UsageError
 from qdeploy.formats.static import findings_in
 from qdeploy.inputs.opened import (
     NO_EVIDENCE,
@@ -32,6 +33,7 @@ from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit, wrong_codes
 from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, round_to_nearest
+from qdeploy.quantization.search import Searched, search
 from qdeploy.report.compose import compose
 from qdeploy.report.values import Report
 from qdeploy.runs.made import remember
@@ -74,10 +76,13 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
         evidence = open_evidence(
             request, model.classes, fitted, progress, answers_of(model, request)
         )
+    request, plan, searched = _searched(request, model, plan, calibration, clock)
     with clock.stage("detect"):
         detected = detect(Suspect(model, images=evidence.images), progress)
     with open_run(request.artifacts, _run_id(request, model, calibration, evidence)) as run:
         quantized, files = _quantize(request, model, plan, calibration, run, clock)
+        if searched is not None:
+            run.write("sensitivity.csv", searched.as_csv())
         if before is not None:
             files = {**keep(run, {"source": before.onnx}), **files}
         measured = measure(request, model.interface, files, evidence, run, clock)
@@ -94,7 +99,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             detected=detected,
             provenance=provenance,
             known=known,
-            notes=_ends_note(model),
+            notes=(*_ends_note(model), *_search_note(searched)),
             calibration=calibration,
             plan=plan.layers,
             made=LayersAsMade(quantized.layers, quantized.left_float, wrong),
@@ -113,8 +118,11 @@ def quantize(request: QuantizeRequest, out: Path, progress: Progress) -> Quantiz
     plan = plan_layers(model, request.recipe, request.device)
     with clock.stage("data"):
         calibration = open_calibration(request, loaded, plan, progress)
+    request, plan, searched = _searched(request, model, plan, calibration, clock)
     with open_run(request.artifacts, _run_id(request, model, calibration, NO_EVIDENCE)) as run:
         quantized, files = _quantize(request, model, plan, calibration, run, clock)
+        if searched is not None:
+            run.write("sensitivity.csv", searched.as_csv())
         write_atomically(out, files["result"])
         run.seal()
     return replace(quantized, misfit=misfit(request.device))
@@ -142,6 +150,36 @@ def _cleaned(request: QuantizeRequest, progress: Progress) -> Student | None:
     from qdeploy.runs.clean import clean_alone
 
     return clean_alone(request.cleaning, progress)
+
+
+def _searched(
+    request: QuantizeRequest,
+    model: FloatModel,
+    plan: QuantPlan,
+    calibration: Calibration,
+    clock: Clock,
+) -> tuple[QuantizeRequest, QuantPlan, Searched | None]:
+    """The request with its bits decided, and its plan, where they were to be looked for."""
+    recipe, images = request.recipe, calibration.images
+    if recipe.bits != "auto":
+        return request, plan, None
+    if images is None:
+        raise UsageError(
+            "--bits auto compares files on calibration images, and there are none",
+            hint="--calibration FOLDER, or synthetic ones by --synthetic-calibration",
+        )
+    with clock.stage("search"):
+        grids = calibrate(model, plan, images, recipe.activations, clock.progress)
+        task = RoundingTask(model, plan, grids, images, recipe.seed)
+        found = search(task, recipe, request.device, clock.progress)
+        clock.progress.note(found.summary)
+    decided = replace(request, recipe=found.recipe)
+    return decided, plan_layers(model, found.recipe, request.device), found
+
+
+def _search_note(searched: Searched | None) -> tuple[str, ...]:
+    """What was given how many bits."""
+    return () if searched is None else (f"bits were looked for: {searched.summary}",)
 
 
 def _fitted_to(student: Student | None) -> Iterator[Fitted]:

@@ -49,8 +49,8 @@ class CheckRow:
 
 
 BETTER = (
-    "--bits 8, more calibration images, another --rounding, or a recipe that keeps the worst layers"
-    " at 8 bits"
+    "--bits auto, which gives 8 bits to the layers that need them, --bits 8, more calibration"
+    " images, or another --rounding"
 )
 FROM_FLOAT = "have it made again from its float model: no rounding moves a weight that far"
 ROWS = (

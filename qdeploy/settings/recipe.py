@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qdeploy.settings.device import AUTO
 from qdeploy.settings.methods import AnyRounding, EfrapDescent
@@ -13,6 +13,7 @@ from qdeploy.settings.schema import Spec, find_bundled, load_toml
 
 WeightRange = Literal["absmax", "half", "minmax", "mse"]
 Granularity = Literal["channel", "tensor"]
+Bits = Literal[4, 8, "auto"]  # auto: 4, and 8 where a layer does not bear 4
 
 
 class WeightGridSpec(Spec):
@@ -38,10 +39,32 @@ class CalibrationSpec(Spec):
 
 
 class Override(Spec):
-    """A different bit width for the layers whose names match a pattern."""
+    """What is done otherwise with the layers whose names match a pattern."""
 
     layers: str = Field(description="Shell-style pattern; must match at least one layer.")
-    bits: Literal[4, 8]
+    bits: Literal[4, 8] | None = None
+    activations: Literal["none"] | None = Field(
+        None, description="none: what these layers read stays float, so they run in float."
+    )
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Override:
+        if self.bits is None and self.activations is None:
+            raise ValueError("an override gives bits, activations or both")
+        return self
+
+
+class SearchSpec(Spec):
+    """How bits = "auto" looks for the smallest file."""
+
+    min_agreement: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="Percent of the calibration images with the float model's answer; else half way"
+        " from the gate's limit to 100, since they are what the file is fitted to.",
+    )
+    images: int = Field(256, gt=0, description="Of those for calibration, at most.")
 
 
 class Recipe(Spec):
@@ -50,7 +73,7 @@ class Recipe(Spec):
     schema_version: Literal[1]
     name: str
     description: str
-    bits: Literal[4, 8]
+    bits: Bits
     seed: int = Field(0, ge=0)
     device: str = AUTO
     rounding: AnyRounding = EfrapDescent()
@@ -59,6 +82,7 @@ class Recipe(Spec):
     calibration: CalibrationSpec = CalibrationSpec()
     validation: ValidationSpec = ValidationSpec()
     gate: GateSpec = GateSpec()
+    search: SearchSpec = SearchSpec()
     overrides: tuple[Override, ...] = ()
 
     def policy(self) -> Policy:

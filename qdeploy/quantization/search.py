@@ -1,0 +1,268 @@
+"""The smallest file that keeps a limit: which layers need 8 bits, and which inputs stay float.
+
+Every layer alone is put to 4 bits, and every layer's input alone on its grid, in a model whose
+other weights have 8 bits; what that adds to the error of the logits is the layer's sensitivity.
+Then the sensitive ones are given back, most error per byte first, and the fewest that keep the
+limit are found by bisection. All of it is measured on calibration images, by the float model's own
+answers.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float32
+
+from qdeploy.progress import Progress
+from qdeploy.quantization.calibrate import calibrate
+from qdeploy.quantization.emit import emit
+from qdeploy.quantization.plan import plan_layers
+from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
+from qdeploy.runtime.sessions import open_session
+from qdeploy.settings.checks import CHECKS
+from qdeploy.settings.device import DeviceProfile
+from qdeploy.settings.methods import EfrapDescent, FromMoments, FromWeights, Rounding
+from qdeploy.settings.recipe import Override, Recipe
+from qdeploy.values import FloatModel, Grids, QuantPlan, RoundedLayer
+
+BATCH = 32
+IMAGES_PER_LAYER = 64  # that a sensitivity is measured on
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """What one layer's rounding alone does to the logits."""
+
+    layer: str
+    weights: int
+    four_bits: float  # mean squared error that 4 bits add, over the logits' variance
+    input: float  # the same of its input on an 8-bit grid; 0 if that stays float anyway
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """What was chosen, and by what."""
+
+    recipe: Recipe  # with the choice written out
+    layers: tuple[Sensitivity, ...]
+    at_8: frozenset[str]
+    float_inputs: frozenset[str]
+    average_bits: float  # of a weight
+    agreement: float  # percent of the calibration images, of the choice
+    wanted: float
+
+    @property
+    def summary(self) -> str:
+        """In one line."""
+        kept = f"{len(self.at_8)} of {len(self.layers)} layers at 8 bits"
+        inputs = f", {len(self.float_inputs)} with inputs in float" if self.float_inputs else ""
+        missed = "" if self.agreement >= self.wanted else ", and nothing smaller than that kept it"
+        return (
+            f"{kept}{inputs}, {self.average_bits:.2f} bits a weight: {self.agreement:.1f} % of the"
+            f" calibration images as in float32, for {self.wanted:g} %{missed}"
+        )
+
+    def as_csv(self) -> bytes:
+        """The sensitivities as a table, the choice beside them."""
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(
+            ["layer", "weights", "error of 4 bits", "error of its input", "bits", "input"]
+        )
+        for x in self.layers:
+            bits, given = 8 if x.layer in self.at_8 else 4, x.layer in self.float_inputs
+            row = [x.layer, x.weights, f"{x.four_bits:.3g}", f"{x.input:.3g}", bits]
+            table.writerow([*row, "float" if given else "8 bits"])
+        return text.getvalue().encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """A layer given 8 bits, or an input left in float."""
+
+    layer: str
+    kind: str  # bits, input
+    gain: float  # error that goes away
+    price: float  # bytes
+
+
+def search(
+    task: RoundingTask, recipe: Recipe, device: DeviceProfile, progress: Progress
+) -> Searched:
+    """The recipe with the fewest bits that keeps the limit.
+
+    Args:
+        task: The model at 4 bits, apart from what the recipe says itself.
+    """
+    lab = _Lab.of(task, recipe, device, progress)
+    layers = tuple(lab.sensitivities(progress))
+    moves = sorted(_moves(layers, lab), key=lambda m: -m.gain / m.price)
+    wanted = _wanted(recipe, device)
+    tried: dict[int, float] = {}
+
+    def agreement(count: int) -> float:
+        if count not in tried:
+            tried[count] = lab.agreement(moves[:count])
+            progress.note(f"{count} of {len(moves)} given back: {tried[count]:.1f} %")
+        return tried[count]
+
+    count = bisect_left(range(len(moves)), True, key=lambda n: agreement(n) >= wanted)
+    reached, chosen = agreement(count), moves[:count]
+    at_8 = frozenset(m.layer for m in chosen if m.kind == "bits") | lab.always_8
+    float_inputs = frozenset(m.layer for m in chosen if m.kind == "input")
+    total = sum(x.weights for x in layers)
+    return Searched(
+        recipe=_written_out(recipe, chosen),
+        layers=layers,
+        at_8=at_8,
+        float_inputs=float_inputs,
+        average_bits=sum(x.weights * (8 if x.layer in at_8 else 4) for x in layers) / total,
+        agreement=reached,
+        wanted=wanted,
+    )
+
+
+def _wanted(recipe: Recipe, device: DeviceProfile) -> float:
+    """The agreement that the choice has to keep, percent."""
+    if recipe.search.min_agreement is not None:
+        return recipe.search.min_agreement
+    limit = recipe.gate.limit(CHECKS["agreement"], device.budget)
+    return (100 + (limit or 0.0)) / 2
+
+
+def _written_out(recipe: Recipe, chosen: Sequence[_Move]) -> Recipe:
+    """The recipe with an override for each move; what it says itself still comes last."""
+    found = (
+        Override(layers=glob.escape(m.layer), bits=8)
+        if m.kind == "bits"
+        else Override(layers=glob.escape(m.layer), activations="none")
+        for m in chosen
+    )
+    return recipe.model_copy(update={"bits": 4, "overrides": (*found, *recipe.overrides)})
+
+
+def _moves(layers: Sequence[Sensitivity], lab: _Lab) -> list[_Move]:
+    """What can be given back. A layer whose input is float runs in float: its bytes count again."""
+    moves = []
+    for x in layers:
+        if x.layer not in lab.always_8:
+            moves.append(_Move(x.layer, "bits", x.four_bits, x.weights / 2))
+        if x.input > 0:
+            moves.append(_Move(x.layer, "input", x.input, float(x.weights)))
+    return moves
+
+
+def _in_one_pass(rounding: Rounding) -> Rounding:
+    """The recipe's method where its layers are independent, else the one that is nearest to it."""
+    if isinstance(rounding, FromMoments):
+        return rounding.model_copy(update={"inputs": "float"})
+    return rounding if isinstance(rounding, FromWeights) else EfrapDescent()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lab:
+    """A model whose layers have been solved at both widths, to be put together at will."""
+
+    model: FloatModel
+    plans: Mapping[int, QuantPlan]  # by bits
+    grids: Mapping[int, Grids]
+    rounded: Mapping[int, Mapping[str, RoundedLayer]]
+    always_8: frozenset[str]
+    inputs: Float32[np.ndarray, "images channels height width"]
+    wanted: Float32[np.ndarray, "images classes"]
+
+    @classmethod
+    def of(
+        cls, task: RoundingTask, recipe: Recipe, device: DeviceProfile, progress: Progress
+    ) -> _Lab:
+        wide = recipe.model_copy(update={"bits": 8, "overrides": _of_inputs(recipe.overrides)})
+        plans = {4: task.plan, 8: plan_layers(task.model, wide, device)}
+        images, spec = task.calibration(), _in_one_pass(recipe.rounding)
+        grids = {4: task.grids, 8: calibrate(task.model, plans[8], images, recipe.activations)}
+        rounded = {}
+        for bits in (4, 8):
+            work = RoundingTask(task.model, plans[bits], grids[bits], images, task.seed)
+            solved = round_layers(work, spec, progress=progress)
+            rounded[bits] = {layer.name: layer for layer in solved}
+        some = images.sample(min(recipe.search.images, len(images)), task.seed)
+        normalise = some.preprocessing.normalise
+        inputs = np.concatenate([normalise(batch.pixels) for batch in some.batches(BATCH)])
+        always = frozenset(layer.site.name for layer in plans[4].layers if layer.bits == 8)
+        wanted = _logits(task.model.onnx, inputs)
+        return cls(task.model, plans, grids, rounded, always, inputs, wanted)
+
+    def sensitivities(self, progress: Progress) -> list[Sensitivity]:
+        """Of every layer, over the error of 8-bit weights alone."""
+        names = list(self.rounded[8])
+        base = self._error(frozenset(names), frozenset())
+        inputs: dict[str, float] = {}
+        found = []
+        for layer in progress.track(self.plans[8].layers, "sensitivity", len(names)):
+            name = layer.site.name
+            four = self._error(frozenset(names) - {name}, frozenset())
+            added = 0.0
+            for tensor in {use.input for use in layer.site.uses} & set(self.grids[4].activations):
+                if tensor not in inputs:
+                    inputs[tensor] = self._error(frozenset(names), frozenset({tensor})) - base
+                added = max(added, inputs[tensor])
+            size = int(np.prod(layer.site.shape))
+            four = 0.0 if name in self.always_8 else max(four - base, 0.0)
+            found.append(Sensitivity(name, size, four, added))
+        return found
+
+    def agreement(self, moves: Sequence[_Move]) -> float:
+        """Percent of the images with the float model's answer after these moves."""
+        at_8 = self.always_8 | {m.layer for m in moves if m.kind == "bits"}
+        float_layers = {m.layer for m in moves if m.kind == "input"}
+        floats = {
+            use.input
+            for layer in self.plans[8].layers
+            if layer.site.name in float_layers
+            for use in layer.site.uses
+        }
+        planned = self.plans[4].activations
+        kept = {t for t, source in planned.items() if t not in floats and source not in floats}
+        got = self._run(frozenset(at_8), frozenset(kept), len(self.inputs))
+        return 100 * float((got.argmax(1) == self.wanted.argmax(1)).mean())
+
+    def _error(self, at_8: frozenset[str], activations: frozenset[str]) -> float:
+        count = min(IMAGES_PER_LAYER, len(self.inputs))
+        wanted = self.wanted[:count].astype(np.float64)
+        got = self._run(at_8, activations, count)
+        variance = np.square(wanted - wanted.mean(0)).sum()
+        error = float(np.square(got - wanted).sum() / max(variance, np.finfo(np.float64).tiny))
+        return error if np.isfinite(error) else np.inf
+
+    def _run(self, at_8: frozenset[str], activations: frozenset[str], count: int) -> np.ndarray:
+        """The logits with these layers at 8 bits, the others at 4, and these tensors in uint8."""
+        bits = {name: 8 if name in at_8 else 4 for name in self.rounded[8]}
+        pairs = zip(self.plans[4].layers, self.plans[8].layers, strict=True)
+        layers = [wide if wide.site.name in at_8 else narrow for narrow, wide in pairs]
+        grids = self.grids[4].activations
+        planned = self.plans[4].activations
+        kept = {t: source for t, source in planned.items() if t in activations}
+        plan = replace(self.plans[8], layers=tuple(layers), activations=kept)
+        chosen = Grids(
+            {name: self.grids[width].weights[name] for name, width in bits.items()},
+            {t: grids[t] for t in kept},
+        )
+        rounded = [self.rounded[width][name] for name, width in bits.items()]
+        return _logits(emit(self.model, plan, chosen, rounded).onnx, self.inputs[:count])
+
+
+def _of_inputs(overrides: Sequence[Override]) -> tuple[Override, ...]:
+    """The overrides without the widths that they give."""
+    kept = (o for o in overrides if o.activations is not None)
+    return tuple(o.model_copy(update={"bits": None}) for o in kept)
+
+
+def _logits(model: bytes, inputs: np.ndarray) -> np.ndarray:
+    session = open_session(model, spinning=False)
+    parts = [session.logits(inputs[at : at + BATCH]) for at in range(0, len(inputs), BATCH)]
+    return np.concatenate(parts)
