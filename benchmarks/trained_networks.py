@@ -39,6 +39,7 @@ METHODS: Mapping[str, Mapping[str, object]] = {
     "4 bits, efrap": {"bits": 4},
     "4 bits, adaround": {"bits": 4, "rounding": "adaround", "solver": "descent"},
     "4 bits, nearest": {"bits": 4, "rounding": "nearest"},
+    "auto": {"bits": "auto", "device": "compact"},
 }
 
 

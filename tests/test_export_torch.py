@@ -239,3 +239,49 @@ def test_without_a_shape_torch_cannot_export():
     with pytest.raises(UsageError, match="input shape") as error:
         export(loaded)
     assert "--input-shape" in (error.value.hint or "")
+
+
+class Several(nn.Module):
+    """A classifier that gives its features too, in one container or another."""
+
+    def __init__(self, pack: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.conv, self.fc, self.pack = nn.Conv2d(3, 8, 3, 2), nn.Linear(8, 5), pack
+
+    def forward(self, x: Tensor) -> object:
+        features = self.conv(x).mean((2, 3))
+        return self.pack(features, self.fc(features))
+
+
+@pytest.mark.parametrize(
+    ("pack", "output"),
+    [
+        (lambda features, logits: (features, logits), "1"),
+        (lambda features, logits: [logits, features], "0"),
+        (lambda features, logits: {"hidden": features, "logits": logits}, None),
+        (lambda features, logits: {"hidden": features, "score": logits}, "score"),
+        (lambda _, logits: (logits,), None),
+        (lambda _, logits: {"y": logits, "loss": None}, None),
+    ],
+    ids=["tuple", "list", "logits", "named", "only one", "only tensor"],
+)
+def test_one_of_several_outputs_holds_the_classes(pack, output):
+    torch.manual_seed(0)
+    module = Several(pack).eval()
+    loaded = Loaded(Origin("model.pt", "0" * 64, "torch"), module, "module")
+    model = export(loaded, stated=Stated(shape=SHAPE, output=output))
+    x = torch.randn(3, *SHAPE)
+    with torch.no_grad():
+        want = module.fc(module.conv(x).mean((2, 3))).numpy()
+    got = open_session(model.onnx, optimizations="off").logits(x.numpy())
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert model.classes == 5
+
+
+@pytest.mark.parametrize("output", [None, "2"])
+def test_a_module_with_several_outputs_is_asked_about(output):
+    module = Several(lambda features, logits: (features, logits)).eval()
+    loaded = Loaded(Origin("model.pt", "0" * 64, "torch"), module, "module")
+    with pytest.raises(UsageError, match="gives a tuple with '0', '1'") as error:
+        export(loaded, stated=Stated(shape=SHAPE, output=output))
+    assert error.value.hint == "say which holds the classes: --output 0"

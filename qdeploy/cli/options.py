@@ -25,7 +25,10 @@ def option(flag: str, help_text: str, panel: str, *, at_least: int | None = None
 
 
 Model = Annotated[
-    Path, typer.Argument(help="ONNX, torch checkpoint, safetensors, TorchScript or .pt2.")
+    Path,
+    typer.Argument(
+        help="ONNX, torch checkpoint, safetensors (or a folder of them), TorchScript or .pt2."
+    ),
 ]
 Models = Annotated[
     list[Path], typer.Argument(help="Models, each with its card beside it if it has one.")

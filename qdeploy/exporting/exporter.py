@@ -42,14 +42,14 @@ def export(
     """
     where = loaded.origin.path
     traced = _traced(loaded, stated)
-    proto = as_classifier(traced, stated, where=where)
+    proto = as_classifier(traced, _of_the_trace(loaded, stated), where=where)
     step, tolerance = _fixed_batch(proto), NARROW_TOLERANCE if is_narrow(proto) else TOLERANCE
     if loaded.kind == "onnx":
         reference = _onnx_reference(proto)
     else:
         from qdeploy.exporting.from_torch import torch_reference
 
-        reference = torch_reference(loaded.content)
+        reference = torch_reference(loaded, stated.output)
         if proto is not traced:  # the module itself gives something else: that is what was traced
             raw = _onnx_reference(traced)
             _compare(_Compared(where, _taken(stated), raw, reference, step, tolerance))
@@ -75,7 +75,8 @@ def export_unproved(
         InputError: it cannot be exported, or is not a classifier.
         UsageError: something must be stated, or contradicts the file.
     """
-    proto = as_classifier(_traced(loaded, stated), stated, where=loaded.origin.path)
+    said = _of_the_trace(loaded, stated)
+    proto = as_classifier(_traced(loaded, stated), said, where=loaded.origin.path)
     return _prepared(proto, loaded, opset, ir_version)
 
 
@@ -87,10 +88,15 @@ def _traced(loaded: Loaded, stated: Stated) -> ModelProto:
     else:
         from qdeploy.exporting.from_torch import to_onnx
 
-        proto = to_onnx(loaded, _taken(stated, where))
+        proto = to_onnx(loaded, _taken(stated, where), stated.output)
         check(proto, where)
     refuse_quantized(proto, where)
     return proto
+
+
+def _of_the_trace(loaded: Loaded, stated: Stated) -> Stated:
+    """What still has to be said of the traced model: a torch module's one output is chosen."""
+    return stated if loaded.kind == "onnx" else replace(stated, output=None)
 
 
 def _taken(stated: Stated, where: str = "") -> tuple[int, int, int]:

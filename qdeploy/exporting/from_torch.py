@@ -6,16 +6,16 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qdeploy.errors import InputError, first_line
+from qdeploy.errors import InputError, UsageError, first_line
 from qdeploy.formats.onnx.reading import ModelProto, parse_proto
 from qdeploy.values import Loaded
 
@@ -24,18 +24,25 @@ SCRIPT_EXPORTER_OPSET = 17  # the exporter for TorchScript ends there
 INPUT, LOGITS = "input", "logits"
 
 
-def to_onnx(loaded: Loaded, shape: tuple[int, int, int]) -> ModelProto:
+def to_onnx(loaded: Loaded, shape: tuple[int, int, int], output: str | None = None) -> ModelProto:
     """The module as an ONNX message with a dynamic batch.
+
+    Args:
+        output: Of a module that gives several tensors, the key or place of the logits.
 
     Raises:
         InputError: torch cannot export it.
+        UsageError: it gives several tensors, and nobody says which.
     """
     example = torch.zeros(2, *shape)
     try:
         with _quiet(), torch.no_grad():
+            module = _with_one_output(loaded, example, output)
             if loaded.kind == "script":
-                return _export_script(loaded.content, example)
-            return _export_program(_as_module(loaded.content), example)
+                return _export_script(module, example)
+            return _export_program(module, example)
+    except UsageError:
+        raise
     except Exception as error:
         raise InputError(
             f"model {loaded.origin.path}: torch cannot export it: {first_line(_innermost(error))}",
@@ -43,19 +50,70 @@ def to_onnx(loaded: Loaded, shape: tuple[int, int, int]) -> ModelProto:
         ) from error
 
 
-def torch_reference(content: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """What the loaded module computes."""
-    module = _as_module(content)
+def torch_reference(
+    loaded: Loaded, output: str | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
+    """What the loaded module computes; `output` as in `to_onnx`."""
+    module, where = _as_module(loaded.content), loaded.origin.path
 
     def run(batch: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return module(torch.from_numpy(batch)).numpy()
+            given = module(torch.from_numpy(batch))
+            return (
+                given.numpy()
+                if isinstance(given, Tensor)
+                else _one(given, output, where)[1].numpy()
+            )
 
     return run
 
 
 def _as_module(content: Any) -> nn.Module:
     return content.module() if isinstance(content, torch.export.ExportedProgram) else content
+
+
+class _OneOutput(nn.Module):
+    """A module that gives one of the tensors of another."""
+
+    def __init__(self, module: nn.Module, key: str | int) -> None:
+        super().__init__()
+        self.module, self.key = module, key
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensor: Tensor = self.module(x)[self.key]
+        return tensor
+
+
+def _with_one_output(loaded: Loaded, example: Tensor, output: str | None) -> nn.Module:
+    module = _as_module(loaded.content)
+    given = module(example)
+    if isinstance(given, Tensor):
+        return module
+    key, _ = _one(given, output, loaded.origin.path)
+    return _OneOutput(module, key).eval()
+
+
+def _one(given: Any, output: str | None, where: str) -> tuple[str | int, Tensor]:
+    """Which of the tensors that a module gives holds the classes, and that tensor.
+
+    The one that was named; else the one called "logits", as Hugging Face's models have it; else the
+    only one.
+    """
+    pairs = given.items() if isinstance(given, Mapping) else enumerate(given)
+    tensors = {key: value for key, value in pairs if isinstance(value, Tensor)}
+    names = {str(key): key for key in tensors}
+    wanted = output if output is not None else LOGITS
+    if wanted in names:
+        key = names[wanted]
+    elif output is None and len(tensors) == 1:
+        (key,) = tensors
+    else:
+        kind = type(given).__name__
+        raise UsageError(
+            f"model {where}: gives a {kind} with {', '.join(map(repr, names)) or 'no tensor'}",
+            hint=f"say which holds the classes: --output {next(iter(names), 'NAME')}",
+        )
+    return key, tensors[key]
 
 
 def _export_program(module: nn.Module, example: torch.Tensor) -> ModelProto:

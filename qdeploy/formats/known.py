@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.formats import archives, pickles, safetensors_header
+from qdeploy.formats import archives, pickles, safetensors_header, safetensors_index
 from qdeploy.formats.onnx import rules as onnx_rules
 from qdeploy.formats.onnx.external import external_data, load_external
 from qdeploy.formats.onnx.reading import (
@@ -58,7 +58,7 @@ class Format:
     open: Opener  # from path, bytes, architecture, and whether code in it may run
     texts: Mapping[str, str] = field(default_factory=dict)  # of its rules
     program: str | None = None  # what kind, where to load a file is to run it
-    spread: bool = False  # over several files; opening one runs nothing
+    elsewhere: Callable[[Path, bytes], bytes | None] | None = None  # see `Opened.whole`
     tensors_alone: bool = False  # so that an architecture must be known
 
 
@@ -78,6 +78,10 @@ def _open_onnx(path: Path, data: bytes, _: Architecture | None, _run: bool) -> O
     proto = read_untrusted(path, data)
     elsewhere = keeps_tensors_elsewhere(data)
     return Opened(proto, proto.SerializeToString(deterministic=True) if elsewhere else None)
+
+
+def _external_data(path: Path, data: bytes) -> bytes | None:
+    return _open_onnx(path, data, None, False).whole
 
 
 def _pickle_rules(path: Path) -> Iterator[Finding]:
@@ -130,6 +134,14 @@ def _open_safetensors(
     return Opened(torch_files.module_of(torch_files.safetensors(path, data), path, architecture))
 
 
+def _open_index(path: Path, data: bytes, architecture: Architecture | None, _: bool) -> Opened:
+    require_torch(f"model {path}: a torch file")
+    from qdeploy.formats import torch_files
+
+    tensors, digests = safetensors_index.load(path, data)
+    return Opened(torch_files.module_of(tensors, path, architecture), digests)
+
+
 def _open_script(path: Path, data: bytes, _: Architecture | None, _run: bool) -> Opened:
     require_torch(f"model {path}: a torch file")
     from qdeploy.formats import torch_files
@@ -165,6 +177,11 @@ def _is_safetensors(seen: Glance) -> bool:
     return seen.head[8:9] == b"{" and int.from_bytes(seen.head[:8], "little") <= seen.size
 
 
+def _is_index(seen: Glance) -> bool:
+    """JSON, which no other of the formats begins like."""
+    return seen.head.lstrip()[:1] == b"{"
+
+
 def _is_pickle(seen: Glance) -> bool:
     """By the protocol marker of torch's older format."""
     return seen.head[:1] == b"\x80" and seen.head[1:2] <= b"\x05"
@@ -196,12 +213,17 @@ ROWS = (
         texts=safetensors_header.RULES,
     ),
     Format(
+        name="safetensors in parts", content="module", tensors_alone=True, knows=_is_index,
+        rules=safetensors_index.findings, open=_open_index, texts=safetensors_index.RULES,
+        elsewhere=safetensors_index.digests,
+    ),
+    Format(
         name="torch checkpoint", content="module", tensors_alone=True, knows=_is_pickle,
         rules=_pickle_rules, open=_open_checkpoint,
     ),
     Format(
-        name="ONNX", content="onnx", spread=True, knows=lambda seen: seen.members is None,
-        rules=_onnx_rules, open=_open_onnx, texts=onnx_rules.RULES,
+        name="ONNX", content="onnx", knows=lambda seen: seen.members is None, rules=_onnx_rules,
+        open=_open_onnx, texts=onnx_rules.RULES, elsewhere=_external_data,
     ),
 )  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qdeploy.disk.files import file_sha256, open_regular, read_bounded
 from qdeploy.errors import InputError
-from qdeploy.formats.known import Format, Opened, format_of
+from qdeploy.formats.known import Format, format_of
 from qdeploy.values import Architecture, Loaded, Origin
 
 LARGEST_FILE_BYTES = 16 << 30
@@ -46,7 +46,7 @@ def load(
             " --arch; if you trust its author, give --run-code-from-model",
         )
     opened = row.open(path, data, architecture, run_code_from_model)
-    origin = Origin(str(path), _digest_of(opened, digest), row.name, name)
+    origin = Origin(str(path), _digest_of(opened.whole, digest), row.name, name)
     return Loaded(origin, opened.content, row.content)
 
 
@@ -80,19 +80,19 @@ def model_digest(path: Path) -> str:
         data = read_bounded(path, LARGEST_FILE_BYTES, what="model")
         digest = hashlib.sha256(data).hexdigest()
         row = format_of(io.BytesIO(data), path)
-        return _digest_of(row.open(path, data, None, False), digest) if row.spread else digest
+        return _digest_of(row.elsewhere(path, data), digest) if row.elsewhere else digest
     except InputError:
         return ""
 
 
-def _digest_of(opened: Opened, digest: str) -> str:
+def _digest_of(elsewhere: bytes | None, digest: str) -> str:
     """The digest of a model with all that it computes with, in hex.
 
     That of the file; where tensors lay in other files, the sha256 of the file's digest and of that
     of the model with these tensors in it.
     """
-    if opened.whole is None:
+    if elsewhere is None:
         return digest
     return hashlib.sha256(
-        f"{digest}\n{hashlib.sha256(opened.whole).hexdigest()}\n".encode()
+        f"{digest}\n{hashlib.sha256(elsewhere).hexdigest()}\n".encode()
     ).hexdigest()

@@ -35,6 +35,22 @@ def findings_in_header(path: Path) -> Iterator[Finding]:
     Raises:
         InputError: there is no header.
     """
+    named, behind = _read(path)
+    yield from _metadata(named)
+    yield from _tensors([pair for pair in named if pair[0] != "__metadata__"], behind)
+
+
+def tensor_names(path: Path) -> frozenset[str]:
+    """Of all tensors that the header names.
+
+    Raises:
+        InputError: there is no header.
+    """
+    return frozenset(name for name, _ in _read(path)[0] if name != "__metadata__")
+
+
+def _read(path: Path) -> tuple[list[tuple[str, Any]], int]:
+    """The entries of the header, and how many bytes follow it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -44,8 +60,7 @@ def findings_in_header(path: Path) -> Iterator[Finding]:
     with foreign_reader(f"model {path}: damaged or truncated"):
         pairs = json.loads(text, object_pairs_hook=list)
         named = [(str(name), value) for name, value in pairs]
-    yield from _metadata(named)
-    yield from _tensors([pair for pair in named if pair[0] != "__metadata__"], size - 8 - length)
+    return named, size - 8 - length
 
 
 def _metadata(named: list[tuple[str, Any]]) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from qdeploy.data.triggers import Place as TriggerPlace
 from qdeploy.data.triggers import Trigger, make_trigger, parse_trigger
 from qdeploy.disk.printable import printable
 from qdeploy.errors import InputError, UsageError
+from qdeploy.formats.safetensors_index import model_in
 from qdeploy.settings.card import (
     MOST_TRIGGERS,
     AnyTrigger,
@@ -208,6 +209,7 @@ def resolve(model: Path, given: Given) -> Sources:
     Raises:
         InputError: the card is not valid.
     """
+    model = model_in(model) if model.is_dir() else model
     card_path = given.card or find_card(model)
     card = load_card(card_path) if card_path is not None else None
     data = card.data if card is not None else None

@@ -210,10 +210,11 @@ def _traced(results: Results) -> tuple[LayerTrace, ...]:
 
 
 def explanation(layer: LayerTrace, known: AbstractSet[LayerDigest]) -> Explanation:
-    """How the integers of a layer came about."""
-    if (layer.codes_sha256, layer.scales_sha256) in known:
-        return "as reported"
-    return "nearest" if layer.nearest_rounded else "unexplained"
+    """How the integers of a layer came about: nearest rounding is, whoever has reported it."""
+    if layer.nearest_rounded:
+        return "nearest"
+    reported = (layer.codes_sha256, layer.scales_sha256) in known
+    return "as reported" if reported else "unexplained"
 
 
 def _detected(name: str) -> Measure:
