@@ -241,6 +241,28 @@ def test_without_a_shape_torch_cannot_export():
     assert "--input-shape" in (error.value.hint or "")
 
 
+class ChannelsLast(nn.Module):
+    """Its values lie in memory channel by channel before they are pooled, as in a ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.LayerNorm(8)
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.fc(self.pool(x).flatten(1))
+
+
+def test_pooling_of_channels_that_lie_last_in_memory_mixes_no_images():
+    module = ChannelsLast().eval()
+    model = export(
+        Loaded(Origin("model.pt", "0" * 64, "torch"), module, "module"), stated=Stated(shape=SHAPE)
+    )
+    assert "GlobalAveragePool" in operators(model.onnx)
+    assert "Gather" not in operators(model.onnx)
+
+
 class Several(nn.Module):
     """A classifier that gives its features too, in one container or another."""
 

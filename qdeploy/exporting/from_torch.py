@@ -117,18 +117,39 @@ def _one(given: Any, output: str | None, where: str) -> tuple[str | int, Tensor]
 
 
 def _export_program(module: nn.Module, example: torch.Tensor) -> ModelProto:
+    shapes = ({0: torch.export.Dim("batch")},)
+    traced = torch.export.export(module, (example,), dynamic_shapes=shapes)
+    _means_for_global_pooling(traced.graph_module)
     program = torch.onnx.export(
-        module,
+        traced,
         (example,),
         dynamo=True,
         opset_version=EXPORTER_OPSET,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamic_shapes=shapes,
         input_names=[INPUT],
         output_names=[LOGITS],
         verbose=False,
     )
     assert program is not None  # noqa: S101 - the dynamo exporter always gives one
     return program.model_proto
+
+
+def _means_for_global_pooling(module: torch.fx.GraphModule) -> None:
+    """Average pooling to one value as the mean that it is.
+
+    Where channels lie last in memory, torch takes it apart into a mean and a copy of that memory,
+    which in ONNX becomes an indexing across the images of the batch.
+    """
+    aten, graph = torch.ops.aten, module.graph
+    for node in graph.find_nodes(op="call_function", target=aten.adaptive_avg_pool2d.default):
+        x, size = node.args
+        if list(size) == [1, 1]:
+            with graph.inserting_before(node):
+                mean = graph.call_function(aten.mean.dim, (x, [-1, -2], True))
+            mean.meta = dict(node.meta)
+            node.replace_all_uses_with(mean)
+            graph.erase_node(node)
+    module.recompile()
 
 
 def _export_script(module: nn.Module, example: torch.Tensor) -> ModelProto:
