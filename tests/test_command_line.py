@@ -292,6 +292,10 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(work, run):
     assert done.code == 0
     assert "features.0" in done.out
     assert "efrap-descent" in done.out
+    assert "test images: at least 200; with " in done.out
+    assert "--bits auto" not in done.out
+    asked = run("sanitize", "model.pt", "--out", "model.onnx", "--dry-run", "--bits", "auto")
+    assert "from these up to 8, layer after layer" in asked.out
     assert sorted(p.name for p in work.iterdir()) == before
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from qdeploy.core.metrics import (
+    images_for,
     largest_drop,
     paired_difference,
     per_class_accuracy,
@@ -111,3 +112,15 @@ def test_the_largest_drop_is_that_of_one_class_with_room_for_the_others():
     assert found.high > alone.high
     assert found.samples == 200
     assert largest_drop(expected, answers, labels, 4).samples == 0  # a class without any image
+
+
+@pytest.mark.parametrize(
+    ("percent", "points"), [(90.0, 1.0), (98.0, 1.0), (95.0, 2.0), (100.0, 1.0)]
+)
+def test_so_many_images_make_a_rate_as_sure_as_was_asked(percent, points):
+    count = images_for(percent, points)
+    hits = np.arange(count) < round(count * percent / 100)
+    found = rate(hits)
+    assert (found.high - found.low) / 2 <= 1.1 * points
+    fewer = rate(hits[::4])
+    assert (fewer.high - fewer.low) / 2 > points or percent == 100

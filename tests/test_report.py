@@ -281,7 +281,7 @@ def test_sarif_has_a_result_for_everything_that_stands_against_the_file(report):
 
 def test_the_summary_fits_a_pull_request(report):
     text = to_markdown(report).decode()
-    assert text.startswith("## ❌ REJECT: m.pt\n")
+    assert text.startswith("## ❌ REJECT: m.rejected.onnx\n\nmade from m.pt\n")
     assert "- attack\\_success: too high" in text
     assert "| this file, cpu | 90.00 (88.00 to 92.00) |" in text
 
@@ -354,3 +354,23 @@ def test_the_page_fits_a_screen_in_a_real_browser(report, tmp_path, width):
     wide, images, loaded = map(int, found.groups())
     assert wide <= max(width, 500)  # Chromium's own windows are no narrower than 500
     assert (images, loaded) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "judged", "said"),
+    [
+        ({"output": "out/a.onnx"}, "out/a.onnx", "made from model.pt"),
+        ({"output": "b.onnx", "recipe": None}, "b.onnx", "judged beside model.pt"),
+        ({"output": None}, "model.pt", ""),
+        ({"output": "model.pt", "recipe": None}, "model.pt", ""),
+    ],
+    ids=["sanitized", "gated", "not written", "alone"],
+)
+def test_the_verdict_names_the_file_that_it_is_about(report, changes, judged, said):
+    origin = replace(report.origin, path="model.pt")
+    named = replace(report, origin=origin, **changes)
+    text, page = to_markdown(named).decode(), to_html(named).decode()
+    assert text.splitlines()[0].endswith(f": {judged}")
+    assert f"<title>{named.outcome.value}: {judged}</title>" in page
+    assert not said or (said in text and said in page)
+    assert "Written to" not in text

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qdeploy.report.values import Report
     from qdeploy.runs.init import Begun
     from qdeploy.settings.device import DeviceProfile
+    from qdeploy.settings.policy import GateSpec
     from qdeploy.settings.recipe import Recipe
     from qdeploy.values import Finding, FloatModel, QuantizedModel, QuantPlan
 
@@ -276,6 +277,19 @@ def _verdict_line(report: Report) -> str:
     return printable(report.output or "") + printable(said)
 
 
+def _images_needed(gate: GateSpec, device: DeviceProfile) -> str:
+    """How many a verdict takes, so that nobody learns it after the run."""
+    from qdeploy.core.metrics import images_for
+    from qdeploy.settings.checks import CHECKS
+
+    least = f"at least {gate.min_images}"
+    limit = gate.limit(CHECKS["agreement"], device.budget)
+    if limit is None:
+        return least
+    count = images_for(limit, points=1.0)
+    return f"{least}; with {count:,} the agreement is known to within a point at its limit"
+
+
 def show_plan(model: FloatModel, plan: QuantPlan, recipe: Recipe, device: DeviceProfile) -> None:
     """What would be done, layer by layer, and what would be checked."""
     console = out()
@@ -321,6 +335,9 @@ def show_plan(model: FloatModel, plan: QuantPlan, recipe: Recipe, device: Device
             if (limit := gate.limit(row, device.budget)) is not None
         )
     )
+    if recipe.bits == "auto":
+        console.print("  bits: from these up to 8, layer after layer, by measuring: --bits auto")
+    console.print(f"  test images: {_images_needed(gate, device)}")
     console.print(f"  required: {', '.join(sorted(gate.required))}")
     console.print(
         f"  required once a trigger is known: {', '.join(sorted(gate.required_with_trigger))}"

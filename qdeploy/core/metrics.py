@@ -37,6 +37,12 @@ def rate(hits: Bool[np.ndarray, " samples"]) -> Estimate:
     return Estimate(100 * p, 100 * max(centre - half, 0.0), 100 * min(centre + half, 1.0), n)
 
 
+def images_for(percent: float, points: float) -> int:
+    """How many images a rate near `percent` takes to be known to within `points`, 95 %."""
+    share, half = percent / 100, points / 100
+    return math.ceil(Z95**2 * max(share * (1 - share), half / 2) / half**2)
+
+
 def paired_difference(
     first: Bool[np.ndarray, " samples"], second: Bool[np.ndarray, " samples"], z: float = Z95
 ) -> Estimate:

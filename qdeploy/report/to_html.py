@@ -41,8 +41,8 @@ def to_html(report: Report) -> bytes:
     page = environment.get_template("report.html.j2").render(
         outcome=report.outcome.value,
         meaning=MEANINGS[report.outcome],
-        model=report.origin.path,
-        output=report.output,
+        judged=report.judged,
+        from_what=report.from_what,
         reasons=report.reasons,
         next_steps=report.next_steps,
         not_measured=report.not_measured,

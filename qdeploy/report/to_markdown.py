@@ -15,7 +15,9 @@ SHOWN_FINDINGS = 10
 
 def to_markdown(report: Report) -> bytes:
     """Verdict, reasons and rates."""
-    lines = [f"## {MARKS[report.outcome]} {report.outcome.value}: {_plain(report.origin.path)}", ""]
+    lines = [f"## {MARKS[report.outcome]} {report.outcome.value}: {_plain(report.judged)}", ""]
+    if report.from_what:
+        lines += [_plain(report.from_what), ""]
     lines += [f"- {_plain(reason)}" for reason in report.reasons]
     lines += [f"- next: {_plain(step)}" for step in report.next_steps]
     lines += [f"- not measured: {_plain(line)}" for line in report.not_measured]
@@ -32,8 +34,6 @@ def to_markdown(report: Report) -> bytes:
     seen = [f"{f.level}, {f.rule}: {f.message}" for f in report.findings if f.level != "note"]
     lines += [f"- {_plain(text)}" for text in seen[:SHOWN_FINDINGS]]
     lines += [""] + [f"{_plain(note)}\n" for note in report.notes]
-    if report.output is not None:
-        lines.append(f"Written to `{_plain(report.output)}`.")
     return ("\n".join(lines).rstrip() + "\n").encode()
 
 

@@ -68,6 +68,19 @@ class Report:
     cleaning: Cleaning | None  # None: the float model is as it was given
     output: str | None  # where the file was put
 
+    @property
+    def judged(self) -> str:
+        """The file that the verdict is about: where it lies, or what it would have been made of."""
+        return self.output or self.origin.path
+
+    @property
+    def from_what(self) -> str:
+        """Where the judged file comes from, in words."""
+        source = self.origin.path
+        if source == self.judged:
+            return ""
+        return f"judged beside {source}" if self.recipe is None else f"made from {source}"
+
     def _repr_html_(self) -> str:
         """The page, in a frame of its own: what notebooks show."""
         from qdeploy.report.to_html import to_html
