@@ -26,10 +26,7 @@ if TYPE_CHECKING:
     from qdeploy.report.scans import FileScan
     from qdeploy.report.values import Report
     from qdeploy.runs.init import Begun
-    from qdeploy.settings.device import DeviceProfile
-    from qdeploy.settings.policy import GateSpec
-    from qdeploy.settings.recipe import Recipe
-    from qdeploy.values import Finding, FloatModel, QuantizedModel, QuantPlan
+    from qdeploy.values import Finding, FloatModel, QuantizedModel
 
 T = TypeVar("T")
 
@@ -277,75 +274,7 @@ def _verdict_line(report: Report) -> str:
     return printable(report.output or "") + printable(said)
 
 
-def _images_needed(gate: GateSpec, device: DeviceProfile) -> str:
-    """How many a verdict takes, so that nobody learns it after the run."""
-    from qdeploy.core.metrics import images_for
-    from qdeploy.settings.checks import CHECKS
-
-    least = f"at least {gate.min_images}"
-    limit = gate.limit(CHECKS["agreement"], device.budget)
-    if limit is None:
-        return least
-    count = images_for(limit, points=1.0)
-    return f"{least}; with {count:,} the agreement is known to within a point at its limit"
-
-
-def show_plan(model: FloatModel, plan: QuantPlan, recipe: Recipe, device: DeviceProfile) -> None:
-    """What would be done, layer by layer, and what would be checked."""
-    console = out()
-    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="bold")
-    for column in ("layer", "operator", "weight", "bits", "codes", "stored as", "rounding"):
-        table.add_column(column)
-    for layer in plan.layers:
-        table.add_row(
-            Text(printable(layer.site.name)), layer.site.uses[0].op_type,
-            "x".join(map(str, layer.site.shape)), str(layer.bits),
-            f"{-layer.max_code}..{layer.max_code}", layer.storage.value, layer.rounding,
-        )  # fmt: skip
-    for left in plan.left_float:
-        table.add_row(
-            Text(printable(left.name)),
-            left.op_type,
-            "",
-            "32",
-            "",
-            "float32",
-            printable(left.reason),
-        )
-    console.print(table)
-    gate = recipe.gate
-    runs = ", ".join(runtime.label for runtime in device.runtimes)
-    console.print(
-        f"\n  {len(plan.activations)} activation tensors in uint8"
-        if plan.activations else "\n  activations in float"
-    )  # fmt: skip
-    console.print(
-        f"  recipe {printable(recipe.name)}, device {printable(device.name)} ({runs}),"
-        f" seed {recipe.seed}"
-    )
-    from qdeploy.settings.checks import ROWS
-    from qdeploy.settings.device import misfit
-
-    _show_misfit(misfit(device))
-    console.print(
-        "  limits: "
-        + ", ".join(
-            f"{row.name} {row.relation} {limit:g} {row.unit}"
-            for row in ROWS
-            if (limit := gate.limit(row, device.budget)) is not None
-        )
-    )
-    if recipe.bits == "auto":
-        console.print("  bits: from these up to 8, layer after layer, by measuring: --bits auto")
-    console.print(f"  test images: {_images_needed(gate, device)}")
-    console.print(f"  required: {', '.join(sorted(gate.required))}")
-    console.print(
-        f"  required once a trigger is known: {', '.join(sorted(gate.required_with_trigger))}"
-    )
-    console.print(f"  model {printable(model.origin.path)}, {model.classes} classes")
-
-
-def _show_misfit(unfit: str | None) -> None:
+def show_misfit(unfit: str | None) -> None:
     if unfit is not None:
         out().print(Text(f"  {printable(unfit)}", style="yellow"))
 
@@ -362,7 +291,7 @@ def show_quantized(quantized: QuantizedModel, path: Path) -> None:
             console.print(
                 Text(f"  {printable(layer.name)}: {printable(layer.degraded)}", style="yellow")
             )
-    _show_misfit(quantized.misfit)
+    show_misfit(quantized.misfit)
     for left in quantized.left_float:
         console.print(
             Text(f"  {printable(left.name)} stays float: {printable(left.reason)}", style="yellow")

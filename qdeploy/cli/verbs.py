@@ -73,8 +73,10 @@ def sanitize(
     settings |= given({"sanitizer": sanitizer, "images": images, "artifacts": artifacts})
     progress, out = console.TerminalProgress(), place_of(out, model, QUANTIZED)
     if dry_run:
+        from qdeploy.cli.planned import show_plan
+
         request, float_model, plan = verbs.plan(model, out, progress=progress, **settings)
-        console.show_plan(float_model, plan, request.recipe, request.device)
+        show_plan(float_model, plan, request.recipe, request.device)
         return
     report = verbs.sanitize(model, out, progress=progress, **settings)
     console.show_report(report, as_json=as_json)
