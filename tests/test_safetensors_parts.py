@@ -69,6 +69,12 @@ def test_a_folder_is_exported_as_the_model_that_its_parts_are(folder, tmp_path):
     np.testing.assert_allclose(open_session(made.onnx).logits(x), want, atol=1e-4)
 
 
+def test_a_first_card_is_written_beside_the_index(folder):
+    (folder / "model.safetensors.index.toml").unlink()
+    begun = verbs.init(folder, input_shape=(3, 8, 8))
+    assert begun.path == folder / "model.safetensors.index.toml"
+
+
 def test_the_digest_is_of_all_parts(folder):
     index = folder / INDEX
     assert sniff(index).name == "safetensors in parts"

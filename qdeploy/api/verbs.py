@@ -30,6 +30,7 @@ from qdeploy.api.settings import (
     call_of,
     check_keywords,
 )
+from qdeploy.formats.safetensors_index import model_in
 from qdeploy.inputs.requests import QuantizeRequest
 from qdeploy.machine import limited_to, require_torch
 from qdeploy.progress import SILENT, Progress
@@ -198,7 +199,9 @@ def init(
     Raises:
         QdeployError: there is a card already, or the file takes no images.
     """
-    return begin(Path(model), None if out is None else Path(out), input_shape)
+    path = Path(model)
+    file = model_in(path) if path.is_dir() else path
+    return begin(file, None if out is None else Path(out), input_shape)
 
 
 def clean(
