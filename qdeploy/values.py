@@ -16,6 +16,8 @@ from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.settings.card import Layout
 from qdeploy.settings.recipe import WeightGridSpec
 
+# Operators whose float weights onnxruntime rounds itself, where they lie between integers.
+ROUNDED_AT_LOAD = frozenset({"Conv", "ConvTranspose", "Gemm"})
 STANDARD_DOMAINS = frozenset({"", "ai.onnx"})  # of operators that the ONNX standard defines
 
 

@@ -92,6 +92,7 @@ def test_what_the_recipe_says_itself_still_holds(net, images):
     found = searched(net, images, overrides=own, search=SearchSpec(min_agreement=100.0))
     bits = {x.site.name: x.bits for x in plan_layers(net, found.recipe, DEVICE).layers}
     assert (bits["stem"], bits["fc"]) == (8, 4)
+    assert {name for name, width in bits.items() if width == 8} == found.at_8
 
 
 def test_the_layer_that_bears_no_rounding_is_the_most_sensitive(net, images):
@@ -116,6 +117,7 @@ def test_the_command_looks_for_bits_and_shows_what_each_layer_costs(tmp_path, ne
     rows = list(csv.DictReader(io.StringIO((run / "sensitivity.csv").read_text())))
     recipe = json.loads((run / "recipe.json").read_text())
     assert recipe["bits"] == 4
+    assert [row["input"] for row in rows if row["layer"] == "fc"] == ["float"]
     assert {row["layer"]: row["bits"] for row in rows if row["layer"] in {"stem", "fc"}} == {
         "stem": "8", "fc": "8"
     }  # fmt: skip

@@ -45,6 +45,8 @@ def shards(path: Path, data: bytes) -> dict[Path, frozenset[str]]:
     Raises:
         InputError: it is no index, or names what does not lie beside it.
     """
+    if len(data) > LARGEST_INDEX_BYTES:
+        raise InputError(f"model {path}: an index of more than {LARGEST_INDEX_BYTES} bytes")
     with foreign_reader(f"model {path}: damaged index"):
         table = json.loads(data)
         held = dict(table["weight_map"])

@@ -7,7 +7,7 @@ from typing import Literal, cast
 import onnx_ir as ir
 
 from qdeploy.core.patches import Window
-from qdeploy.values import FloatLayer, WeightSite, WeightUse
+from qdeploy.values import ROUNDED_AT_LOAD, FloatLayer, WeightSite, WeightUse
 
 WEIGHTED = frozenset({
     "Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Einsum", "DeformConv",
@@ -16,7 +16,6 @@ INTEGER_OPS = frozenset({
     "Conv", "Gemm", "MatMul", "Add", "Mul", "AveragePool", "GlobalAveragePool", "Concat",
 })  # fmt: skip
 SAME_GRID_OPS = frozenset({"MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"})
-ROUNDED_AT_LOAD = frozenset({"Conv", "ConvTranspose", "Gemm"})
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
 
 

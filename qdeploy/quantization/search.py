@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float32
 
+from qdeploy.core.grids import Grid
 from qdeploy.progress import Progress
 from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit
@@ -29,7 +30,7 @@ from qdeploy.settings.checks import CHECKS
 from qdeploy.settings.device import DeviceProfile
 from qdeploy.settings.methods import EfrapDescent, FromMoments, FromWeights, Rounding
 from qdeploy.settings.recipe import Override, Recipe
-from qdeploy.values import FloatModel, Grids, QuantPlan, RoundedLayer
+from qdeploy.values import FloatModel, Grids, LayerPlan, QuantPlan, RoundedLayer
 
 BATCH = 32
 IMAGES_PER_LAYER = 64  # that a sensitivity is measured on
@@ -106,19 +107,26 @@ def search(
     wanted = _wanted(recipe, device)
     tried: dict[int, float] = {}
 
+    def planned(count: int) -> QuantPlan:
+        return plan_layers(task.model, _written_out(recipe, moves[:count]), device)
+
     def agreement(count: int) -> float:
         if count not in tried:
-            tried[count] = lab.agreement(moves[:count])
+            tried[count] = lab.agreement(planned(count))
             progress.note(f"{count} of {len(moves)} given back: {tried[count]:.1f} %")
         return tried[count]
 
     count = bisect_left(range(len(moves)), True, key=lambda n: agreement(n) >= wanted)
-    reached, chosen = agreement(count), moves[:count]
-    at_8 = frozenset(m.layer for m in chosen if m.kind == "bits") | lab.always_8
-    float_inputs = frozenset(m.layer for m in chosen if m.kind == "input")
+    reached, plan = agreement(count), planned(count)
+    at_8 = frozenset(layer.site.name for layer in plan.layers if layer.bits == 8)
+    float_inputs = frozenset(
+        layer.site.name
+        for layer in plan.layers
+        if not any(use.input in plan.activations for use in layer.site.uses)
+    )
     total = sum(x.weights for x in layers)
     return Searched(
-        recipe=_written_out(recipe, chosen),
+        recipe=_written_out(recipe, moves[:count]),
         layers=layers,
         at_8=at_8,
         float_inputs=float_inputs,
@@ -151,7 +159,7 @@ def _moves(layers: Sequence[Sensitivity], lab: _Lab) -> list[_Move]:
     """What can be given back. A layer whose input is float runs in float: its bytes count again."""
     moves = []
     for x in layers:
-        if x.layer not in lab.always_8:
+        if x.layer in lab.open_layers:
             moves.append(_Move(x.layer, "bits", x.four_bits, x.weights / 2))
         if x.input > 0:
             moves.append(_Move(x.layer, "input", x.input, float(x.weights)))
@@ -170,10 +178,10 @@ class _Lab:
     """A model whose layers have been solved at both widths, to be put together at will."""
 
     model: FloatModel
-    plans: Mapping[int, QuantPlan]  # by bits
-    grids: Mapping[int, Grids]
-    rounded: Mapping[int, Mapping[str, RoundedLayer]]
-    always_8: frozenset[str]
+    widest: QuantPlan  # 8 bits wherever the recipe leaves it open
+    activations: Mapping[str, Grid]  # by tensor
+    solved: Mapping[tuple[str, int], tuple[LayerPlan, Grid, RoundedLayer]]  # by layer and bits
+    open_layers: frozenset[str]  # whose bits the recipe leaves open
     inputs: Float32[np.ndarray, "images channels height width"]
     wanted: Float32[np.ndarray, "images classes"]
 
@@ -181,85 +189,60 @@ class _Lab:
     def of(
         cls, task: RoundingTask, recipe: Recipe, device: DeviceProfile, progress: Progress
     ) -> _Lab:
-        wide = recipe.model_copy(update={"bits": 8, "overrides": _of_inputs(recipe.overrides)})
-        plans = {4: task.plan, 8: plan_layers(task.model, wide, device)}
         images, spec = task.calibration(), _in_one_pass(recipe.rounding)
-        grids = {4: task.grids, 8: calibrate(task.model, plans[8], images, recipe.activations)}
-        rounded = {}
-        for bits in (4, 8):
-            work = RoundingTask(task.model, plans[bits], grids[bits], images, task.seed)
-            solved = round_layers(work, spec, progress=progress)
-            rounded[bits] = {layer.name: layer for layer in solved}
+        widest = plan_layers(task.model, recipe.model_copy(update={"bits": 8}), device)
+        grids = calibrate(task.model, widest, images, recipe.activations, progress)
+        solved = {}
+        for work in (task, replace(task, plan=widest, grids=grids)):
+            rounded = round_layers(work, spec, progress=progress)
+            for layer, found in zip(work.plan.layers, rounded, strict=True):
+                solved[found.name, layer.bits] = (layer, work.grid(layer), found)
         some = images.sample(min(recipe.search.images, len(images)), task.seed)
         normalise = some.preprocessing.normalise
         inputs = np.concatenate([normalise(batch.pixels) for batch in some.batches(BATCH)])
-        always = frozenset(layer.site.name for layer in plans[4].layers if layer.bits == 8)
+        left = frozenset(name for name, bits in solved if bits == 4 and (name, 8) in solved)
         wanted = _logits(task.model.onnx, inputs)
-        return cls(task.model, plans, grids, rounded, always, inputs, wanted)
+        return cls(task.model, widest, task.grids.activations, solved, left, inputs, wanted)
 
     def sensitivities(self, progress: Progress) -> list[Sensitivity]:
         """Of every layer, over the error of 8-bit weights alone."""
-        names = list(self.rounded[8])
-        base = self._error(frozenset(names), frozenset())
-        inputs: dict[str, float] = {}
-        found = []
-        for layer in progress.track(self.plans[8].layers, "sensitivity", len(names)):
-            name = layer.site.name
-            four = self._error(frozenset(names) - {name}, frozenset())
-            added = 0.0
-            for tensor in {use.input for use in layer.site.uses} & set(self.grids[4].activations):
+        widest = {layer.site.name: layer.bits for layer in self.widest.layers}
+        base, inputs, found = self._error(widest, {}), dict[str, float](), []
+        for layer in progress.track(self.widest.layers, "sensitivity", len(widest)):
+            name, added = layer.site.name, 0.0
+            for tensor in {use.input for use in layer.site.uses} & set(self.activations):
                 if tensor not in inputs:
-                    inputs[tensor] = self._error(frozenset(names), frozenset({tensor})) - base
+                    inputs[tensor] = self._error(widest, {tensor: tensor}) - base
                 added = max(added, inputs[tensor])
             size = int(np.prod(layer.site.shape))
-            four = 0.0 if name in self.always_8 else max(four - base, 0.0)
-            found.append(Sensitivity(name, size, four, added))
+            four = self._error({**widest, name: 4}, {}) - base if name in self.open_layers else 0.0
+            found.append(Sensitivity(name, size, max(four, 0.0), added))
         return found
 
-    def agreement(self, moves: Sequence[_Move]) -> float:
-        """Percent of the images with the float model's answer after these moves."""
-        at_8 = self.always_8 | {m.layer for m in moves if m.kind == "bits"}
-        float_layers = {m.layer for m in moves if m.kind == "input"}
-        floats = {
-            use.input
-            for layer in self.plans[8].layers
-            if layer.site.name in float_layers
-            for use in layer.site.uses
-        }
-        planned = self.plans[4].activations
-        kept = {t for t, source in planned.items() if t not in floats and source not in floats}
-        got = self._run(frozenset(at_8), frozenset(kept), len(self.inputs))
+    def agreement(self, plan: QuantPlan) -> float:
+        """Percent of the images with the float model's answer as `plan` has it."""
+        bits = {layer.site.name: layer.bits for layer in plan.layers}
+        got = self._run(bits, plan.activations, len(self.inputs))
         return 100 * float((got.argmax(1) == self.wanted.argmax(1)).mean())
 
-    def _error(self, at_8: frozenset[str], activations: frozenset[str]) -> float:
+    def _error(self, bits: Mapping[str, int], activations: Mapping[str, str]) -> float:
         count = min(IMAGES_PER_LAYER, len(self.inputs))
         wanted = self.wanted[:count].astype(np.float64)
-        got = self._run(at_8, activations, count)
+        got = self._run(bits, activations, count)
         variance = np.square(wanted - wanted.mean(0)).sum()
         error = float(np.square(got - wanted).sum() / max(variance, np.finfo(np.float64).tiny))
         return error if np.isfinite(error) else np.inf
 
-    def _run(self, at_8: frozenset[str], activations: frozenset[str], count: int) -> np.ndarray:
-        """The logits with these layers at 8 bits, the others at 4, and these tensors in uint8."""
-        bits = {name: 8 if name in at_8 else 4 for name in self.rounded[8]}
-        pairs = zip(self.plans[4].layers, self.plans[8].layers, strict=True)
-        layers = [wide if wide.site.name in at_8 else narrow for narrow, wide in pairs]
-        grids = self.grids[4].activations
-        planned = self.plans[4].activations
-        kept = {t: source for t, source in planned.items() if t in activations}
-        plan = replace(self.plans[8], layers=tuple(layers), activations=kept)
-        chosen = Grids(
-            {name: self.grids[width].weights[name] for name, width in bits.items()},
-            {t: grids[t] for t in kept},
+    def _run(
+        self, bits: Mapping[str, int], activations: Mapping[str, str], count: int
+    ) -> np.ndarray:
+        """The logits with these bits by layer, and these tensors in uint8."""
+        layers, weights, rounded = zip(*(self.solved[item] for item in bits.items()), strict=True)
+        plan = replace(self.widest, layers=layers, activations=activations)
+        grids = Grids(
+            dict(zip(bits, weights, strict=True)), {t: self.activations[t] for t in activations}
         )
-        rounded = [self.rounded[width][name] for name, width in bits.items()]
-        return _logits(emit(self.model, plan, chosen, rounded).onnx, self.inputs[:count])
-
-
-def _of_inputs(overrides: Sequence[Override]) -> tuple[Override, ...]:
-    """The overrides without the widths that they give."""
-    kept = (o for o in overrides if o.activations is not None)
-    return tuple(o.model_copy(update={"bits": None}) for o in kept)
+        return _logits(emit(self.model, plan, grids, rounded).onnx, self.inputs[:count])
 
 
 def _logits(model: bytes, inputs: np.ndarray) -> np.ndarray:

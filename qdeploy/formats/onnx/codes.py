@@ -16,7 +16,7 @@ import onnx
 
 from qdeploy.formats.onnx.nodes import constant_tensors, place
 from qdeploy.formats.onnx.tensors import all_nodes, all_tensors, values
-from qdeploy.values import STANDARD_DOMAINS, Finding
+from qdeploy.values import ROUNDED_AT_LOAD, STANDARD_DOMAINS, Finding
 
 RULES = {
     "bad-scale": "A scale is 0 or no finite number.",
@@ -25,7 +25,6 @@ RULES = {
     "scale-outlier": "A channel's scale is far larger than its integers need.",
     "rounded-when-loaded": "onnxruntime rounds these float weights itself, to nearest, unseen.",
 }
-ROUNDED_AT_LOAD = frozenset({"Conv", "ConvTranspose", "Gemm"})  # by its WeightBiasQuantization
 PASSED_OVER = frozenset({"Relu", "Clip"})  # between such a node and its QuantizeLinear
 SIGNED = frozenset({onnx.TensorProto.INT4, onnx.TensorProto.INT8, onnx.TensorProto.INT16})
 UNSIGNED = frozenset({onnx.TensorProto.UINT4, onnx.TensorProto.UINT8, onnx.TensorProto.UINT16})
