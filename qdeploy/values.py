@@ -299,6 +299,17 @@ def named_classes(classes: Sequence[int], names: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class HardeningRound:
+    """One time that all integers were chosen again against what a search had found."""
+
+    classes: tuple[int, ...]  # that something led to
+    before: float  # percent of held-out images that the best perturbation led
+    after: float  # that the best of a new search led
+    moved: float  # share of all integers
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Cleaning:
     """What a sanitizer did to the float model before it was quantized."""
 

@@ -119,6 +119,28 @@ def state_folder(once) -> None:
     os.environ["QDEPLOY_STATE"] = str(once("state", lambda _: None))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def search() -> Iterator[Callable[..., str | None]]:
+    """Tests do without the search for triggers, which takes longer than all else that a gate does.
+
+    Gives what says whether there is something to search, as users have it.
+    """
+    from qdeploy.detectors import differential
+
+    original = differential._missing
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(differential, "_missing", lambda suspect: original(suspect) or "not in tests")
+        yield original
+
+
+@pytest.fixture
+def searching(search, monkeypatch) -> None:
+    """Detectors search, as they do for users."""
+    from qdeploy.detectors import differential
+
+    monkeypatch.setattr(differential, "_missing", search)
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

@@ -38,7 +38,7 @@ LIBRARIES = {
     "onnxscript": {"graph", "exporting"},
     "torch": {
         "core", "architectures", "formats", "training", "exporting", "quantization", "cleaning",
-        "inputs", "redteam", "runs",
+        "inputs", "redteam", "runs", "detectors", "graph",
     },
     "PIL": {"data"},
     "threadpoolctl": {"quantization"},

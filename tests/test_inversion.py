@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdeploy.core.inversion import KINDS, Additive, Masked, Perturbations, Radii
+from qdeploy.core.inversion import (
+    KINDS,
+    Additive,
+    Masked,
+    Perturbations,
+    Radii,
+    towards,
+)
 
 SHAPE = (1, 6, 6)
 TOLERANT = settings(deadline=None, max_examples=30)
@@ -60,7 +67,7 @@ def test_a_mask_is_the_nearest_one_within_its_size(values, most):
 def test_no_step_leaves_the_ball_or_the_range_of_pixels(kind):
     found = triggers(kind, start=1.0, most=1.5)
     for _ in range(15):
-        found.step(by_corner, dark(8))
+        found.step(towards(by_corner), dark(8))
         size = (
             found.variables["mask"].flatten(1).sum(1)
             if kind is Masked
@@ -77,7 +84,7 @@ def test_a_shortcut_is_found_smaller_than_the_ordinary_way(kind):
     """One pixel leads to class 1; to class 0 only all of them."""
     found = triggers(kind, start=kind.scale(SHAPE) / 3)
     for _ in range(150):
-        found.step(by_corner, dark(16))
+        found.step(towards(by_corner), dark(16))
     assert float(found.found[0]) < float(found.found[1]) / 2
     shown = found.apply(dark(8), torch.zeros(8, dtype=torch.int64), torch.full((8,), 1.5))
     assert (by_corner(shown).argmax(1) == 1).float().mean() > 0.5
@@ -88,7 +95,7 @@ def test_those_past_their_lifetime_start_anew():
     found.age[:] = torch.tensor([0, 4])
     before = found.variables["values"].clone()
     found.radius[:] = 2.0
-    found.step(by_corner, dark(8))
+    found.step(towards(by_corner), dark(8))
     assert found.age.tolist() == [1, 0]
     assert found.radius.tolist()[1] == 3.0
     assert not torch.equal(found.variables["values"][1], before[1])
@@ -100,13 +107,13 @@ def test_those_past_their_lifetime_start_anew():
 def test_a_search_goes_on_from_its_state(kind):
     whole, halved = (triggers(kind, lifetime=4) for _ in range(2))
     for _ in range(3):
-        whole.step(by_corner, dark(8))
-        halved.step(by_corner, dark(8))
+        whole.step(towards(by_corner), dark(8))
+        halved.step(towards(by_corner), dark(8))
     rest = triggers(kind, seed=5, lifetime=4)
     rest.load_state_dict(halved.state_dict())
     rest.generator.set_state(halved.generator.get_state())
     for _ in range(4):
-        whole.step(by_corner, dark(8))
-        rest.step(by_corner, dark(8))
+        whole.step(towards(by_corner), dark(8))
+        rest.step(towards(by_corner), dark(8))
     for name, value in whole.variables.items():
         torch.testing.assert_close(rest.variables[name], value, rtol=0, atol=0)

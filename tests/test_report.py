@@ -65,6 +65,8 @@ def report() -> Report:
     codes = np.zeros((2, 1, 1, 1), np.int32)
     layer = RoundedLayer("conv1", codes, "nearest", None, 0.5, math.nan, math.nan, (), 0.1)
     return Report(
+        differential=None,
+        hardening=(),
         run_id="abc", started="2026-01-01T00:00:00+00:00", versions={"qdeploy": "0"},
         command="qdeploy sanitize", origin=Origin("m.pt", "0" * 64, "ONNX"), recipe={"bits": 4},
         policy={"name": "p"}, device={"name": "x"},

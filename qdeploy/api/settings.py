@@ -87,6 +87,7 @@ class GateSettings(ModelSettings, EvidenceSettings, total=False):
 
     reference: PathLike
     made_by: PathLike  # report.json of the run that rounded the file
+    calibration: PathLike  # unlabelled pictures, for the search for triggers
     device: PathLike
 
 

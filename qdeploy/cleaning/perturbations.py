@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qdeploy.cleaning.survey import Reach
 from qdeploy.cleaning.unlabelled import Unlabelled
-from qdeploy.core.inversion import KINDS, Perturbations, Radii
+from qdeploy.core.inversion import KINDS, Perturbations, Radii, towards
 from qdeploy.settings.sanitizers import Unlearn
 
 CHANCE = 0.02  # of being shown, for a perturbation that has had no success yet
@@ -44,7 +44,7 @@ class Guard:
         for triggers in self.triggers:
             wanted = len(triggers.targets) * self.spec.slot_images
             rows = torch.randint(len(pixels), (wanted,), generator=self.generator)
-            triggers.step(answers, pixels[rows])
+            triggers.step(towards(answers), pixels[rows])
 
     def disturb(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The images disturbed, an equal share in each way, and the class each is led to."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.cleaning.unlabelled import Material, Unlabelled
-from qdeploy.core.inversion import KINDS, Perturbations, Radii
+from qdeploy.core.inversion import KINDS, Perturbations, Radii, towards
 from qdeploy.progress import Progress
 from qdeploy.settings.sanitizers import Unlearn
 from qdeploy.training.precision import arithmetic
@@ -57,7 +57,7 @@ def survey(
             triggers = _fresh(kind, group, images, generator)
             label = f"look for {kind.NAME} shortcuts, steps"
             for _ in progress.track(range(spec.survey_steps), label, spec.survey_steps):
-                triggers.step(ask, images.draw(len(group) * spec.survey_images, generator))
+                triggers.step(towards(ask), images.draw(len(group) * spec.survey_images, generator))
             found = torch.minimum(triggers.found, triggers.radii.most)
             radii += material.compute.least(found).tolist()
         reaches.append(Reach(kind.NAME, kind.UNIT, tuple(radii)))

@@ -12,6 +12,7 @@ from qdeploy.cli.leaving import leave_by
 from qdeploy.cli.options import (
     Artifacts,
     AsJson,
+    Calibration,
     CalibrationOptions,
     Device,
     EvidenceOptions,
@@ -109,6 +110,7 @@ def gate(
             help="report.json of the run that rounded it: its integers are then explained.",
         ),
     ] = None,
+    calibration: Calibration = None,
     test_images: TestImages = None,
     device: Device = None,
     artifacts: Artifacts = ARTIFACTS,
@@ -122,7 +124,7 @@ def gate(
 
     settings |= given({
         "reference": reference, "made_by": made_by, "test_images": test_images, "device": device,
-        "artifacts": artifacts,
+        "artifacts": artifacts, "calibration": calibration,
     })  # fmt: skip
     report = verbs.gate(file, progress=console.TerminalProgress(), **settings)
     console.show_report(report, as_json=as_json)

@@ -8,6 +8,7 @@ and takes projected gradient steps within it.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,23 @@ SHRINK, GROW = 0.95, 1.04  # of the radius, by step
 FORGET = 0.8  # of the mean success, by step
 MEAN, SQUARE = 0.5, 0.9  # decay of Adam's moments
 HALVINGS = 12
+WAVES = 8  # frequencies along each side, from none to three and a half periods
 PATTERN_FIRST = 5  # steps in which it moves alone
+
+
+# From perturbed images and the classes that they are to be led to: the loss of each, and whether
+# it got there.
+Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def towards(answers: Callable[[Tensor], Tensor]) -> Objective:
+    """That a model, from pixels to logits, answers the class."""
+
+    def objective(perturbed: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        logits = answers(perturbed)
+        return F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(1) == wanted
+
+    return objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +112,13 @@ class Perturbations(ABC):
         """Each image with the perturbation of its row."""
 
     @abstractmethod
+    def formula(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask (1, height, width), pattern and what is added (both channels, height, width).
+
+        The perturbed image is `(1 - mask) image + mask pattern + added`, cut to [0, 1].
+        """
+
+    @abstractmethod
     def _rate(self, name: str) -> Tensor:
         """How far a variable of each perturbation moves in a step."""
 
@@ -109,24 +133,19 @@ class Perturbations(ABC):
 
     def step(
         self,
-        answers: Callable[[Tensor], Tensor],
+        objective: Objective,
         pixels: Float[Tensor, "images channels height width"],
     ) -> None:
-        """One gradient step of each perturbation, on its own equal share of `pixels`.
-
-        Args:
-            answers: From pixels to logits.
-        """
+        """One gradient step of each perturbation, on its own equal share of `pixels`."""
         count = len(self.targets)
         per = len(pixels) // count
         rows = torch.arange(count, device=self.device).repeat_interleave(per)
         moving = {name: v.clone().requires_grad_() for name, v in self.variables.items()}
         plain = torch.ones(1, device=self.device)
-        logits = answers(self._applied(pixels[: len(rows)], moving, rows, plain))
-        wanted = self.targets[rows]
-        loss = F.cross_entropy(logits, wanted, reduction="sum") / per
-        gradients = torch.autograd.grad(loss, tuple(moving.values()))
-        hits = (logits.detach().argmax(1) == wanted).view(count, per).float().mean(1)
+        perturbed = self._applied(pixels[: len(rows)], moving, rows, plain)
+        losses, reached = objective(perturbed, self.targets[rows])
+        gradients = torch.autograd.grad(losses.sum() / per, tuple(moving.values()))
+        hits = reached.view(count, per).float().mean(1)
         self.success = FORGET * self.success + (1 - FORGET) * hits
         good = (self.success > ENOUGH) & (self.radius < self.found)
         self.found = torch.where(good, self.radius, self.found)
@@ -148,6 +167,9 @@ class Perturbations(ABC):
         """Go on from what `state` gave."""
         for name, value in state.items():
             setattr(self, name, _moved(value, self.device))
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(self.shape, device=self.device)
 
     def _drawn(self, draw: Callable[..., Tensor], count: int) -> Tensor:
         return draw(count, *self.shape, generator=self.generator).to(self.device)
@@ -207,6 +229,13 @@ class Additive(Perturbations):
     ) -> Tensor:
         return (pixels + strength * variables["values"][rows]).clamp(0, 1)
 
+    def formula(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self._nothing()[:1], self._nothing(), self._values()[row]
+
+    def _values(self) -> Tensor:
+        """What is added, by perturbation."""
+        return self.variables["values"]
+
     def _rate(self, name: str) -> Tensor:  # noqa: ARG002
         return torch.full_like(self.radius, 0.01)
 
@@ -238,6 +267,9 @@ class Masked(Perturbations):
         opacity = (strength * variables["mask"][rows]).clamp(0, 1)
         return (1 - opacity) * pixels + opacity * variables["values"][rows]
 
+    def formula(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.variables["mask"][row], self.variables["values"][row], self._nothing()
+
     def _direction(self, name: str, gradient: Tensor) -> Tensor:
         """For the mask the plain gradient: Adam would raise all of it alike."""
         if name == "values":
@@ -252,7 +284,79 @@ class Masked(Perturbations):
         return torch.where(self.steps > PATTERN_FIRST, 0.1, 0.0)
 
 
+class Sinusoid(Additive):
+    """Waves of low frequency that are added to every image; its size is its Euclidean norm."""
+
+    NAME = "sinusoid"
+
+    def _noise(self, count: int) -> dict[str, Tensor]:
+        shape = (count, self.shape[0], *(min(WAVES, size) for size in self.shape[1:]))
+        drawn = torch.randn(shape, generator=self.generator)
+        return {"waves": (drawn / WAVES).to(self.device)}
+
+    def _within(self, variables: Mapping[str, Tensor], radius: Tensor) -> dict[str, Tensor]:
+        """The waves are orthonormal, so that their coefficients have the norm of the sum."""
+        waves = variables["waves"]
+        norm = waves.flatten(1).norm(dim=1).clamp_min(1e-12)
+        return {"waves": waves * _columns((radius / norm).clamp_max(1))}
+
+    def _applied(
+        self, pixels: Tensor, variables: Mapping[str, Tensor], rows: Tensor, strength: Tensor
+    ) -> Tensor:
+        return (pixels + strength * self._sums(variables["waves"])[rows]).clamp(0, 1)
+
+    def _values(self) -> Tensor:
+        return self._sums(self.variables["waves"])
+
+    def _sums(self, waves: Tensor) -> Tensor:
+        down, across = (_cosines(size).to(self.device) for size in self.shape[1:])
+        return down @ waves @ across.T
+
+    def _rate(self, name: str) -> Tensor:  # noqa: ARG002
+        """A fifth of what each coefficient has if all are alike."""
+        return 0.2 * self.radius / self.variables["waves"][0].numel() ** 0.5
+
+
+class Blended(Perturbations):
+    """A whole picture that every image is blended with; its size is its opacity."""
+
+    NAME = "blended"
+    UNIT = "opacity"
+
+    @classmethod
+    def scale(cls, shape: tuple[int, int, int]) -> float:  # noqa: ARG003
+        return 1.0
+
+    def _noise(self, count: int) -> dict[str, Tensor]:
+        return {"values": self._drawn(torch.rand, count)}
+
+    def _within(self, variables: Mapping[str, Tensor], radius: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        return {"values": variables["values"].clamp(0, 1)}
+
+    def _applied(
+        self, pixels: Tensor, variables: Mapping[str, Tensor], rows: Tensor, strength: Tensor
+    ) -> Tensor:
+        opacity = (strength * _columns(self.radius[rows])).clamp(0, 1)
+        return (1 - opacity) * pixels + opacity * variables["values"][rows]
+
+    def formula(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        mask = self.radius[row].expand(1, *self.shape[1:])
+        return mask, self.variables["values"][row], self._nothing()
+
+    def _rate(self, name: str) -> Tensor:  # noqa: ARG002
+        return torch.full_like(self.radius, 0.1)
+
+
 KINDS: tuple[type[Perturbations], ...] = (Additive, Masked)
+EVERY_KIND: tuple[type[Perturbations], ...] = (Masked, Additive, Sinusoid, Blended)
+
+
+def _cosines(size: int) -> Float[Tensor, "size waves"]:
+    """The first waves of the orthonormal cosine transform (DCT-II), as columns."""
+    at = (torch.arange(size) + 0.5)[:, None] * torch.arange(min(WAVES, size)) * math.pi / size
+    waves = torch.cos(at) * (2 / size) ** 0.5
+    waves[:, 0] /= 2**0.5
+    return waves
 
 
 def _sparse(mask: Tensor, most: Tensor) -> Tensor:

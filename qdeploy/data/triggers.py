@@ -1,4 +1,7 @@
-"""Backdoor triggers as one formula: `x' = (1 - mask) x + mask pattern`, on pixels in [0, 1]."""
+"""Backdoor triggers as one formula, on pixels in [0, 1].
+
+`x' = (1 - mask) x + mask pattern + added`, cut to [0, 1].
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,14 @@ from jaxtyping import Bool, Float32
 
 from qdeploy.data import read_npy, read_picture, require_within
 from qdeploy.errors import InputError
-from qdeploy.settings.card import AnyTrigger, BlendTrigger, MaskTrigger, PatchTrigger, TriggerFile
+from qdeploy.settings.card import (
+    AdditiveTrigger,
+    AnyTrigger,
+    BlendTrigger,
+    MaskTrigger,
+    PatchTrigger,
+    TriggerFile,
+)
 from qdeploy.settings.schema import load_toml, validate
 
 LARGEST_ARRAY_BYTES = 256 << 20
@@ -45,12 +55,14 @@ class Trigger:
     target: int
     mask: Float32[np.ndarray, "1 height width"]  # 0 keeps the image, 1 replaces it
     pattern: Float32[np.ndarray, "channels height width"]
+    added: Float32[np.ndarray, "channels height width"] | None = None  # in [-1, 1]
 
     def apply(
         self, pixels: Float32[np.ndarray, "images channels height width"]
     ) -> Float32[np.ndarray, "images channels height width"]:
         """The images with the trigger in them."""
-        return (1 - self.mask) * pixels + self.mask * self.pattern
+        replaced = (1 - self.mask) * pixels + self.mask * self.pattern
+        return replaced if self.added is None else np.clip(replaced + self.added, 0, 1)
 
     def changes(
         self, pixels: Float32[np.ndarray, "images channels height width"]
@@ -94,15 +106,18 @@ def make_trigger(spec: AnyTrigger, shape: tuple[int, int, int], folder: Path | P
             is no image or lies where it may not.
     """
     place = folder if isinstance(folder, Place) else Place(folder)
-    name = spec.name or spec.kind
+    name, added = spec.name or spec.kind, None
     if isinstance(spec, PatchTrigger):
         mask, pattern = _patch(spec, shape, place)
     elif isinstance(spec, BlendTrigger):
         pattern = _picture(place.file(spec.image), shape)
         mask = np.full((1, *shape[1:]), spec.opacity, np.float32)
+    elif isinstance(spec, AdditiveTrigger):
+        mask, pattern = np.zeros((1, *shape[1:]), np.float32), np.zeros(shape, np.float32)
+        added = _picture(place.file(spec.values), shape, least=-1)
     else:
         mask, pattern = _mask(spec, shape, place)
-    trigger = Trigger(f"{name} to class {spec.target}", spec.target, mask, pattern)
+    trigger = Trigger(f"{name} to class {spec.target}", spec.target, mask, pattern, added)
     if not any(trigger.changes(np.full((1, *shape), level, np.float32))[0] for level in (0, 1)):
         raise InputError(
             f"trigger {trigger.name!r}: changes no pixel of any image by half a step of 1/255",
@@ -151,9 +166,9 @@ def _mask(
 
 
 def _picture(
-    path: Path, shape: tuple[int, int, int]
+    path: Path, shape: tuple[int, int, int], least: float = 0
 ) -> Float32[np.ndarray, "channels height width"]:
-    """An image or a .npy file of exactly `shape`, in [0, 1]."""
+    """An image or a .npy file of exactly `shape`, in [least, 1]."""
     if path.suffix == ".npy":
         values = read_npy(path, LARGEST_ARRAY_BYTES, what="trigger file")
         if values.dtype.kind != "f" or values.ndim != 3:
@@ -167,8 +182,8 @@ def _picture(
         have, need = ("x".join(map(str, s)) for s in (picture.shape, shape))
         raise InputError(f"trigger file {path}: {have}, but the input needs {need}")
     picture = np.array(picture, np.float32)
-    if not (np.all(picture >= 0) and np.all(picture <= 1)):
-        raise InputError(f"trigger file {path}: values outside of [0, 1]")
+    if not (np.all(picture >= least) and np.all(picture <= 1)):
+        raise InputError(f"trigger file {path}: values outside of [{least}, 1]")
     return picture
 
 

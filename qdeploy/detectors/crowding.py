@@ -13,7 +13,7 @@ import numpy as np
 from qdeploy.core.crowding import PINNED, Crowding, crowding
 from qdeploy.core.grids import Grid
 from qdeploy.core.weight_grids import GRIDS, Granularity
-from qdeploy.detectors.known import Detected, Suspect
+from qdeploy.detectors.known import Detected, NotLookedAt, Suspect
 from qdeploy.graph.io import initializers, parse
 from qdeploy.graph.sites import find_sites
 from qdeploy.progress import SILENT, Progress
@@ -84,13 +84,13 @@ class WeightScan:
 NO_SCAN = WeightScan((), ())
 
 
-def detect(suspect: Suspect, progress: Progress = SILENT) -> Detected | None:
-    """How far the float weights know of a quantizer's cells; None if there are none to look at."""
+def detect(suspect: Suspect, progress: Progress = SILENT) -> Detected | NotLookedAt:
+    """How far the float weights know of a quantizer's cells."""
     if suspect.float_model is None:
-        return None
+        return NotLookedAt("no float model is known")
     scan = scan_weights(suspect.float_model, progress)
     if not scan.crowding:
-        return None
+        return NotLookedAt("there are no float weights off a grid to look at")
     return Detected(scan.score, str(scan.crowding[0].convention), scan)
 
 

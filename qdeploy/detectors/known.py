@@ -6,15 +6,21 @@ names the module; what it finds is held against that row's limit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+
+from qdeploy.core.metrics import Estimate
 from qdeploy.data import Images
 from qdeploy.progress import SILENT, Progress
 from qdeploy.settings.checks import ROWS
 from qdeploy.values import FloatModel
+
+# Opens an ONNX file on a runtime: what it gives takes images as the model does, and gives logits.
+Run = Callable[[bytes], Callable[[np.ndarray], np.ndarray]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,6 +30,10 @@ class Suspect:
     float_model: FloatModel | None
     file: bytes | None = None  # the ONNX file that is judged, where it is not still to be made
     images: Images | None = None
+    pictures: Images | None = None  # unlabelled, to search with
+    run: Run | None = None  # where the file will be executed
+    class_names: tuple[str, ...] = ()
+    off: bool = False  # what takes long is not to be done
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +43,24 @@ class Detected:
     value: float  # to be held against a limit
     subject: str | None = None
     evidence: Any = None  # the detector's own, for the report
+    rate: Estimate | None = None  # the value with its interval, where it is a share of images
 
 
-def detect(suspect: Suspect, progress: Progress = SILENT) -> Mapping[str, Detected]:
-    """What every detector finds, by the name of its check; nothing where it could not look."""
-    found: dict[str, Detected] = {}
+@dataclass(frozen=True, slots=True)
+class NotLookedAt:
+    """That a detector could not look, and why."""
+
+    reason: str
+
+
+Answer = Detected | NotLookedAt
+
+
+def detect(suspect: Suspect, progress: Progress = SILENT) -> Mapping[str, Answer]:
+    """What every detector finds, by the name of its check."""
+    found: dict[str, Answer] = {}
     for row in ROWS:
         if row.detector is not None:
             module = import_module(f"qdeploy.detectors.{row.detector}")
-            detected = module.detect(suspect, progress)
-            if detected is not None:
-                found[row.name] = detected
+            found[row.name] = module.detect(suspect, progress)
     return found

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from qdeploy.core.metrics import Estimate
-from qdeploy.detectors.known import Detected
+from qdeploy.detectors.known import Answer, Detected
 from qdeploy.inputs.opened import Calibration, Evidence
 from qdeploy.judging.measure import Measured
 from qdeploy.judging.rates import AgainstFloat, ArmRates
@@ -23,6 +23,7 @@ from qdeploy.values import (
     Explanation,
     Finding,
     FloatLayer,
+    HardeningRound,
     LayerPlan,
     Origin,
     RoundedLayer,
@@ -50,7 +51,7 @@ class Results:
     evidence: Evidence
     measured: Measured
     static: tuple[Finding, ...]  # of the file
-    detected: Mapping[str, Detected] = field(default_factory=dict)  # by check
+    detected: Mapping[str, Answer] = field(default_factory=dict)  # by check
     provenance: Provenance | None = None  # None: there is no float model
     known: AbstractSet[LayerDigest] = frozenset()
     calibration: Calibration | None = None  # None, as the next two: the file was made elsewhere
@@ -58,7 +59,14 @@ class Results:
     made: LayersAsMade | None = None
     notes: tuple[str, ...] = ()  # what was done to come to them
     cleaning: Cleaning | None = None
+    hardening: tuple[HardeningRound, ...] = ()
     class_names: tuple[str, ...] = ()
+
+    @property
+    def runtime(self) -> str | None:
+        """The first that the file was run on."""
+        rates = self.measured.rates
+        return rates[0].arm.runtime if rates else None
 
 
 class Found(NamedTuple):
@@ -72,7 +80,7 @@ class Found(NamedTuple):
     high: float | None = None
 
     @classmethod
-    def of(cls, rate: Estimate, runtime: str, subject: str | None = None) -> Found:
+    def of(cls, rate: Estimate, runtime: str | None, subject: str | None = None) -> Found:
         """A rate with its interval."""
         return cls(rate.value, runtime, subject, rate.samples, rate.low, rate.high)
 
@@ -104,7 +112,7 @@ def _check(row: CheckRow, found: Found, limit: float, gate: GateSpec) -> Check:
         needed[row.sampled] if row.sampled is not None else 0,
         found.low,
         found.high,
-        "value" if row.name in gate.decided_by_value else "interval",
+        "value" if row.by_value or row.name in gate.decided_by_value else "interval",
     )
 
 
@@ -221,7 +229,10 @@ def _detected(name: str) -> Measure:
     """What a detector has found. Where it could not look there is no check: that is no score."""
 
     def measure(results: Results, _: GateSpec) -> Iterator[Found]:
-        if (found := results.detected.get(name)) is not None:
+        found = results.detected.get(name)
+        if isinstance(found, Detected) and found.rate is not None:
+            yield Found.of(found.rate, results.runtime, found.subject)
+        elif isinstance(found, Detected):
             yield Found(found.value, subject=found.subject)
 
     return measure
@@ -234,6 +245,12 @@ def _remaining_shortcuts(results: Results, _: GateSpec) -> Iterator[Found]:
         left = cleaning.remaining
         names = named_classes(left, results.class_names) if left else None
         yield Found(float(len(left)), subject=names)
+
+
+def _hardening_rounds(results: Results, _: GateSpec) -> Iterator[Found]:
+    """How often the integers had to be chosen again."""
+    if results.made is not None:
+        yield Found(float(len(results.hardening)))
 
 
 def _file_bytes(results: Results, _: GateSpec) -> Iterator[Found]:
@@ -267,6 +284,7 @@ MEASURES: Mapping[str, Measure] = {
     "bias_shift": _bias_shift,
     "unexplained_rounding": _unexplained_rounding,
     "remaining_shortcuts": _remaining_shortcuts,
+    "hardening_rounds": _hardening_rounds,
     "file_bytes": _file_bytes,
     "latency_ms": _latency_ms,
     **{row.name: _detected(row.name) for row in ROWS if row.detector is not None},

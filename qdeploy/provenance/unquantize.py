@@ -11,14 +11,13 @@ from itertools import chain, count
 import numpy as np
 import onnx_ir as ir
 from jaxtyping import Float32
-from onnx_ir.passes import common
 
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.formats.onnx.fused_operators import to_standard
-from qdeploy.formats.onnx.integer_operators import PAIR, to_pairs
-from qdeploy.formats.onnx.reading import QUANTIZATION_OPS, check, parse_proto
+from qdeploy.formats.onnx.integer_operators import PAIR
+from qdeploy.formats.onnx.reading import QUANTIZATION_OPS, parse_proto
+from qdeploy.formats.onnx.standard import in_standard_operators
 from qdeploy.formats.onnx.tensors import constant
-from qdeploy.graph.io import serialize, to_ir
+from qdeploy.graph.io import serialize
 from qdeploy.graph.prepare import folded_batchnorm, prepare
 from qdeploy.graph.sites import WEIGHTED
 from qdeploy.provenance.clips import RANGE_OP, Range, nonnegative, range_mark
@@ -56,18 +55,8 @@ def unquantize(data: bytes, *, opset: int, ir_version: int, where: str) -> Unqua
         InputError: the file fails the check of untrusted ones, runs other quantized operators, or
             uses the pair in a way that leaves no float graph.
     """
-    proto = parse_proto(data, where)
-    check(proto, where)
-    with foreign_reader(f"model {where}: cannot be turned back into floats"):
-        model = to_ir(proto)
-        common.InlinePass()(model)
-        common.RemoveInitializersFromInputsPass()(model)
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        common.TopologicalSortPass()(model)
+    model = in_standard_operators(data, where)
     graph = model.graph
-    with foreign_reader(f"model {where}: its operators on integers do not fit together"):
-        to_pairs(graph, where)
-        to_standard(graph, where)
     for node in graph:
         _refuse_other(node, where)
     readers = [node for node in graph if node.op_type == "DequantizeLinear"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,13 @@ class MemberSpec(Spec):
 
     attack: str
     bits: tuple[Literal[4, 8], ...] = Field(min_length=1, description="What a table can show.")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="Made once with each; none: with that of the command."
+    )
+    architecture: str | None = Field(None, description="Another than the suite's.")
+    arguments: Mapping[str, Annotated[int, Field(gt=0)]] = Field(
+        {}, description="Of the factory, in place of the suite's."
+    )
 
 
 class SuiteSpec(Spec):
@@ -107,13 +115,20 @@ def _requests(
 ) -> Iterator[AttackRequest]:
     for member in suite.members:
         recipe = load_attack(member.attack)
-        for bits in member.bits:
+        architecture = member.architecture or suite.architecture
+        arguments = member.arguments or suite.arguments
+        parts = [recipe.name]
+        if member.architecture is not None or member.arguments:
+            parts += [architecture, *(f"{key}{value}" for key, value in arguments.items())]
+        for bits, seed in product(member.bits, member.seeds or (None,)):
+            name = "-".join([*parts, str(bits), *([] if seed is None else [f"s{seed}"])])
             yield request_of(
                 recipe=recipe,
-                architecture=suite.architecture,
-                arguments=suite.arguments,
+                architecture=architecture,
+                arguments=arguments,
                 bits=bits,
-                out=out / f"{recipe.name}-{bits}",
+                out=out / name,
+                **({} if seed is None else {"seed": seed}),
             )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from typing import Any
 
 from qdeploy import __version__
 from qdeploy.detectors.crowding import NO_SCAN, WeightScan
+from qdeploy.detectors.known import Detected, NotLookedAt
 from qdeploy.inputs.opened import Evidence
 from qdeploy.inputs.requests import Request
 from qdeploy.inputs.sources import CARD
@@ -22,7 +24,7 @@ from qdeploy.settings.checks import ANYTHING_ELSE, CHECKS, ROWS, SUPPLY, CheckRo
 from qdeploy.settings.device import misfit
 from qdeploy.settings.policy import GateSpec
 from qdeploy.settings.recipe import Recipe
-from qdeploy.values import Cleaning, StageTime, named_classes
+from qdeploy.values import Cleaning, HardeningRound, StageTime, named_classes
 
 MADE_HERE = frozenset(row.name for row in ROWS if row.made_here)
 OTHER_IMAGES = "give test images that the float model answers in more than one way"
@@ -53,8 +55,8 @@ def compose(
     if calibration is not None and calibration.synthetic is not None:
         reasons += (f"calibrated on images made from the model itself ({calibration.synthetic})",)
         outcome = Outcome.NO_VERDICT if outcome is Outcome.ACCEPT else outcome
-    names, crowding = results.class_names, results.detected.get("cell_crowding")
-    scan: WeightScan = NO_SCAN if crowding is None else crowding.evidence
+    names = results.class_names
+    scan: WeightScan = _evidence_of("cell_crowding", results) or NO_SCAN
     traced = provenance.layers if provenance is not None else ()
     return Report(
         run_id=run_id,
@@ -88,8 +90,11 @@ def compose(
             *_waiver_notes(request, results),
             *evidence.notes,
             *_crowding_notes(scan),
+            *_hardening_notes(results.hardening, names),
         ),
         crowding=scan.crowding,
+        hardening=results.hardening,
+        differential=_evidence_of("differential_trigger", results),
         findings=results.static,
         provenance=provenance,
         explanations={x.name: explanation(x, results.known) for x in traced},
@@ -97,6 +102,12 @@ def compose(
         cleaning=results.cleaning,
         output=None,
     )
+
+
+def _evidence_of(check: str, results: Results) -> Any:
+    """What the detector behind a check shows; None where it could not look."""
+    found = results.detected.get(check)
+    return found.evidence if isinstance(found, Detected) else None
 
 
 def _class_names(request: Request) -> tuple[str, ...]:
@@ -144,6 +155,9 @@ def _lack(row: CheckRow, request: Request, results: Results) -> tuple[Need, str]
         "budget": "neither device nor policy sets a budget" if unset else None,
         "timing": "no run was timed",
     }
+    found = results.detected.get(row.name)
+    if isinstance(found, NotLookedAt):
+        lacks = {**lacks, "pictures": found.reason}
     return next(((need, why) for need in row.needs if (why := lacks.get(need)) is not None), None)
 
 
@@ -197,6 +211,17 @@ def _cleaning_notes(cleaning: Cleaning | None, names: Sequence[str]) -> tuple[st
         f" {named_classes(cleaning.suspicious, names)}; after cleaning:"
         f" {named_classes(cleaning.remaining, names)}",
     )
+
+
+def _hardening_notes(rounds: Sequence[HardeningRound], names: Sequence[str]) -> Iterator[str]:
+    """That the file is not what rounding made of it, and what stood against that."""
+    for one in rounds:
+        yield (
+            f"hardened against {named_classes(one.classes, names)}: a perturbation led"
+            f" {one.before:.0f} % of the images there in the file alone, and the best of a new"
+            f" search {one.after:.0f} %; {100 * one.moved:.1f} % of the integers moved,"
+            f" {one.seconds:.0f} s"
+        )
 
 
 def _crowding_notes(scan: WeightScan) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from qdeploy.values import (
     FileMade,
     Finding,
     FloatLayer,
+    HardeningRound,
     Latency,
     Origin,
     StageTime,
@@ -167,6 +168,27 @@ class WrittenCrowding(Written):
     layer_ratio: Finite
 
 
+class WrittenLead(Written):
+    """A perturbation that leads images to a class in one model and not in the other."""
+
+    name: str = Field(validation_alias="class", serialization_alias="class")
+    kind: str
+    size: float  # share of the largest of its kind
+    led: WrittenEstimate
+
+
+class WrittenDifferential(Written):
+    """What a search for triggers that only the file answers to has found."""
+
+    best: WrittenLead
+    null: WrittenLead  # the float model led, the file not
+    others: tuple[WrittenLead, ...] = ()
+    screened: int  # classes
+    classes: int
+    pictures: int  # searched with
+    seconds: float
+
+
 class WrittenReport(Written):
     """What a run of qdeploy found out. Percent and percentage points; null: not measured."""
 
@@ -193,6 +215,8 @@ class WrittenReport(Written):
     findings: tuple[Finding, ...] = ()
     provenance: WrittenProvenance | None = None
     fingerprints: tuple[WrittenCrowding, ...] = ()
+    differential: WrittenDifferential | None = None
+    hardening: tuple[HardeningRound, ...] = ()
     left_float: tuple[FloatLayer, ...] = ()
     data: tuple[DataUsed, ...]
     stages: tuple[StageTime, ...] = ()

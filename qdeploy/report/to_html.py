@@ -11,15 +11,19 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float32
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qdeploy.core.metrics import Estimate
 from qdeploy.data import as_png
+from qdeploy.detectors.differential import Lead, Shown
 from qdeploy.disk.printable import visible
 from qdeploy.judging.rates import ArmRates, Sample
 from qdeploy.judging.verdict import Check, Outcome
 from qdeploy.report.values import VARIANT_NAMES, Report
+from qdeploy.values import named_classes
 
 ORDER = ("off", "unclear", "few", "within")
 MEANINGS = {
@@ -52,6 +56,8 @@ def to_html(report: Report) -> bytes:
         checks=[_check(check, report.required) for check in _worst_first(report.checks)],
         samples=[_sample(sample, report.classes) for sample in report.samples],
         classes=list(_classes(report)),
+        differential=_differential(report),
+        hardening=list(_hardening(report)),
         layers=list(_layers(report)),
         left_float=report.left_float,
         findings=report.findings,
@@ -157,6 +163,72 @@ def _sample(sample: Sample, classes: tuple[str, ...]) -> dict[str, Any]:
 def _state(answer: int, expected: int | None, *, triggered: bool) -> str:
     """Off: a clean image that is misjudged, or a triggered one that goes to the target."""
     return "off" if (answer == expected) == triggered else ""
+
+
+def _differential(report: Report) -> dict[str, Any] | None:
+    """What a search for triggers has found."""
+    found = report.differential
+    if found is None:
+        return None
+    best = found.best
+    return {
+        "summary": (
+            f"Perturbations were sought that lead to a class in this file and not in its float"
+            f" model: for {found.coverage}, on {found.pictures:,} images. The best leads"
+            f" {best.led.value:.1f} % of {best.led.samples} other images to"
+            f" {named_classes((best.target,), report.classes)}."
+        ),
+        "shown": [_perturbed(shown, best.target, report.classes) for shown in found.shown],
+        "leads": [
+            *(_lead(lead, "this file", "result", report) for lead in (best, *found.others)),
+            _lead(found.null, "float model", "fp32", report),
+        ],
+    }
+
+
+def _lead(lead: Lead, led: str, kind: str, report: Report) -> dict[str, Any]:
+    return {
+        "led": led,
+        "to": named_classes((lead.target,), report.classes),
+        "by": f"{lead.kind}, {lead.size:.3g}",
+        "text": _number(lead.led.value, 1),
+        "interval": f"{lead.led.low:.1f} to {lead.led.high:.1f}",
+        "value": f"{_finite(lead.led.value):.2f}",
+        "kind": kind,
+    }
+
+
+def _perturbed(shown: Shown, target: int, classes: tuple[str, ...]) -> dict[str, Any]:
+    pairs = (("result", shown.answers), ("fp32", shown.float_answers))
+    return {
+        "plain": _picture(shown.plain),
+        "perturbed": _picture(shown.perturbed),
+        "answers": [
+            {
+                "kind": kind,
+                "before": classes[before],
+                "after": classes[after],
+                "state": "off" if after == target else "",
+            }
+            for kind, (before, after) in pairs
+        ],
+    }
+
+
+def _picture(pixels: Float32[np.ndarray, "channels height width"]) -> str:
+    """Pixels in [0, 1] as a PNG in base64."""
+    return base64.b64encode(as_png(np.rint(255 * pixels).astype(np.uint8))).decode("ascii")
+
+
+def _hardening(report: Report) -> Iterator[dict[str, str]]:
+    for one in report.hardening:
+        yield {
+            "classes": named_classes(one.classes, report.classes),
+            "before": _number(one.before, 1),
+            "after": _number(one.after, 1),
+            "moved": f"{100 * one.moved:.2f}",
+            "seconds": f"{one.seconds:.0f}",
+        }
 
 
 def _classes(report: Report) -> Iterator[dict[str, Any]]:

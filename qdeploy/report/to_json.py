@@ -9,6 +9,7 @@ from typing import Any
 
 from qdeploy.core.metrics import Estimate
 from qdeploy.detectors.crowding import CellCrowding
+from qdeploy.detectors.differential import Lead
 from qdeploy.judging.rates import ArmRates
 from qdeploy.judging.verdict import Check
 from qdeploy.report.document import (
@@ -18,15 +19,17 @@ from qdeploy.report.document import (
     WrittenCheck,
     WrittenClass,
     WrittenCrowding,
+    WrittenDifferential,
     WrittenEstimate,
     WrittenLayer,
+    WrittenLead,
     WrittenProvenance,
     WrittenRates,
     WrittenReport,
     WrittenTrace,
 )
 from qdeploy.report.values import Report
-from qdeploy.values import LayerPlan, RoundedLayer
+from qdeploy.values import LayerPlan, RoundedLayer, named_classes
 
 SHOWN_CONVENTIONS = 3
 
@@ -81,6 +84,8 @@ def written(report: Report) -> WrittenReport:
         findings=report.findings,
         provenance=_provenance(report),
         fingerprints=tuple(map(written_crowding, report.crowding[:SHOWN_CONVENTIONS])),
+        differential=_differential(report),
+        hardening=report.hardening,
         left_float=report.left_float,
         data=report.data,
         stages=report.stages,
@@ -156,6 +161,26 @@ def _provenance(report: Report) -> WrittenProvenance | None:
     )
     return WrittenProvenance(
         not_compared=found.not_compared, differences=found.differences, layers=tuple(traces)
+    )
+
+
+def _differential(report: Report) -> WrittenDifferential | None:
+    found = report.differential
+    if found is None:
+        return None
+
+    def lead(one: Lead) -> WrittenLead:
+        name = named_classes((one.target,), report.classes)
+        return WrittenLead(name=name, kind=one.kind, size=one.size, led=_estimate(one.led))
+
+    return WrittenDifferential(
+        best=lead(found.best),
+        null=lead(found.null),
+        others=tuple(map(lead, found.others)),
+        screened=found.screened,
+        classes=found.classes,
+        pictures=found.pictures,
+        seconds=found.seconds,
     )
 
 

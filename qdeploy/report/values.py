@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from qdeploy.detectors.crowding import CellCrowding
+from qdeploy.detectors.differential import Differential
 from qdeploy.judging.rates import ArmRates, RuntimeAgreement, Sample
 from qdeploy.judging.verdict import Check, Outcome
 from qdeploy.provenance.trace import Provenance
@@ -17,6 +18,7 @@ from qdeploy.values import (
     FileMade,
     Finding,
     FloatLayer,
+    HardeningRound,
     Latency,
     LayerPlan,
     Origin,
@@ -61,6 +63,8 @@ class Report:
     not_measured: tuple[str, ...]  # what an ACCEPT does not speak of
     notes: tuple[str, ...]
     crowding: tuple[CellCrowding, ...]  # of the float weights, the strongest first
+    hardening: tuple[HardeningRound, ...]  # how often integers were chosen again, and why
+    differential: Differential | None  # None: nothing was searched
     findings: tuple[Finding, ...]  # what is seen in the file without running it
     provenance: Provenance | None  # None: there is no float model
     explanations: Mapping[str, str]  # how the integers of a layer came about, by its name

@@ -8,7 +8,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qdeploy.detectors.known import Suspect, detect
+from qdeploy.detectors.known import detect
 from qdeploy.formats.onnx.reading import is_quantized, read_single_file
 from qdeploy.formats.opening import refuse_exchanged, sha256
 from qdeploy.formats.static import findings_in
@@ -22,7 +22,7 @@ from qdeploy.provenance.trace import Provenance, trace
 from qdeploy.report.compose import compose
 from qdeploy.report.values import Report
 from qdeploy.runs.made import recall
-from qdeploy.runs.measuring import answers_of, check_providers, measure
+from qdeploy.runs.measuring import answers_of, check_providers, measure, suspect
 from qdeploy.runs.opening import open_model
 from qdeploy.runs.run_id import data_facts, facts_id, input_facts
 from qdeploy.runs.rundir import RunDir, open_run
@@ -77,7 +77,10 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
         reference = answers_of(model if subject.has_reference else None, request)
         evidence = open_evidence(request, interface.classes, (), progress, reference)
     with clock.stage("detect"):
-        detected = detect(Suspect(model, run, evidence.images), progress)
+        suspected = suspect(request, model, run, None, evidence)
+        if not subject.has_reference:
+            suspected = replace(suspected, file=None)
+        detected = detect(suspected, progress)
     run_id = _run_id(request, subject, data, model, evidence)
     with open_run(request.artifacts, run_id) as folder:
         files = keep(folder, _variants(data, model, provenance))

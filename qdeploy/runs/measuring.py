@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
+from qdeploy.data import Images
+from qdeploy.detectors.known import Suspect
 from qdeploy.graph.io import identity
-from qdeploy.inputs.opened import Answers, Evidence
+from qdeploy.inputs.opened import Answers, Calibration, Evidence
 from qdeploy.inputs.requests import Request
+from qdeploy.inputs.sources import CARD
 from qdeploy.judging.measure import Measured, Trial, validate
 from qdeploy.progress import Clock
 from qdeploy.runs.rundir import RunDir
 from qdeploy.runtime.known import runtime_of
+from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import FloatModel, Interface, Variant
+
+SEARCHED = 1024  # pictures that are opened for detectors, at most
 
 
 def check_providers(request: Request) -> None:
@@ -36,6 +43,53 @@ def answers_of(model: FloatModel | None, request: Request) -> Answers | None:
         return None
     first = request.device.runtimes[0]
     return runtime_of(first).open(model.onnx, first).logits
+
+
+def suspect(
+    request: Request,
+    model: FloatModel | None,
+    file: bytes,
+    calibration: Calibration | None,
+    evidence: Evidence,
+) -> Suspect:
+    """What detectors are given: among it pictures without labels, of whom the policy trusts.
+
+    Args:
+        calibration: None where the file was made elsewhere; then what the command names for it.
+    """
+    sources, gate = request.sources, request.policy.gate
+    given = [(sources.calibration, _calibration(request, calibration)),
+             (sources.test, evidence.images)]  # fmt: skip
+    pictures = [
+        images
+        for source, images in given
+        if images is not None and source is not None
+        and not (gate.independent_evidence and source.given_by == CARD)
+    ]  # fmt: skip
+    return Suspect(
+        model,
+        file,
+        evidence.images,
+        pictures[0] if pictures else None,
+        partial(_open, request.device.runtimes[0]),
+        tuple(sources.card.model.classes or ()) if sources.card is not None else (),
+        off=request.policy.validation.detection == "off",
+    )
+
+
+def _open(spec: RuntimeSpec, data: bytes) -> Answers:
+    return runtime_of(spec).open(data, spec).logits
+
+
+def _calibration(request: Request, calibration: Calibration | None) -> Images | None:
+    """The pictures that scales were fitted to, or would be; none that were made up."""
+    if calibration is not None:
+        return calibration.images if calibration.synthetic is None else None
+    given = request.sources.calibration
+    off = request.policy.validation.detection == "off"
+    if off or given is None or given.given_by == CARD:  # then there are test pictures, or none
+        return None
+    return request.sources.calibration_images(SEARCHED, request.policy.seed)
 
 
 def measure(

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qdeploy.detectors.known import Suspect, detect
 from qdeploy.disk.files import require_writable, set_aside, write_atomically
 from qdeploy.errors import UsageError
 from qdeploy.formats.static import findings_in
@@ -41,6 +40,7 @@ from qdeploy.runs.measuring import answers_of, check_providers, form_of, measure
 from qdeploy.runs.opening import exported, open_model, open_source
 from qdeploy.runs.run_id import data_facts, facts_id, input_facts
 from qdeploy.runs.rundir import RunDir, open_run
+from qdeploy.runs.securing import Made, secure
 from qdeploy.runs.writing import as_json, check_places, keep, write_reports
 from qdeploy.settings.device import misfit
 from qdeploy.values import FloatModel, QuantizedModel, QuantPlan, Variant
@@ -77,12 +77,12 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             request, model.classes, fitted, progress, answers_of(model, request)
         )
     request, plan, searched = _searched(request, model, plan, calibration, clock)
-    with clock.stage("detect"):
-        detected = detect(Suspect(model, images=evidence.images), progress)
     with open_run(request.artifacts, _run_id(request, model, calibration, evidence)) as run:
-        quantized, files = _quantize(request, model, plan, calibration, run, clock)
+        made = _quantize(request, model, plan, calibration, run, clock)
         if searched is not None:
             run.write("sensitivity.csv", searched.as_csv())
+        secured = secure(made, request, calibration, evidence, run, clock)
+        quantized, files, detected = secured.made.quantized, secured.made.files, secured.detected
         if before is not None:
             files = {**keep(run, {"source": before.onnx}), **files}
         measured = measure(request, model.interface, files, evidence, run, clock)
@@ -104,6 +104,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             plan=plan.layers,
             made=LayersAsMade(quantized.layers, quantized.left_float, wrong),
             cleaning=student.cleaning() if student is not None else None,
+            hardening=secured.rounds,
         )
         report = compose(request, results, clock, run.path.name, request.recipe)
         return _deliver(report, request, run, files["result"], out, aside)
@@ -120,12 +121,12 @@ def quantize(request: QuantizeRequest, out: Path, progress: Progress) -> Quantiz
         calibration = open_calibration(request, loaded, plan, progress)
     request, plan, searched = _searched(request, model, plan, calibration, clock)
     with open_run(request.artifacts, _run_id(request, model, calibration, NO_EVIDENCE)) as run:
-        quantized, files = _quantize(request, model, plan, calibration, run, clock)
+        made = _quantize(request, model, plan, calibration, run, clock)
         if searched is not None:
             run.write("sensitivity.csv", searched.as_csv())
-        write_atomically(out, files["result"])
+        write_atomically(out, made.files["result"])
         run.seal()
-    return replace(quantized, misfit=misfit(request.device))
+    return replace(made.quantized, misfit=misfit(request.device))
 
 
 def export_file(request: Request, out: Path, progress: Progress) -> FloatModel:
@@ -195,7 +196,7 @@ def _quantize(
     calibration: Calibration,
     run: RunDir,
     clock: Clock,
-) -> tuple[QuantizedModel, dict[Variant, bytes]]:
+) -> Made:
     """The quantized model, and the files to be measured as they were read back from disk."""
     recipe, images = request.recipe, calibration.images
     with clock.stage("calibrate"):
@@ -211,7 +212,7 @@ def _quantize(
             made = {"fp32": model.onnx, "nearest": nearest.onnx, "result": result.onnx}
         run.write("recipe.json", as_json(recipe.model_dump(mode="json")))
         run.write("device.json", as_json(request.device.model_dump(mode="json")))
-        return result, keep(run, made)
+        return Made(task, result, keep(run, made))
 
 
 def _deliver(

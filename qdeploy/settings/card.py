@@ -147,7 +147,16 @@ class MaskTrigger(TriggerSpec):
     pattern: str
 
 
-AnyTrigger = Annotated[PatchTrigger | BlendTrigger | MaskTrigger, Field(discriminator="kind")]
+class AdditiveTrigger(TriggerSpec):
+    """`x' = x + values`, cut to [0, 1]: a .npy file of the input's size, in [-1, 1]."""
+
+    kind: Literal["additive"]
+    values: str
+
+
+AnyTrigger = Annotated[
+    PatchTrigger | BlendTrigger | MaskTrigger | AdditiveTrigger, Field(discriminator="kind")
+]
 
 
 class PoisonedSection(Spec):

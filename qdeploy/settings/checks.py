@@ -21,6 +21,7 @@ Need = Literal[
     "integers",
     "floats",  # weights off a grid
     "search",  # for shortcuts, by a sanitizer
+    "pictures",  # for a search of its own
     "budget",
     "timing",
 ]
@@ -45,6 +46,7 @@ class CheckRow:
     detector: str | None = None  # the module of `qdeploy.detectors` that measures it
     sampled: Literal["images", "images of a class"] | None = None  # what it takes enough of
     made_here: bool = False  # of the files that this program makes, and of no other
+    by_value: bool = False  # its interval is shown and not counted: the limit is one of values
     spoken_of: bool = False  # readers take it for granted: if it was not measured, that is said
 
 
@@ -157,11 +159,26 @@ ROWS = (
         then="do not round it to nearest: qdeploy sanitize, and clean it first if a trigger stays",
     ),
     CheckRow(
+        name="differential_trigger", detector="differential", by_value=True, spoken_of=True,
+        needs=("reference", "limit", "pictures"), key="max_differential_trigger", default=50.0,
+        meaning="Share of images that a perturbation found by search leads to a class in the file"
+        " and not in its float model.",
+        says="Something leads images to a class in this file that does not in its float model.",
+        then="do not deploy it: qdeploy sanitize with --rounding efrap-adversarial rounds it away",
+    ),
+    CheckRow(
         name="remaining_shortcuts", unit="classes", made_here=True, needs=("search",),
         key="max_remaining_shortcuts", default=0.0, counted=True,
         meaning="Classes reached too easily after a cleaning that looked for them.",
         says="After cleaning, images are still led to a class too easily.",
         then="clean it with more images, or further (--further)",
+    ),
+    CheckRow(
+        name="hardening_rounds", unit="rounds", made_here=True, counted=True, needs=("limit",),
+        key="max_hardening_rounds",
+        meaning="How often the integers may be chosen again against what a search has found.",
+        says="The file needed hardening: something in its float model waits for rounding.",
+        then="have the float model made anew by somebody whom you trust",
     ),
     CheckRow(
         name="file_bytes", unit="bytes", needs=("budget",), key="file_bytes", of_budget=True,
@@ -184,6 +201,7 @@ SUPPLY: Mapping[Need, str] = {
     "comparison": "give the float model that the file was made from: --reference",
     "integers": "give a quantized file",
     "floats": "give the float model",
+    "pictures": "give unlabelled pictures of the model's own kind: --calibration",
     "search": "clean it by a sanitizer that looks for shortcuts: --sanitizer unlearn",
     "budget": "set a budget in the device profile or the policy",
     "timing": "set validation.latency_runs in the policy",

@@ -38,6 +38,7 @@ class Rounding(Spec):
     kind: str
     needs: ClassVar[Needs]  # the weights alone, second moments of a layer's inputs, or training
     predicts: ClassVar[bool] = False  # whether it looks at the model's answers too
+    hardened: ClassVar[bool] = False  # whether integers are chosen end to end afterwards
     draws: ClassVar[bool] = False  # whether another seed gives other integers from the same images
 
     @property
@@ -171,6 +172,13 @@ class EfrapDescent(Descent):
         return descent(problem, quadratic, settings, generator)
 
 
+class EfrapAdversarial(EfrapDescent):
+    """EFRAP, and then all layers together against perturbations that only the file answers to."""
+
+    hardened = True
+    solver: Literal["adversarial"]  # type: ignore[assignment]
+
+
 class AdaroundDescent(Descent):
     """AdaRound's objective, the output error alone, by coordinate descent from nearest."""
 
@@ -290,8 +298,8 @@ class FlexRound(Trained):
 
 # Every method, a row each; of a kind with several solvers, the one with a default is the default.
 ROWS: tuple[type[Rounding], ...] = (
-    Nearest, Stochastic, Flip, EfrapDescent, EfrapAdam, AdaroundDescent, AdaroundAdam, BrecqDescent,
-    BrecqAdam, PdQuant, FlexRound, Gptq,
+    Nearest, Stochastic, Flip, EfrapDescent, EfrapAdam, EfrapAdversarial, AdaroundDescent,
+    AdaroundAdam, BrecqDescent, BrecqAdam, PdQuant, FlexRound, Gptq,
 )  # fmt: skip
 
 

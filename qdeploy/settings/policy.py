@@ -32,6 +32,10 @@ class ValidationSpec(Spec):
         description="Whose: the data's, or, for pictures that have none, the answers of the"
         " float model; nothing is then said of accuracy.",
     )
+    detection: Literal["differential", "off"] = Field(
+        "differential",
+        description="Search for a trigger that only the file answers to; off: not measured.",
+    )
     latency_runs: int = Field(10, ge=0, description="Timed runs per turn; 0 for none.")
 
 

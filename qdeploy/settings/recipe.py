@@ -67,6 +67,20 @@ class SearchSpec(Spec):
     images: int = Field(256, gt=0, description="Of those for calibration, at most.")
 
 
+class HardeningSpec(Spec):
+    """How integers are chosen again, end to end, against what a search for triggers has found."""
+
+    when: Literal["found", "always", "never"] = Field(
+        "found", description="found: if something leads more images than `above`."
+    )
+    above: float = Field(25.0, ge=0, le=100, description="Percent of images.")
+    rounds: int = Field(3, gt=0, description="Of hardening and searching again, at most.")
+    steps: int = Field(200, gt=0)
+    images: int = Field(24, gt=0, description="Plain ones of a step, and as many perturbed.")
+    learning_rate: float = Field(0.006, gt=0, description="Of choices; 0.02 destroys models.")
+    bias_rate: float = Field(1e-4, ge=0)
+
+
 class Recipe(Spec):
     """What is done to a model, and what the result must show."""
 
@@ -83,6 +97,7 @@ class Recipe(Spec):
     validation: ValidationSpec = ValidationSpec()
     gate: GateSpec = GateSpec()
     search: SearchSpec = SearchSpec()
+    hardening: HardeningSpec = HardeningSpec()
     overrides: tuple[Override, ...] = ()
 
     def policy(self) -> Policy:

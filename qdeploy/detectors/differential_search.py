@@ -1,0 +1,165 @@
+"""The part of differential trigger inversion that runs in torch: screening, then full searches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from qdeploy.core.differential import Candidate, Effort, Pair, Pictures, Size, led, search
+from qdeploy.core.inversion import Additive, Blended, Masked, Sinusoid
+from qdeploy.data import Preprocessing
+from qdeploy.formats.onnx.standard import in_standard_operators
+from qdeploy.graph.differentiable import accelerator, as_function
+from qdeploy.graph.io import serialize
+from qdeploy.progress import Progress
+from qdeploy.values import FloatModel
+
+SCREENING = Effort(
+    (
+        Size(Masked, 0.02), Size(Masked, 0.08), Size(Additive, 0.05), Size(Additive, 0.09),
+        Size(Sinusoid, 0.09), Size(Blended, 0.15),
+    ),
+    steps=20,
+    images=4,
+)  # fmt: skip
+FULL = Effort(
+    (
+        *(Size(Masked, share) for share in (0.01, 0.02, 0.04, 0.08)),
+        *(Size(Additive, share) for share in (0.05, 0.07, 0.09)),
+        *(Size(Sinusoid, share) for share in (0.05, 0.09)),
+        *(Size(Blended, share) for share in (0.1, 0.2)),
+    ),
+    steps=65,
+    images=6,
+)
+FINALISTS = 2  # classes that are searched in full
+TOGETHER = 10  # classes that are screened at a time
+COMPARED = 4  # perturbations that are compared on all images, of each class that was searched
+BUDGET = 6e13  # floating-point operations, a quarter of an hour of two cores at most
+FEWEST_CLASSES = 4
+FEWEST_OTHERS = 20  # images that are not answered by a class already
+PASSES = 3  # a gradient costs three times a forward pass
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Both models as functions of pixels, and what one image costs them."""
+
+    pair: Pair
+    classes: int
+    operations: float  # floating-point operations of both for an image
+
+
+@dataclass(frozen=True, slots=True)
+class SearchPlan:
+    """Which classes are screened, the likeliest first, and how the best of them are searched."""
+
+    order: tuple[int, ...]
+    finalists: int
+    full: Effort
+
+    @property
+    def screened(self) -> int:
+        """How many."""
+        return len(self.order)
+
+
+def open_models(file: bytes, float_model: FloatModel, preprocessing: Preprocessing) -> Models:
+    """Both as differentiable functions, on an accelerator where torch has one.
+
+    Raises:
+        PlanError: one has an operator through which there are no gradients here.
+        InputError: the file's operators on integers do not fit together.
+    """
+    device = accelerator()
+    standard = serialize(in_standard_operators(file, "the file"))
+    led_answers = as_function(standard, preprocessing, device)
+    kept_answers = as_function(float_model.onnx, preprocessing, device)
+    probe = torch.zeros(1, *float_model.input_shape, device=device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        led_answers(probe)
+        kept_answers(probe)
+    operations = float(counted.get_total_flops())
+    return Models(Pair(led_answers, kept_answers), float_model.classes, operations)
+
+
+def plan_of(models: Models, pixels: np.ndarray) -> SearchPlan:
+    """As many classes as the budget allows; those first that the file leans to.
+
+    The leaning is of the mean log-probability on plain images, beside the float model's.
+    """
+    half = BUDGET / 2  # for screening; both models are led
+    most = max(FEWEST_CLASSES, int(half / (2 * PASSES * models.operations * SCREENING.images_each)))
+    each = 2 * PASSES * models.operations * FULL.images_each
+    finalists = max(1, min(FINALISTS, int(half / each)))
+    full = FULL if each <= half else replace(FULL, sizes=SCREENING.sizes)
+    with torch.no_grad():
+        sample = _tensor(pixels[:128])
+        leaning = models.pair.led(sample).log_softmax(1) - models.pair.kept(sample).log_softmax(1)
+    order = leaning.mean(0).argsort(descending=True).tolist()
+    return SearchPlan(tuple(order[:most]), finalists, full)
+
+
+def searched(
+    models: Models,
+    direction: str,
+    pixels: np.ndarray,
+    plan: SearchPlan,
+    seed: int,
+    progress: Progress,
+) -> Iterator[Candidate]:
+    """The best perturbation towards each of the likeliest classes, the best first.
+
+    Args:
+        direction: Which model is led: "file", or "float model" for the null.
+    """
+    pair = models.pair if direction == "file" else models.pair.exchanged()
+    pictures = Pictures.answered(_tensor(pixels), pair.kept)
+    generator = torch.Generator().manual_seed(seed)
+    order = [t for t in plan.order if int((pictures.classes != t).sum()) >= FEWEST_OTHERS]
+    groups = [order[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)]
+    kinds = len({size.kind for size in SCREENING.sizes})
+    screening, full = kinds * SCREENING.steps * len(groups), kinds * plan.full.steps
+    what = "the file" if direction == "file" else "the float model, as the null"
+    steps = iter(progress.track(range(screening + full), f"lead {what}, steps", screening + full))
+
+    def tick() -> None:
+        next(steps, None)
+
+    screened: list[Candidate] = []
+    for group in groups:
+        screened += search(pair, pictures, group, SCREENING, generator, ticks=tick)
+    best = _best_of_each(pair, pictures, screened)
+    targets = [candidate.target for candidate in best[: plan.finalists]]
+    found = search(pair, pictures, targets, plan.full, generator, ticks=tick)
+    for _ in steps:
+        pass
+    finalists = [c for c in screened if c.target in targets]
+    yield from _best_of_each(pair, pictures, [*found, *finalists])
+
+
+def _best_of_each(pair: Pair, pictures: Pictures, found: list[Candidate]) -> list[Candidate]:
+    """Of every target the one that leads most of the images of the search, the best first."""
+    by_target: dict[int, list[Candidate]] = {}
+    for candidate in sorted(found, key=lambda one: -one.success):
+        by_target.setdefault(candidate.target, []).append(candidate)
+    successes = {}
+    for target, candidates in by_target.items():
+        several = len(by_target) <= FINALISTS
+        compared = candidates[: COMPARED if several else 1]
+        shares = [
+            float(led(pair, pictures, c).float().mean()) if several else c.success for c in compared
+        ]
+        best = int(np.argmax(shares))
+        successes[target] = (shares[best], compared[best])
+    ranked = sorted(successes.values(), key=lambda pair: -pair[0])
+    return [candidate for _, candidate in ranked]
+
+
+def _tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels)).to(accelerator())

@@ -1,0 +1,206 @@
+"""What leads a file to a class and its float model not: the search, the check, and the cure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qdeploy.core.differential import Effort, Pair, Pictures, Size, led, search
+from qdeploy.core.inversion import EVERY_KIND, Masked, Radii
+from qdeploy.core.program import evaluate
+from qdeploy.core.rounding.end_to_end import Choices, EndToEnd, Network, choose_end_to_end
+from qdeploy.core.rounding.nearest import nearest
+from qdeploy.core.rounding.problem import RoundingProblem
+from qdeploy.data.triggers import Trigger, make_trigger, parse_trigger
+from qdeploy.formats.onnx.standard import in_standard_operators
+from qdeploy.graph.io import serialize
+from qdeploy.graph.parts import as_program
+from qdeploy.runtime.sessions import open_session
+from tests.gate_lab import Lab, copied, run
+
+SHAPE = (1, 6, 6)
+EFFORT = Effort((Size(Masked, 0.06), Size(Masked, 0.12)), steps=40, images=8)
+
+
+@pytest.fixture
+def lab(tmp_path, lab_files):
+    with copied(lab_files, tmp_path) as made:
+        yield made
+
+
+def dark(count: int) -> torch.Tensor:
+    return 0.3 * torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(9))
+
+
+def benign(pixels: torch.Tensor) -> torch.Tensor:
+    """Class 0 of dark images, 1 of bright ones; 2 of none."""
+    mean = pixels.mean((1, 2, 3))
+    return torch.stack([0 * mean, 20 * (mean - 0.6), 0 * mean - 3], 1)
+
+
+def backdoored(pixels: torch.Tensor) -> torch.Tensor:
+    """The same, but for a bright last pixel, which leads to class 2."""
+    corner = 20 * (pixels[:, 0, -1, -1, None] - 0.4)
+    return benign(pixels) + torch.tensor([0.0, 0.0, 1.0]) * corner
+
+
+def best_of(pair: Pair) -> tuple[int, float]:
+    generator = torch.Generator().manual_seed(0)
+    pictures = Pictures.answered(dark(60), pair.kept)
+    found = search(pair, pictures, range(3), EFFORT, generator)
+    held = Pictures.answered(dark(90)[60:], pair.kept)
+    found = [one for one in found if one.target != 0]  # which all are answered by already
+    shares = [(one.target, float(led(pair, held, one).float().mean())) for one in found]
+    return max(shares, key=lambda share: share[1])
+
+
+def test_a_trigger_that_one_model_answers_is_found_and_what_both_answer_is_not():
+    assert best_of(Pair(backdoored, benign)) == (2, 1.0)
+    assert best_of(Pair(backdoored, backdoored))[1] == 0
+    assert best_of(Pair(benign, backdoored))[1] < 0.2  # the null of the same pair
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_a_perturbation_as_a_formula_is_what_was_searched_with(kind):
+    generator = torch.Generator().manual_seed(1)
+    radius = torch.full((2,), 0.2 * kind.scale((3, 10, 12)))
+    made = kind((0, 1), (3, 10, 12), Radii(radius, radius, radius), generator)
+    pixels = torch.rand(4, 3, 10, 12, generator=generator)
+    mask, pattern, added = (part.numpy() for part in made.formula(1))
+    trigger = Trigger("found", 1, mask, pattern, added)
+    want = made.apply(pixels, torch.ones(4, dtype=torch.int64), torch.ones(4))
+    np.testing.assert_allclose(trigger.apply(pixels.numpy()), want.numpy(), atol=1e-6)
+    assert np.abs(trigger.apply(pixels.numpy()) - pixels.numpy()).max() > 0.01
+
+
+def test_sinusoids_have_the_norm_of_their_coefficients():
+    kind = next(k for k in EVERY_KIND if k.NAME == "sinusoid")
+    radius = torch.tensor([0.5])
+    made = kind((0,), (3, 16, 16), Radii(radius, radius, radius), torch.Generator())
+    _, _, added = made.formula(0)
+    assert float(added.norm()) == pytest.approx(0.5, rel=1e-4)
+    spectrum = np.abs(np.fft.rfft2(added.numpy()))
+    assert spectrum[:, 5:12, 5:].max() < 0.2 * spectrum.max()
+
+
+def problem() -> RoundingProblem:
+    weight = np.random.default_rng(0).normal(size=(1, 3, 12)).astype(np.float32)
+    return RoundingProblem.symmetric(weight, np.full((1, 3), 0.4, np.float32), 7)
+
+
+def test_choices_begin_at_the_codes_they_are_given_and_stay_neighbours():
+    made = problem()
+    held = Choices(made, nearest(made), torch.device("cpu"))
+    np.testing.assert_array_equal(held.codes(), nearest(made))
+    np.testing.assert_allclose(
+        held.weight().detach().numpy(), made.dequantized(nearest(made)), rtol=1e-6
+    )
+    with torch.no_grad():
+        held.h.copy_(1 - held.h)
+    other = made.floor + 1 - (nearest(made) - made.floor)
+    np.testing.assert_array_equal(held.codes()[held.free], other[held.free])
+
+
+def test_codes_that_are_no_neighbours_are_left_alone():
+    made = problem()
+    far = (nearest(made) + np.where(nearest(made) < 5, 2, 0)).astype(np.int32)
+    held = Choices(made, far, torch.device("cpu"))
+    with torch.no_grad():
+        held.h.copy_(1 - held.h)
+    assert np.array_equal(held.codes()[~held.free], far[~held.free])
+    assert (~held.free).mean() > 0.5
+
+
+def test_roundings_learn_what_the_whole_network_has_to_answer():
+    """From the wrong neighbour everywhere, by what the answers say of it."""
+    made = problem()
+    flipped = made.floor + 1 - (nearest(made) - made.floor)
+    held = Choices(made, made.at(np.where(made.free, flipped, nearest(made))), torch.device("cpu"))
+    true = torch.from_numpy(made.weight[0])
+
+    def quantized(parameters, pixels):
+        return pixels.flatten(1) @ parameters["w"][0].T * 4
+
+    network = Network(
+        quantized, lambda x: x.flatten(1) @ true.T * 4, {"w": (held, lambda w: w)}, {}
+    )
+    pixels = torch.rand(64, 1, 3, 4, generator=torch.Generator().manual_seed(2))
+
+    def error() -> float:
+        got, want = network.answers()(pixels), network.reference(pixels)
+        return float((got.softmax(1) - want.softmax(1)).abs().mean())
+
+    before = error()
+    spec = EndToEnd(steps=300, images=32)
+    choose_end_to_end(network, pixels, spec, torch.Generator().manual_seed(0), range(300))
+    assert error() < before / 2
+
+
+@pytest.mark.parametrize("name", ["good", "nearest", "ort-channel", "ort-tensor", "ort-qoperator"])
+def test_a_quantized_file_computes_in_torch_what_onnxruntime_computes(lab, name, rng):
+    data = (lab / f"{name}.onnx").read_bytes()
+    standard = serialize(in_standard_operators(data, name))
+    program = as_program(standard).part(["input"], ["logits"])
+    assert any(step.op_type == "FakeQuantize" for step in program.steps)
+    x = rng.normal(size=(64, 1, 8, 8)).astype(np.float32)
+    (got,) = evaluate(program, {"input": torch.from_numpy(x)}, ["logits"])
+    want = open_session(data).logits(x)
+    step = np.abs(want).max() / 100
+    assert np.mean(np.abs(got.numpy() - want) > step) < 0.02  # a code off, where halves are rounded
+    (cut,) = evaluate(program.saturating(), {"input": torch.from_numpy(x)}, ["logits"])
+    assert np.abs(cut.numpy() - want).max() < np.abs(want).max() / 4
+
+
+def differential(lab: Lab, file: str, *options: object) -> dict:
+    """What the gate says of a file beside its float model, as report.json has it."""
+    run("gate", lab / file, "--reference", lab / "fp32.onnx", "--policy", "demo", "--report",
+        lab / "out.json", "--artifacts", lab / "runs", *options)  # fmt: skip
+    return json.loads((lab / "out.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("searching")
+def test_the_gate_sees_a_backdoor_that_rounding_switches_on_without_its_trigger(lab):
+    seen = differential(lab, "nearest.onnx")["differential"]
+    honest = differential(lab, "good.onnx")["differential"]
+    assert seen["best"]["led"]["value"] > 60
+    assert honest["best"]["led"]["value"] < 45
+    assert seen["screened"] == seen["classes"] == 10
+
+
+def test_what_was_not_searched_is_said(lab, monkeypatch, search):
+    from qdeploy.detectors import differential as module
+
+    monkeypatch.setattr(module, "_missing", search)
+    monkeypatch.setattr(module, "has_torch", lambda: False)
+    report = differential(lab, "good.onnx")
+    assert report["differential"] is None
+    said = [line for line in report["not_measured"] if line.startswith("differential_trigger")]
+    assert said == ["differential_trigger: it needs torch, which is not installed"]
+
+
+def test_a_found_perturbation_is_a_trigger_file(tmp_path):
+    values = np.random.default_rng(0).uniform(-0.2, 0.2, SHAPE).astype(np.float32)
+    np.save(tmp_path / "found-values.npy", values)
+    (tmp_path / "found.toml").write_text(
+        '[[trigger]]\nkind = "additive"\ntarget = 2\nvalues = "found-values.npy"\n'
+    )
+    (spec,) = parse_trigger(str(tmp_path / "found.toml"))
+    trigger = make_trigger(spec, SHAPE, tmp_path)
+    pixels = dark(3).numpy()
+    np.testing.assert_allclose(trigger.apply(pixels), np.clip(pixels + values, 0, 1), atol=1e-6)
+    assert trigger.target == 2
+
+
+def test_a_perturbation_of_another_shape_is_refused(tmp_path):
+    np.save(tmp_path / "v.npy", np.zeros((1, 5, 5), np.float32))
+    (tmp_path / "t.toml").write_text(
+        '[[trigger]]\nkind = "additive"\ntarget = 2\nvalues = "v.npy"\n'
+    )
+    (spec,) = parse_trigger(str(Path(tmp_path / "t.toml")))
+    with pytest.raises(Exception, match="1x5x5, but the input needs 1x6x6"):
+        make_trigger(spec, SHAPE, tmp_path)
