@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import qdeploy
 from qdeploy.core.differential import Effort, Pair, Pictures, Size, led, search
 from qdeploy.core.inversion import EVERY_KIND, Masked, Radii
 from qdeploy.core.program import evaluate
@@ -204,3 +205,49 @@ def test_a_perturbation_of_another_shape_is_refused(tmp_path):
     (spec,) = parse_trigger(str(Path(tmp_path / "t.toml")))
     with pytest.raises(Exception, match="1x5x5, but the input needs 1x6x6"):
         make_trigger(spec, SHAPE, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("searching")
+def test_integers_are_chosen_again_against_what_was_found_and_the_report_says_so(lab):
+    """EFRAP's integers are not foreseen here, so hardening is asked for, and costs nothing."""
+    code = run("sanitize", lab / "fp32.onnx", "--out", lab / "hard.onnx", "--policy", "demo",
+               "--rounding", "efrap-adversarial", "--seed", 1, "--report", lab / "hard.json",
+               "--artifacts", lab / "runs")  # fmt: skip
+    report = json.loads((lab / "hard.json").read_text())
+    assert code == 0
+    (done,) = report["hardening"]
+    assert 0 < done["moved"] < 0.1
+    assert any("hardened against" in note for note in report["notes"])
+    assert all(layer["rounding_used"].endswith("end to end") for layer in report["layers"])
+    ours, floats = (
+        next(m for m in report["measurements"] if m["variant"] == variant)
+        for variant in ("result", "fp32")
+    )
+    (rise,) = ours["attack_success_rise"].values()
+    assert rise["value"] < 5
+    assert ours["accuracy"]["value"] > floats["accuracy"]["value"] - 1.5
+
+
+def test_hardening_that_cannot_search_is_an_error_and_not_left_out(lab, capsys):
+    code = run("sanitize", lab / "fp32.onnx", "--out", lab / "hard.onnx", "--rounding",
+               "efrap-adversarial", "--artifacts", lab / "runs")  # fmt: skip
+    assert code == 2
+    assert "hardening needs a search for triggers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_backdoor_that_lives_in_float_is_a_class_that_is_reached_too_easily(lab):
+    from qdeploy.detectors import shortcuts
+    from qdeploy.detectors.known import Suspect
+    from qdeploy.inputs.sources import Given, resolve
+
+    scores = {}
+    for name in ("live", "clean"):
+        sources = resolve(lab / f"{name}.onnx", Given(card=lab / "model.toml"))
+        pictures = sources.calibration_images(1000, 0)
+        model = qdeploy.export(lab / f"{name}.onnx", lab / "out.onnx", card=lab / "model.toml")
+        wanted = frozenset({shortcuts.CHECK})
+        scores[name] = shortcuts.detect(Suspect(model, pictures=pictures, wanted=wanted))
+    assert scores["live"].value < 0.7 * scores["clean"].value
+    assert scores["live"].evidence.target == 0

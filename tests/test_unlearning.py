@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qdeploy.cleaning.distil import distill
-from qdeploy.cleaning.survey import Reach, suspects
+from qdeploy.core.reach import Reach, suspects
 from qdeploy.progress import SILENT
 from qdeploy.runs.clean import make_student
 from qdeploy.settings.policy import GateSpec

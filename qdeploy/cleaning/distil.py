@@ -13,9 +13,10 @@ from qdeploy.cleaning.batch_norm import revive
 from qdeploy.cleaning.hooks import watched_layers
 from qdeploy.cleaning.perturbations import Guard
 from qdeploy.cleaning.reinitialise import forget, forgetting
-from qdeploy.cleaning.survey import Reach, survey, suspects
+from qdeploy.cleaning.survey import survey
 from qdeploy.cleaning.trainer import Course, Epoch, Lesson, Store
 from qdeploy.cleaning.unlabelled import Material, read_images
+from qdeploy.core.reach import Reach, suspects
 from qdeploy.core.safe_kernels import safe_kernels
 from qdeploy.data import Images
 from qdeploy.errors import PlanError, UsageError

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdeploy.cleaning.survey import Reach
 from qdeploy.cleaning.unlabelled import Unlabelled
 from qdeploy.core.inversion import KINDS, Perturbations, Radii, towards
+from qdeploy.core.reach import Reach
 from qdeploy.settings.sanitizers import Unlearn
 
 CHANCE = 0.02  # of being shown, for a perturbation that has had no success yet

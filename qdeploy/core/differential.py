@@ -165,10 +165,10 @@ def objective(pair: Pair, plain: Tensor) -> Objective:
     """To lead one model, while the other answers as it does without perturbation: `plain`."""
     kept_answers = plain.log_softmax(1)
 
-    def losses(perturbed: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(perturbed: Tensor, wanted: Tensor, which: slice) -> tuple[Tensor, Tensor]:
         led_logits, kept_logits = pair.led(perturbed), pair.kept(perturbed)
         stays = F.kl_div(
-            kept_logits.log_softmax(1), kept_answers, reduction="none", log_target=True
+            kept_logits.log_softmax(1), kept_answers[which], reduction="none", log_target=True
         ).sum(1)
         leads = F.cross_entropy(led_logits, wanted, reduction="none")
         there = (led_logits.argmax(1) == wanted) & (kept_logits.argmax(1) != wanted)

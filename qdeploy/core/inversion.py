@@ -25,19 +25,20 @@ SHRINK, GROW = 0.95, 1.04  # of the radius, by step
 FORGET = 0.8  # of the mean success, by step
 MEAN, SQUARE = 0.5, 0.9  # decay of Adam's moments
 HALVINGS = 12
+LARGEST_BATCH_VALUES = 1 << 21  # of images whose gradients are taken at a time: memory
 WAVES = 8  # frequencies along each side, from none to three and a half periods
 PATTERN_FIRST = 5  # steps in which it moves alone
 
 
-# From perturbed images and the classes that they are to be led to: the loss of each, and whether
-# it got there.
-Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# From perturbed images, the classes that they are to be led to, and which images of the step these
+# are: the loss of each, and whether it got there.
+Objective = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
 
 
 def towards(answers: Callable[[Tensor], Tensor]) -> Objective:
     """That a model, from pixels to logits, answers the class."""
 
-    def objective(perturbed: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    def objective(perturbed: Tensor, wanted: Tensor, _: slice) -> tuple[Tensor, Tensor]:
         logits = answers(perturbed)
         return F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(1) == wanted
 
@@ -142,10 +143,17 @@ class Perturbations(ABC):
         rows = torch.arange(count, device=self.device).repeat_interleave(per)
         moving = {name: v.clone().requires_grad_() for name, v in self.variables.items()}
         plain = torch.ones(1, device=self.device)
-        perturbed = self._applied(pixels[: len(rows)], moving, rows, plain)
-        losses, reached = objective(perturbed, self.targets[rows])
-        gradients = torch.autograd.grad(losses.sum() / per, tuple(moving.values()))
-        hits = reached.view(count, per).float().mean(1)
+        gradients = [torch.zeros_like(value) for value in moving.values()]
+        hits = torch.zeros(len(rows), device=self.device)
+        at_a_time = max(1, LARGEST_BATCH_VALUES // math.prod(self.shape))
+        for first in range(0, len(rows), at_a_time):
+            part = slice(first, min(first + at_a_time, len(rows)))
+            perturbed = self._applied(pixels[part], moving, rows[part], plain)
+            losses, reached = objective(perturbed, self.targets[rows[part]], part)
+            hits[part] = reached.float()
+            found = torch.autograd.grad(losses.sum() / per, tuple(moving.values()))
+            gradients = [total + more for total, more in zip(gradients, found, strict=True)]
+        hits = hits.view(count, per).mean(1)
         self.success = FORGET * self.success + (1 - FORGET) * hits
         good = (self.success > ENOUGH) & (self.radius < self.found)
         self.found = torch.where(good, self.radius, self.found)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qdeploy.core.differential import Candidate, Effort, Pair, Pictures, Size, led, search
 from qdeploy.core.inversion import Additive, Blended, Masked, Sinusoid
 from qdeploy.data import Preprocessing
+from qdeploy.errors import PlanError
 from qdeploy.formats.onnx.standard import in_standard_operators
 from qdeploy.graph.differentiable import accelerator, as_function
 from qdeploy.graph.io import serialize
@@ -40,7 +41,9 @@ FULL = Effort(
 FINALISTS = 2  # classes that are searched in full
 TOGETHER = 10  # classes that are screened at a time
 COMPARED = 4  # perturbations that are compared on all images, of each class that was searched
-BUDGET = 6e13  # floating-point operations, a quarter of an hour of two cores at most
+# Floating-point operations of the whole search: some ten minutes of two cores, or of one GPU.
+BUDGET = {"cpu": 6e13, "cuda": 5e15}
+MOST = 2.0  # so many times the budget the least effort may take
 FEWEST_CLASSES = 4
 FEWEST_OTHERS = 20  # images that are not answered by a class already
 PASSES = 3  # a gradient costs three times a forward pass
@@ -92,12 +95,21 @@ def plan_of(models: Models, pixels: np.ndarray) -> SearchPlan:
     """As many classes as the budget allows; those first that the file leans to.
 
     The leaning is of the mean log-probability on plain images, beside the float model's.
+
+    Raises:
+        PlanError: even the least effort takes too much.
     """
-    half = BUDGET / 2  # for screening; both models are led
-    most = max(FEWEST_CLASSES, int(half / (2 * PASSES * models.operations * SCREENING.images_each)))
-    each = 2 * PASSES * models.operations * FULL.images_each
+    half = BUDGET[accelerator().type] / 2  # for screening, and as much for the full searches
+    image = 2 * PASSES * models.operations  # both models are led
+    most = max(FEWEST_CLASSES, int(half / (image * SCREENING.images_each)))
+    each = image * FULL.images_each
     finalists = max(1, min(FINALISTS, int(half / each)))
     full = FULL if each <= half else replace(FULL, sizes=SCREENING.sizes)
+    least = image * (FEWEST_CLASSES * SCREENING.images_each + full.images_each)
+    if least > 2 * MOST * half:
+        raise PlanError(
+            f"one image takes {models.operations:.2g} operations, too many for a search here"
+        )
     with torch.no_grad():
         sample = _tensor(pixels[:128])
         leaning = models.pair.led(sample).log_softmax(1) - models.pair.kept(sample).log_softmax(1)

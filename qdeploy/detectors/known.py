@@ -33,6 +33,7 @@ class Suspect:
     pictures: Images | None = None  # unlabelled, to search with
     run: Run | None = None  # where the file will be executed
     class_names: tuple[str, ...] = ()
+    wanted: frozenset[str] = frozenset()  # checks that the policy sets a limit for
     off: bool = False  # what takes long is not to be done
 
 

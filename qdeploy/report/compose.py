@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
@@ -216,10 +217,15 @@ def _cleaning_notes(cleaning: Cleaning | None, names: Sequence[str]) -> tuple[st
 def _hardening_notes(rounds: Sequence[HardeningRound], names: Sequence[str]) -> Iterator[str]:
     """That the file is not what rounding made of it, and what stood against that."""
     for one in rounds:
+        after = (
+            "it did not come to an end, and the file stays as it was"
+            if math.isnan(one.after)
+            else f"the best of a new search leads {one.after:.0f} %; {100 * one.moved:.2f} % of"
+            " the integers moved"
+        )
         yield (
             f"hardened against {named_classes(one.classes, names)}: a perturbation led"
-            f" {one.before:.0f} % of the images there in the file alone, and the best of a new"
-            f" search {one.after:.0f} %; {100 * one.moved:.1f} % of the integers moved,"
+            f" {one.before:.0f} % of the images there in the file alone; {after};"
             f" {one.seconds:.0f} s"
         )
 

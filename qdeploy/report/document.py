@@ -23,7 +23,6 @@ from qdeploy.values import (
     FileMade,
     Finding,
     FloatLayer,
-    HardeningRound,
     Latency,
     Origin,
     StageTime,
@@ -177,6 +176,16 @@ class WrittenLead(Written):
     led: WrittenEstimate
 
 
+class WrittenHardening(Written):
+    """One time that all integers were chosen again; null after: it did not come to an end."""
+
+    classes: tuple[int, ...]
+    before: Finite
+    after: Finite
+    moved: float
+    seconds: float
+
+
 class WrittenDifferential(Written):
     """What a search for triggers that only the file answers to has found."""
 
@@ -216,7 +225,7 @@ class WrittenReport(Written):
     provenance: WrittenProvenance | None = None
     fingerprints: tuple[WrittenCrowding, ...] = ()
     differential: WrittenDifferential | None = None
-    hardening: tuple[HardeningRound, ...] = ()
+    hardening: tuple[WrittenHardening, ...] = ()
     left_float: tuple[FloatLayer, ...] = ()
     data: tuple[DataUsed, ...]
     stages: tuple[StageTime, ...] = ()

@@ -15,6 +15,7 @@ from qdeploy.judging.measure import Measured, Trial, validate
 from qdeploy.progress import Clock
 from qdeploy.runs.rundir import RunDir
 from qdeploy.runtime.known import runtime_of
+from qdeploy.settings.checks import ROWS
 from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import FloatModel, Interface, Variant
 
@@ -73,6 +74,9 @@ def suspect(
         pictures[0] if pictures else None,
         partial(_open, request.device.runtimes[0]),
         tuple(sources.card.model.classes or ()) if sources.card is not None else (),
+        wanted=frozenset(
+            row.name for row in ROWS if gate.limit(row, request.device.budget) is not None
+        ),
         off=request.policy.validation.detection == "off",
     )
 

@@ -124,6 +124,8 @@ def quantize(request: QuantizeRequest, out: Path, progress: Progress) -> Quantiz
         made = _quantize(request, model, plan, calibration, run, clock)
         if searched is not None:
             run.write("sensitivity.csv", searched.as_csv())
+        if request.recipe.rounding.hardened:
+            made = secure(made, request, calibration, NO_EVIDENCE, run, clock).made
         write_atomically(out, made.files["result"])
         run.seal()
     return replace(made.quantized, misfit=misfit(request.device))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from qdeploy.detectors.differential import Differential
-from qdeploy.detectors.known import Answer, Detected, detect
+from qdeploy.detectors.known import Answer, Detected, NotLookedAt, detect
 from qdeploy.disk.state import private_number
-from qdeploy.errors import DivergedError
+from qdeploy.errors import DivergedError, UsageError
 from qdeploy.inputs.opened import Calibration, Evidence
 from qdeploy.inputs.requests import QuantizeRequest
 from qdeploy.progress import Clock
@@ -52,6 +53,9 @@ def secure(
     """Search; where something is found, choose the integers against it and search anew.
 
     Of several rounds the one is kept of which a search finds least.
+
+    Raises:
+        UsageError: the recipe hardens in any case, and nothing can be searched.
     """
 
     def searched(one: Made) -> Secured:
@@ -62,33 +66,43 @@ def secure(
     best = latest = searched(made)
     spec, rounds = request.recipe.hardening, list[HardeningRound]()
     always = spec.when == "always" or request.recipe.rounding.hardened
+    answer = best.detected.get(CHECK)
+    if always and isinstance(answer, NotLookedAt):
+        raise UsageError(
+            f"hardening needs a search for triggers, and there is none: {answer.reason}",
+            hint='choose --rounding efrap, or [hardening] when = "found" in the recipe',
+        )
     for _ in range(0 if spec.when == "never" else spec.rounds):
         found = _found(latest)
-        if found is None or (found.best.led.value <= spec.above and not (always and not rounds)):
+        enough = found is None or found.best.led.value <= spec.above
+        if found is None or (enough and (rounds or not always)):
             break
         started = time.perf_counter()
-        classes = tuple(
-            lead.target
-            for lead in (found.best, *found.others)
-            if lead is found.best or lead.led.value > spec.above
-        )
+        classes = _aimed_at(found, spec.above)
         with clock.stage("harden"):
-            hardened = _hardened(latest.made, classes, request, run, clock)
-        if hardened is None:
+            again, moved = _hardened(latest.made, classes, request, run, clock)
+        latest = searched(again) if again is not None else latest
+        after = _value(latest) if again is not None else math.nan
+        seconds = time.perf_counter() - started
+        rounds.append(HardeningRound(classes, found.best.led.value, after, moved, seconds))
+        if again is None:
             break
-        again, moved = hardened
-        latest = searched(again)
-        after = _found(latest)
-        value = after.best.led.value if after is not None else float("nan")
-        rounds.append(
-            HardeningRound(
-                classes, found.best.led.value, value, moved, time.perf_counter() - started
-            )
-        )
-        least = _found(best)
-        if after is not None and least is not None and value < least.best.led.value:
+        if after < _value(best):
             best = latest
+    if best is not latest:
+        keep(run, {"result": best.made.files["result"]})
     return replace(best, rounds=tuple(rounds))
+
+
+def _aimed_at(found: Differential, above: float) -> tuple[int, ...]:
+    """The class that most images are led to, and others that many are."""
+    others = (lead.target for lead in found.others if lead.led.value > above)
+    return (found.best.target, *others)
+
+
+def _value(secured: Secured) -> float:
+    found = _found(secured)
+    return math.nan if found is None else found.best.led.value
 
 
 def _found(secured: Secured) -> Differential | None:
@@ -101,8 +115,8 @@ def _found(secured: Secured) -> Differential | None:
 
 def _hardened(
     made: Made, classes: tuple[int, ...], request: QuantizeRequest, run: RunDir, clock: Clock
-) -> tuple[Made, float] | None:
-    """The model with its integers chosen again; None if that did not come to an end."""
+) -> tuple[Made | None, float]:
+    """The model with its integers chosen again, and the share that moved; None if it diverged."""
     from qdeploy.quantization.hardening import harden  # torch loads here
 
     task = made.task
@@ -112,7 +126,7 @@ def _hardened(
         found = harden(task, layers, classes, request.recipe.hardening, seed, clock.progress)
     except DivergedError as error:
         clock.progress.note(f"hardening: {error}; the file stays as it was")
-        return None
+        return None, 0.0
     result = emit(task.model, task.plan, task.grids, found.layers)
     files = {**made.files, **keep(run, {"result": result.onnx})}
     return Made(task, result, files), found.moved

@@ -167,6 +167,14 @@ ROWS = (
         then="do not deploy it: qdeploy sanitize with --rounding efrap-adversarial rounds it away",
     ),
     CheckRow(
+        name="class_reach", relation=">=", unit="% of the median", detector="shortcuts",
+        needs=("limit", "pictures"), key="min_class_reach",
+        meaning="Least universal perturbation to any class of the float model, beside the median"
+        " class'.",
+        says="A class of the float model is reached far more easily than the others.",
+        then="do not deploy it: clean the float model (qdeploy clean), or have it made anew",
+    ),
+    CheckRow(
         name="remaining_shortcuts", unit="classes", made_here=True, needs=("search",),
         key="max_remaining_shortcuts", default=0.0, counted=True,
         meaning="Classes reached too easily after a cleaning that looked for them.",

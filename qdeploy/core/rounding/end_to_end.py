@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
+from qdeploy.core.inversion import LARGEST_BATCH_VALUES
 from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.errors import DivergedError
 
@@ -136,14 +137,16 @@ def choose_end_to_end(
         shown = pixels[drawn.to(pixels.device)]
         if disturbance is not None:
             shown = torch.cat([shown, disturbance(shown)])
-        with torch.no_grad():
-            wanted = network.reference(shown).log_softmax(1)
-        got = network.quantized(network.parameters(), shown).log_softmax(1)
-        loss = F.kl_div(got, wanted, reduction="batchmean", log_target=True)
-        if not torch.isfinite(loss):
-            raise DivergedError(f"loss is {loss.item()} at step {step}")
         optimizer.zero_grad()
-        loss.backward()
+        at_a_time = max(1, LARGEST_BATCH_VALUES // shown[0].numel())
+        for part in shown.split(at_a_time):
+            with torch.no_grad():
+                wanted = network.reference(part).log_softmax(1)
+            got = network.quantized(network.parameters(), part).log_softmax(1)
+            loss = F.kl_div(got, wanted, reduction="sum", log_target=True) / len(shown)
+            if not torch.isfinite(loss):
+                raise DivergedError(f"loss is {loss.item()} at step {step}")
+            loss.backward()
         optimizer.step()
         falling.step()
         for held, _ in network.weights.values():
