@@ -242,7 +242,7 @@ def test_without_a_trigger_the_verdict_line_says_what_it_does_not_know(work, run
     (work / "model.toml").write_text(card)
     done = run("sanitize", "model.pt", "--out", "model.onnx")
     assert done.code == 0
-    assert "[not measured: attack_success: no trigger is known]" in done.out
+    assert "[not measured: attack_success: no trigger is known" in done.out
     (work / "strict.toml").write_text(STRICT)
     strict = run("sanitize", "model.pt", "--out", "strict.onnx", "--recipe", "strict.toml")
     assert strict.code == 4

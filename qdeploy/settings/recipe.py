@@ -75,9 +75,9 @@ class HardeningSpec(Spec):
     )
     above: float = Field(25.0, ge=0, le=100, description="Percent of images.")
     rounds: int = Field(3, gt=0, description="Of hardening and searching again, at most.")
-    steps: int = Field(200, gt=0)
+    steps: int = Field(250, gt=0)
     images: int = Field(24, gt=0, description="Plain ones of a step, and as many perturbed.")
-    learning_rate: float = Field(0.006, gt=0, description="Of choices; 0.02 destroys models.")
+    learning_rate: float = Field(0.02, gt=0, description="Of choices.")
     bias_rate: float = Field(1e-4, ge=0)
 
 

@@ -38,7 +38,7 @@ class EndToEnd:
 
     steps: int
     images: int  # plain ones of a step, and as many perturbed ones
-    learning_rate: float = 0.006  # of choices; to 0 along a line, as the next
+    learning_rate: float = 0.02  # of choices; to 0 along a line, as the next
     bias_rate: float = 1e-4
 
 
