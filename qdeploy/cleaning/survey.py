@@ -38,7 +38,7 @@ def survey(
         generator,
         track=track,
     )
-    found = [torch.tensor(reach.radii, device=images.device) for reach in reaches]
+    found = [torch.tensor(reach.radii).to(images.device) for reach in reaches]
     least = [tuple(material.compute.least(radii).tolist()) for radii in found]
     return tuple(replace(r, radii=radii) for r, radii in zip(reaches, least, strict=True))
 
