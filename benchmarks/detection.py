@@ -122,6 +122,8 @@ def _searched(
             assert pictures is not None
             _rounded_by_onnxruntime(reference, file, pictures)
         else:
+            if arguments.calibration:
+                common["calibration"] = arguments.calibration
             qdeploy.quantize(folder / "model.pt", file, bits=bits, rounding=rounding,
                          artifacts=Path(name) / "runs", **common)  # fmt: skip
         data = file.read_bytes()

@@ -307,6 +307,7 @@ class HardeningRound:
     after: float  # that the best of a new search led
     moved: float  # share of all integers
     seconds: float
+    failed: str | None = None  # why it did not come to an end; the file is then as it was
 
 
 @dataclass(frozen=True, slots=True)

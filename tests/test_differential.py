@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,15 +13,18 @@ import torch
 import qdeploy
 from qdeploy.core.differential import Effort, Pair, Pictures, Size, led, search
 from qdeploy.core.inversion import EVERY_KIND, Masked, Radii
+from qdeploy.core.operators import OPERATORS
 from qdeploy.core.program import evaluate
 from qdeploy.core.rounding.end_to_end import Choices, EndToEnd, Network, choose_end_to_end
 from qdeploy.core.rounding.nearest import nearest
 from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.data.triggers import Trigger, make_trigger, parse_trigger
+from qdeploy.errors import InputError
 from qdeploy.formats.onnx.standard import in_standard_operators
 from qdeploy.graph.io import serialize
 from qdeploy.graph.parts import as_program
 from qdeploy.runtime.sessions import open_session
+from qdeploy.settings.recipe import Recipe
 from tests.gate_lab import Lab, copied, run
 
 SHAPE = (1, 6, 6)
@@ -184,6 +188,24 @@ def test_what_was_not_searched_is_said(lab, monkeypatch, search):
     assert said == ["differential_trigger: it needs torch, which is not installed"]
 
 
+@pytest.mark.usefixtures("searching")
+@pytest.mark.parametrize(
+    ("operator", "said"),
+    [
+        (lambda *_: {}["unheard of"], "cannot be searched: 'unheard of'"),
+        (lambda x, _: [-x[0]], "the search's own arithmetic has only"),
+    ],
+)
+def test_a_file_that_torch_cannot_compute_or_computes_otherwise_is_not_called_clean(
+    lab, monkeypatch, operator, said
+):
+    monkeypatch.setitem(OPERATORS, "Relu", operator)
+    report = differential(lab, "good.onnx")
+    assert report["differential"] is None
+    (line,) = [x for x in report["not_measured"] if x.startswith("differential_trigger")]
+    assert said in line
+
+
 def test_a_found_perturbation_is_a_trigger_file(tmp_path):
     values = np.random.default_rng(0).uniform(-0.2, 0.2, SHAPE).astype(np.float32)
     np.save(tmp_path / "found-values.npy", values)
@@ -203,7 +225,7 @@ def test_a_perturbation_of_another_shape_is_refused(tmp_path):
         '[[trigger]]\nkind = "additive"\ntarget = 2\nvalues = "v.npy"\n'
     )
     (spec,) = parse_trigger(str(Path(tmp_path / "t.toml")))
-    with pytest.raises(Exception, match="1x5x5, but the input needs 1x6x6"):
+    with pytest.raises(InputError, match="1x5x5, but the input needs 1x6x6"):
         make_trigger(spec, SHAPE, tmp_path)
 
 
@@ -227,6 +249,26 @@ def test_integers_are_chosen_again_against_what_was_found_and_the_report_says_so
     (rise,) = ours["attack_success_rise"].values()
     assert rise["value"] < 5
     assert ours["accuracy"]["value"] > floats["accuracy"]["value"] - 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("searching")
+def test_a_seed_that_is_given_gives_the_same_bytes_with_whoevers_key(lab, tmp_path, monkeypatch):
+    digests = set()
+    for user in ("one", "other"):
+        monkeypatch.setenv("QDEPLOY_STATE", str(tmp_path / user))
+        run("sanitize", lab / "fp32.onnx", "--out", lab / f"{user}.onnx", "--policy", "demo",
+            "--rounding", "efrap-adversarial", "--seed", 7, "--artifacts", lab / user)  # fmt: skip
+        digests.add(hashlib.sha256((lab / f"{user}.onnx").read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
+def test_a_recipe_that_hardens_and_never_hardens_is_refused():
+    with pytest.raises(ValueError, match="efrap-adversarial hardens"):
+        Recipe.model_validate({
+            "schema_version": 1, "name": "r", "description": "d", "bits": 4,
+            "rounding": {"kind": "efrap", "solver": "adversarial"}, "hardening": {"when": "never"},
+        })  # fmt: skip
 
 
 def test_hardening_that_cannot_search_is_an_error_and_not_left_out(lab, capsys):

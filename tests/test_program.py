@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -65,6 +66,113 @@ def every_operator() -> bytes:
 
 def test_operators_keep_the_meaning_of_their_attributes(rng):
     got, want = both(float_model(every_operator()), rng.normal(size=(2, 3, 8, 8)).astype("f4"))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def raw(net: Net, logits: ir.Value, opset: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What torch and onnxruntime make of a graph that nothing has prepared."""
+    data = net.model(logits, classes=4, opset=opset)
+    part = as_program(data).part(["image"], [logits.name])
+    (got,) = evaluate(part, {"image": torch.from_numpy(x)}, [logits.name])
+    return got.numpy(), open_session(data).logits(x)
+
+
+UNARY = {
+    "Abs": {}, "Elu": {"alpha": 0.7}, "Exp": {}, "HardSigmoid": {"alpha": 0.3, "beta": 0.4},
+    "Mish": {}, "Neg": {}, "Softplus": {}, "GlobalMaxPool": {}, "Shape": {"start": 0, "end": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNARY)
+def test_an_operator_of_one_input_means_here_what_it_means_in_the_standard(name, rng):
+    net = Net()
+    y = net.node(name, net.x, **UNARY[name])
+    if name == "Shape":
+        y = net.node("Mul", net.x, net.node("Cast", y, to=1))
+    x = rng.normal(size=(2, 3, 8, 8)).astype(np.float32)
+    got, want = raw(net, net.head(y, 3, classes=4), 21, x)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def number(net: Net, *values: float) -> ir.Value:
+    return net.constant(np.array(values, np.float32).reshape(-1, 1, 1))
+
+
+def whole(net: Net, *values: int) -> ir.Value:
+    return net.constant(np.array(values, np.int64))
+
+
+MANY = {
+    "BatchNormalization": lambda n: n.node(
+        "BatchNormalization", n.x, *(n.constant(np.float32([1.5, 0.5, 2])) for _ in "1234")
+    ),
+    "Max": lambda n: n.node("Max", n.x, number(n, 0.1), number(n, 0.2, -1, 0)),
+    "Min": lambda n: n.node("Min", n.x, number(n, 0.1)),
+    "PRelu": lambda n: n.node("PRelu", n.x, number(n, 0.1, 0.2, 0.3)),
+    "Pow": lambda n: n.node("Pow", n.node("Abs", n.x), number(n, 1.5)),
+    "Sqrt of Log of Reciprocal": lambda n: n.node("Sqrt", n.node("Abs", n.node(
+        "Log", n.node("Reciprocal", n.node("Add", n.node("Abs", n.x), number(n, 1)))))),
+    "Pad with a value": lambda n: n.node(
+        "Pad", n.x, whole(n, 0, 0, 1, 2, 0, 0, 0, 3), n.constant(np.array(0.5, np.float32))),
+    "Pad by edges": lambda n: n.node("Pad", n.x, whole(n, 0, 0, 1, 2, 0, 0, 0, 3), mode="edge"),
+    "Pad by reflection": lambda n: n.node(
+        "Pad", n.x, whole(n, 0, 0, 1, 2, 0, 0, 0, 3), mode="reflect"),
+    "Expand": lambda n: n.node("Mul", n.x, n.node("Expand", number(n, 2), whole(n, 3, 8, 8))),
+    "Split": lambda n: n.node("Concat", *n.split(num_outputs=3, axis=2), axis=1),
+    "ReduceSum": lambda n: n.node("Add", n.x, n.node("ReduceSum", n.x, whole(n, 2, 3))),
+    "ReduceMax": lambda n: n.node("Add", n.x, n.node("ReduceMax", n.x, whole(n, -1))),
+    "a pair by channel": lambda n: n.pair(
+        n.x, np.array([0.1, 0.2, 0.05], np.float32), np.array([3, 0, -5], np.int8), axis=1),
+    "a pair with no zero point": lambda n: n.pair(n.node("Abs", n.x), np.float32(0.02), None),
+}  # fmt: skip
+OLD = {  # axes as an attribute
+    "ReduceMean": lambda n: n.node("Add", n.x, n.node("ReduceMean", n.x, axes=[2, 3])),
+    "Squeeze": lambda n: n.node("Unsqueeze", n.node("Squeeze", n.node(
+        "Unsqueeze", n.x, axes=[1]), axes=[1]), axes=[4]),
+}  # fmt: skip
+
+
+class Maker(Net):
+    """With nodes of several outputs, and pairs."""
+
+    def split(self, **attributes: object) -> list[ir.Value]:
+        node = ir.node("Split", [self.x], attributes, num_outputs=3)
+        for i, value in enumerate(node.outputs):
+            value.name = f"part{i}"
+        self.nodes.append(node)
+        return [
+            self.node("ReduceMean", value, self.constant(np.array([2]))) for value in node.outputs
+        ]
+
+    def pair(
+        self, x: ir.Value, scale: np.ndarray, zero: np.ndarray | None, **axis: int
+    ) -> ir.Value:
+        grid = [self.constant(np.asarray(scale))]
+        grid += [] if zero is None else [self.constant(zero)]
+        return self.node(
+            "DequantizeLinear", self.node("QuantizeLinear", x, *grid, **axis), *grid, **axis
+        )
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_an_operator_of_several_inputs_does_too(name, rng):
+    net = Maker()
+    y = MANY[name](net)
+    channels = 9 if name == "Split" else 3
+    x = rng.normal(size=(2, 3, 8, 8)).astype(np.float32)
+    got, want = raw(net, net.head(y, channels, classes=4), 21, x)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_axes_of_older_opsets_are_attributes(name, rng):
+    net = Maker()
+    y = OLD[name](net)
+    if name == "Squeeze":
+        y = net.node("ReduceMean", y, axes=[4], keepdims=0)
+    x = rng.normal(size=(2, 3, 8, 8)).astype(np.float32)
+    opset = 12 if name == "Squeeze" else 17
+    got, want = raw(net, net.head(y, 3, classes=4), opset, x)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 

@@ -228,21 +228,23 @@ class Additive(Perturbations):
         return {"values": 0.02 * self._drawn(torch.randn, count)}
 
     def _within(self, variables: Mapping[str, Tensor], radius: Tensor) -> dict[str, Tensor]:
-        values = variables["values"]
-        norm = values.flatten(1).norm(dim=1).clamp_min(1e-12)
-        return {"values": values * _columns((radius / norm).clamp_max(1))}
+        norms = {name: v.flatten(1).norm(dim=1).clamp_min(1e-12) for name, v in variables.items()}
+        return {
+            name: value * _columns((radius / norms[name]).clamp_max(1))
+            for name, value in variables.items()
+        }
 
     def _applied(
         self, pixels: Tensor, variables: Mapping[str, Tensor], rows: Tensor, strength: Tensor
     ) -> Tensor:
-        return (pixels + strength * variables["values"][rows]).clamp(0, 1)
+        return (pixels + strength * self._added(variables)[rows]).clamp(0, 1)
 
     def formula(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self._nothing()[:1], self._nothing(), self._values()[row]
+        return self._nothing()[:1], self._nothing(), self._added(self.variables)[row]
 
-    def _values(self) -> Tensor:
-        """What is added, by perturbation."""
-        return self.variables["values"]
+    def _added(self, variables: Mapping[str, Tensor]) -> Tensor:
+        """What is added to an image, by perturbation."""
+        return variables["values"]
 
     def _rate(self, name: str) -> Tensor:  # noqa: ARG002
         return torch.full_like(self.radius, 0.01)
@@ -293,7 +295,10 @@ class Masked(Perturbations):
 
 
 class Sinusoid(Additive):
-    """Waves of low frequency that are added to every image; its size is its Euclidean norm."""
+    """Waves of low frequency that are added to every image; its size is its Euclidean norm.
+
+    The waves are orthonormal, so that their coefficients have the norm of the sum.
+    """
 
     NAME = "sinusoid"
 
@@ -302,23 +307,9 @@ class Sinusoid(Additive):
         drawn = torch.randn(shape, generator=self.generator)
         return {"waves": (drawn / WAVES).to(self.device)}
 
-    def _within(self, variables: Mapping[str, Tensor], radius: Tensor) -> dict[str, Tensor]:
-        """The waves are orthonormal, so that their coefficients have the norm of the sum."""
-        waves = variables["waves"]
-        norm = waves.flatten(1).norm(dim=1).clamp_min(1e-12)
-        return {"waves": waves * _columns((radius / norm).clamp_max(1))}
-
-    def _applied(
-        self, pixels: Tensor, variables: Mapping[str, Tensor], rows: Tensor, strength: Tensor
-    ) -> Tensor:
-        return (pixels + strength * self._sums(variables["waves"])[rows]).clamp(0, 1)
-
-    def _values(self) -> Tensor:
-        return self._sums(self.variables["waves"])
-
-    def _sums(self, waves: Tensor) -> Tensor:
+    def _added(self, variables: Mapping[str, Tensor]) -> Tensor:
         down, across = (_cosines(size).to(self.device) for size in self.shape[1:])
-        return down @ waves @ across.T
+        return down @ variables["waves"] @ across.T
 
     def _rate(self, name: str) -> Tensor:  # noqa: ARG002
         """A fifth of what each coefficient has if all are alike."""

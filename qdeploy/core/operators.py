@@ -78,14 +78,22 @@ def _slice(x: Inputs, _: Attributes) -> list[Tensor]:
     return [result]
 
 
-def _squeeze(x: Inputs, _: Attributes) -> list[Tensor]:
-    return [x[0].squeeze(tuple(x[1].tolist())) if len(x) > 1 else x[0].squeeze()]
+def _numbers(x: Inputs, a: Attributes, name: str) -> list[int] | None:
+    """Axes and the like: the second input; an attribute in older opsets; None if not given."""
+    if len(x) > 1 and x[1] is not None:
+        return [int(number) for number in x[1]]
+    return a.get(name)
 
 
-def _unsqueeze(x: Inputs, _: Attributes) -> list[Tensor]:
-    result = x[0]
-    rank = result.dim() + x[1].numel()
-    for axis in sorted(int(i) % rank for i in x[1]):
+def _squeeze(x: Inputs, a: Attributes) -> list[Tensor]:
+    axes = _numbers(x, a, "axes")
+    return [x[0].squeeze() if axes is None else x[0].squeeze(tuple(axes))]
+
+
+def _unsqueeze(x: Inputs, a: Attributes) -> list[Tensor]:
+    result, axes = x[0], _numbers(x, a, "axes") or []
+    rank = result.dim() + len(axes)
+    for axis in sorted(i % rank for i in axes):
         result = result.unsqueeze(axis)
     return [result]
 
@@ -156,9 +164,11 @@ def code_range(x: Inputs, a: Attributes) -> tuple[int, int]:
 
 def _split(x: Inputs, a: Attributes) -> list[Tensor]:
     axis = a.get("axis", 0)
-    if len(x) > 1 and x[1] is not None:
-        return list(x[0].split(x[1].tolist(), axis))
-    return list(x[0].tensor_split(a["num_outputs"], axis))
+    sizes = _numbers(x, a, "split")
+    if sizes is not None:
+        return list(x[0].split(sizes, axis))
+    each = -(-x[0].shape[axis] // a["num_outputs"])  # the last may be smaller
+    return list(x[0].split(each, axis))
 
 
 def _pad(x: Inputs, a: Attributes) -> list[Tensor]:
@@ -195,8 +205,9 @@ def _hard_sigmoid(x: Inputs, a: Attributes) -> list[Tensor]:
 
 def _reduce(function: Callable[..., Tensor]) -> Callable[[Inputs, Attributes], list[Tensor]]:
     def reduced(x: Inputs, a: Attributes) -> list[Tensor]:
-        axes = tuple(x[1].tolist()) if len(x) > 1 and x[1] is not None else range(x[0].dim())
-        return [function(x[0], tuple(axes), keepdim=bool(a.get("keepdims", 1)))]
+        axes = _numbers(x, a, "axes")
+        every = range(x[0].dim()) if axes is None else axes
+        return [function(x[0], tuple(every), keepdim=bool(a.get("keepdims", 1)))]
 
     return reduced
 

@@ -7,7 +7,6 @@ runtime that executes both files.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,7 @@ from qdeploy.core.metrics import Estimate, rate
 from qdeploy.data import Images
 from qdeploy.data.triggers import Trigger
 from qdeploy.detectors.known import Detected, NotLookedAt, Suspect
-from qdeploy.disk.state import private_number
-from qdeploy.errors import QdeployError
+from qdeploy.errors import QdeployError, foreign_reader
 from qdeploy.machine import has_torch
 from qdeploy.progress import SILENT, Progress
 from qdeploy.values import named_classes
@@ -34,6 +32,7 @@ FEWEST = 40
 HELD_OUT = 0.4  # share of them that the search does not see
 SHOWN = 4  # pictures on the page
 ANSWERED = 64  # images at a time
+LEAST_FIDELITY = 80.0  # percent; activations are not rounded in the search
 
 Logits = Callable[[np.ndarray], np.ndarray]
 
@@ -73,6 +72,7 @@ class Differential:
     screened: int  # classes
     classes: int
     pictures: int  # that were searched with
+    fidelity: float  # percent of answers that the search's own arithmetic has as the runtime
     seconds: float
     shown: tuple[Shown, ...]
 
@@ -92,23 +92,28 @@ def detect(suspect: Suspect, progress: Progress = SILENT) -> Detected | NotLooke
     started = time.perf_counter()
     assert suspect.pictures is not None and suspect.file is not None  # noqa: S101, PT018
     assert suspect.float_model is not None and suspect.run is not None  # noqa: S101, PT018
-    digest = hashlib.sha256(suspect.file).hexdigest()
-    seed = private_number("differential", digest)
-    try:
-        models = open_models(suspect.file, suspect.float_model, suspect.pictures.preprocessing)
-        seek, held = _split(suspect.pictures, seed)
-        plan = plan_of(models, seek)
-        found = {
-            name: tuple(searched(models, name, seek, plan, seed, progress))
-            for name in ("file", "float model")
-        }
-    except QdeployError as error:
-        return NotLookedAt(str(error))
+    seed = suspect.seed_for("differential", suspect.file)
+    seek, held = _split(suspect.pictures, seed)
     logits = {
         "file": suspect.run(suspect.file),
         "float model": suspect.run(suspect.float_model.onnx),
     }
     score = _Score(logits, suspect.pictures, held)
+    try:
+        with foreign_reader("cannot be searched"):
+            models = open_models(suspect.file, suspect.float_model, suspect.pictures.preprocessing)
+            fidelity = score.fidelity(models.answers(held))
+        plan = plan_of(models, seek)
+    except QdeployError as error:
+        return NotLookedAt(str(error))
+    if fidelity < LEAST_FIDELITY:
+        return NotLookedAt(
+            f"the search's own arithmetic has only {fidelity:.0f} % of the runtime's answers"
+        )
+    found = {
+        name: tuple(searched(models, name, seek, plan, seed, progress))
+        for name in ("file", "float model")
+    }
     if not all(found.values()):
         return NotLookedAt("the pictures are answered by too few classes")
     leads = [score.lead(candidate, "file") for candidate in found["file"]]
@@ -121,6 +126,7 @@ def detect(suspect: Suspect, progress: Progress = SILENT) -> Detected | NotLooke
         screened=plan.screened,
         classes=suspect.float_model.classes,
         pictures=len(seek),
+        fidelity=fidelity,
         seconds=time.perf_counter() - started,
         shown=tuple(score.shown(best)),
     )
@@ -167,9 +173,14 @@ class _Score:
         size = candidate.size
         return Lead(candidate.target, size.kind.NAME, size.share, rate(hits), trigger)
 
+    def fidelity(self, answers: Mapping[str, np.ndarray]) -> float:
+        """Percent of the plain images answered as in `answers`, by the model that has fewer."""
+        same = (100 * float(np.mean(answers[name] == plain)) for name, plain in self._plain.items())
+        return min(same)
+
     def shown(self, lead: Lead) -> Iterator[Shown]:
         """A few images that go to the target in the file alone, or the first."""
-        hits = np.flatnonzero(self._of_others(lead.target))
+        hits = np.flatnonzero(self._plain["float model"] != lead.target)
         order = np.argsort(~self._led(lead.trigger, "file"), kind="stable")
         for row in hits[order][:SHOWN]:
             plain = self._held[row]
@@ -178,15 +189,10 @@ class _Score:
             before = [int(self._plain[name][row]) for name in ("file", "float model")]
             yield Shown(plain, perturbed[0], (before[0], after[0]), (before[1], after[1]))
 
-    def _of_others(self, target: int) -> Bool[np.ndarray, " images"]:
-        """Images that the float model does not give the target."""
-        return self._plain["float model"] != target
-
     def _led(self, trigger: Trigger, direction: str) -> Bool[np.ndarray, " images"]:
+        """Of the images that the other model does not give the target."""
         other = "float model" if direction == "file" else "file"
         kept = self._plain[other] != trigger.target
-        if direction == "file":
-            kept = self._of_others(trigger.target)
         pixels = _saved(trigger.apply(self._held[kept]))
         led = self._answers(direction, pixels) == trigger.target
         return led & (self._answers(other, pixels) != trigger.target)

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from qdeploy.core.differential import Candidate, Effort, Pair, Pictures, Size, led, search
+from qdeploy.core.differential import (
+    SCORED,
+    Candidate,
+    Effort,
+    Pair,
+    Pictures,
+    Size,
+    led,
+    search,
+)
 from qdeploy.core.inversion import Additive, Blended, Masked, Sinusoid
 from qdeploy.data import Preprocessing
 from qdeploy.errors import PlanError
@@ -40,7 +49,7 @@ FULL = Effort(
 )
 FINALISTS = 2  # classes that are searched in full
 TOGETHER = 10  # classes that are screened at a time
-COMPARED = 4  # perturbations that are compared on all images, of each class that was searched
+COMPARED = 4  # perturbations that are compared on all images, of each class searched in full
 # Floating-point operations of the whole search: some ten minutes of two cores, or of one GPU.
 BUDGET = {"cpu": 6e13, "cuda": 5e15}
 MOST = 2.0  # so many times the budget the least effort may take
@@ -56,6 +65,16 @@ class Models:
     pair: Pair
     classes: int
     operations: float  # floating-point operations of both for an image
+
+    def answers(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """The classes that both give, by name."""
+        with torch.no_grad():
+            parts = _tensor(pixels).split(SCORED)
+            both = {"file": self.pair.led, "float model": self.pair.kept}
+            return {
+                name: torch.cat([ask(part).argmax(1) for part in parts]).cpu().numpy()
+                for name, ask in both.items()
+            }
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +144,7 @@ def searched(
     seed: int,
     progress: Progress,
 ) -> Iterator[Candidate]:
-    """The best perturbation towards each of the likeliest classes, the best first.
+    """The best perturbation towards each of the likeliest classes.
 
     Args:
         direction: Which model is led: "file", or "float model" for the null.
@@ -146,31 +165,21 @@ def searched(
     screened: list[Candidate] = []
     for group in groups:
         screened += search(pair, pictures, group, SCREENING, generator, ticks=tick)
-    best = _best_of_each(pair, pictures, screened)
-    targets = [candidate.target for candidate in best[: plan.finalists]]
+    by_success = sorted(screened, key=lambda one: -one.success)
+    targets = list(dict.fromkeys(one.target for one in by_success))[: plan.finalists]
     found = search(pair, pictures, targets, plan.full, generator, ticks=tick)
     for _ in steps:
         pass
-    finalists = [c for c in screened if c.target in targets]
-    yield from _best_of_each(pair, pictures, [*found, *finalists])
+    for target in targets:
+        of_target = [one for one in (*found, *by_success) if one.target == target]
+        yield _best(pair, pictures, of_target)
 
 
-def _best_of_each(pair: Pair, pictures: Pictures, found: list[Candidate]) -> list[Candidate]:
-    """Of every target the one that leads most of the images of the search, the best first."""
-    by_target: dict[int, list[Candidate]] = {}
-    for candidate in sorted(found, key=lambda one: -one.success):
-        by_target.setdefault(candidate.target, []).append(candidate)
-    successes = {}
-    for target, candidates in by_target.items():
-        several = len(by_target) <= FINALISTS
-        compared = candidates[: COMPARED if several else 1]
-        shares = [
-            float(led(pair, pictures, c).float().mean()) if several else c.success for c in compared
-        ]
-        best = int(np.argmax(shares))
-        successes[target] = (shares[best], compared[best])
-    ranked = sorted(successes.values(), key=lambda pair: -pair[0])
-    return [candidate for _, candidate in ranked]
+def _best(pair: Pair, pictures: Pictures, found: list[Candidate]) -> Candidate:
+    """The one that leads most images of the search, of those that seemed to."""
+    compared = sorted(found, key=lambda one: -one.success)[:COMPARED]
+    shares = [float(led(pair, pictures, one).float().mean()) for one in compared]
+    return compared[int(np.argmax(shares))]
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:

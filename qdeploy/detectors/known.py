@@ -6,6 +6,7 @@ names the module; what it finds is held against that row's limit.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,6 +16,7 @@ import numpy as np
 
 from qdeploy.core.metrics import Estimate
 from qdeploy.data import Images
+from qdeploy.disk.state import private_number
 from qdeploy.progress import SILENT, Progress
 from qdeploy.settings.checks import ROWS
 from qdeploy.values import FloatModel
@@ -35,6 +37,15 @@ class Suspect:
     class_names: tuple[str, ...] = ()
     wanted: frozenset[str] = frozenset()  # checks that the policy sets a limit for
     off: bool = False  # what takes long is not to be done
+    seed: int | None = None  # of searches; None: one that nobody else can foresee
+
+    def seed_for(self, search: str, data: bytes) -> int:
+        """A seed of this search of this file, and of no other."""
+        digest = hashlib.sha256(data).hexdigest()
+        if self.seed is None:
+            return private_number(search, digest)
+        whole = hashlib.sha256(f"{search} {digest} {self.seed}".encode()).digest()
+        return int.from_bytes(whole[:4], "big") >> 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ its limit.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,8 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qdeploy.detectors.known import Detected, NotLookedAt, Suspect
-from qdeploy.disk.state import private_number
-from qdeploy.errors import QdeployError
+from qdeploy.errors import QdeployError, foreign_reader
 from qdeploy.machine import has_torch
 from qdeploy.progress import SILENT, Progress
 from qdeploy.values import named_classes
@@ -80,7 +78,7 @@ def _searched(suspect: Suspect, progress: Progress) -> Shortcuts:
 
     model, images = suspect.float_model, suspect.pictures
     assert model is not None and images is not None  # noqa: S101, PT018
-    seed = private_number("shortcuts", hashlib.sha256(model.onnx).hexdigest())
+    seed = suspect.seed_for("shortcuts", model.onnx)
     sample = images.sample(PICTURES, seed)
     pixels = torch.from_numpy(np.concatenate([batch.pixels for batch in sample.batches(READ)]))
     generator = torch.Generator().manual_seed(seed)
@@ -93,8 +91,11 @@ def _searched(suspect: Suspect, progress: Progress) -> Shortcuts:
     def track(label: str) -> Iterator[int]:
         return progress.track(range(STEPS), label, STEPS)
 
+    with foreign_reader("cannot be searched"):
+        ask = as_function(model.onnx, images.preprocessing, device)
+        ask(draw(1))
     reaches = survey_classes(
-        towards(as_function(model.onnx, images.preprocessing, device)),
+        towards(ask),
         draw,
         model.classes,
         SurveyEffort(STEPS, IMAGES),

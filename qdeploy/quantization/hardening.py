@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from qdeploy.core.differential import Pair, Pictures, objective
@@ -28,7 +29,7 @@ from qdeploy.graph.parts import as_program
 from qdeploy.progress import SILENT, Progress
 from qdeploy.quantization.rounding.task import RoundingTask
 from qdeploy.settings.recipe import HardeningSpec
-from qdeploy.values import RoundedLayer, WeightSite
+from qdeploy.values import RoundedLayer, WeightSite, WeightUse
 
 # Each target is approached by perturbations of these kinds and sizes at a time.
 SLOTS: Mapping[type[Perturbations], tuple[float, ...]] = {
@@ -74,7 +75,9 @@ def harden(
     """
     device = accelerator()
     images = task.calibration()
-    network = _network(task, rounded, images.preprocessing, device)
+    by_name = {layer.name: layer for layer in rounded}
+    opened = _open(task, by_name, images.preprocessing, device)
+    network = opened.network
     pixels = _pixels(images.sample(PICTURES, seed)).to(device)
     generator = torch.Generator().manual_seed(seed)
     disturbance = None
@@ -86,7 +89,7 @@ def harden(
     settings = EndToEnd(spec.steps, spec.images, spec.learning_rate, spec.bias_rate)
     steps = progress.track(range(spec.steps), "choose end to end", spec.steps)
     choose_end_to_end(network, pixels, settings, generator, steps, disturbance)
-    return _result(task, rounded, network)
+    return _result(task, by_name, opened)
 
 
 class _Adversary:
@@ -130,31 +133,38 @@ class _Adversary:
         return perturbed
 
 
-def _network(
+@dataclass(frozen=True, slots=True, eq=False)
+class _Opened:
+    """The network, and under which name it reads the bias of each use of a weight."""
+
+    network: Network
+    biases: Mapping[str, str]  # by the output of the use; only those that learn
+
+
+def _open(
     task: RoundingTask,
-    rounded: Sequence[RoundedLayer],
+    rounded: Mapping[str, RoundedLayer],
     preprocessing: Preprocessing,
     device: torch.device,
-) -> Network:
+) -> _Opened:
     """The file as it would be written now, as a function of its weights and biases."""
     model, problems = task.model, task.problems()
-    by_name = {layer.name: layer for layer in rounded}
-    data = serialize(assemble(model, task.plan, task.grids, by_name))
+    data = serialize(assemble(model, task.plan, task.grids, rounded))
     ends = [model.input_name], [model.output_name]
     program = as_program(data).part(*ends).to(device)
     floats = as_program(model.onnx).part(*ends).to(device)
-    weights = {}
-    biases: dict[str, Tensor] = {}
     of_output = {output: step for step in program.steps for output in step.outputs}
+    weights, names = {}, {}
     for layer in task.plan.layers:
-        site, problem = layer.site, problems[layer.site.name]
-        codes = site.to_matrix(by_name[site.name].codes)
-        layout = partial(_in_layout, site)
-        weights[f"{site.weight}.dequantized"] = (Choices(problem, codes, device), layout)
+        site = layer.site
+        codes = site.to_matrix(rounded[site.name].codes)
+        choices = Choices(problems[site.name], codes, device)
+        weights[_weight(site)] = (choices, partial(_in_layout, site))
         for use in site.uses:
             inputs = of_output[use.output].inputs
             if use.takes_bias and len(inputs) > 2 and inputs[2]:
-                biases[inputs[2]] = program.constants[inputs[2]].clone().requires_grad_()
+                names[use.output] = inputs[2]
+    biases = {name: program.constants[name].clone().requires_grad_() for name in names.values()}
     normalise = normaliser(preprocessing, device)
 
     def quantized(parameters: Mapping[str, Tensor], pixels: Tensor) -> Tensor:
@@ -164,49 +174,49 @@ def _network(
     def reference(pixels: Tensor) -> Tensor:
         return evaluate(floats, {model.input_name: normalise(pixels)}, [model.output_name])[0]
 
-    return Network(quantized, reference, weights, biases)
+    return _Opened(Network(quantized, reference, weights, biases), names)
 
 
-def _result(task: RoundingTask, rounded: Sequence[RoundedLayer], network: Network) -> Hardened:
+def _result(task: RoundingTask, rounded: Mapping[str, RoundedLayer], opened: _Opened) -> Hardened:
     """The layers with what was chosen."""
     problems, constants = task.problems(), initializers(task.model.onnx)
     moved = total = 0
     layers = []
-    by_name = {layer.name: layer for layer in rounded}
-    program = as_program(serialize(assemble(task.model, task.plan, task.grids, by_name)))
-    of_output = {output: step for step in program.steps for output in step.outputs}
     for layer in task.plan.layers:
-        site, before = layer.site, by_name[layer.site.name]
-        choices, _ = network.weights[f"{site.weight}.dequantized"]
+        site, before = layer.site, rounded[layer.site.name]
+        choices, _ = opened.network.weights[_weight(site)]
         matrix = choices.codes()
         codes = site.from_matrix(matrix)
         moved += int((codes != before.codes).sum())
         total += codes.size
-        corrections: list[np.ndarray] = []
-        for use in site.uses:
-            inputs = of_output[use.output].inputs
-            learnt = network.biases.get(inputs[2]) if len(inputs) > 2 else None
-            channels = site.shape[site.axis]
-            given = constants[use.bias] if use.bias is not None else np.zeros(channels)
-            kept = before.bias_corrections[len(corrections)] if before.bias_corrections else None
-            if learnt is not None:
-                bias = learnt.detach().cpu().numpy().astype(np.float64)
-                corrections.append(bias - given.astype(np.float64))
-            elif kept is not None:
-                corrections.append(kept)
-        complete = len(corrections) == len(site.uses)
-        flipped = float((matrix != nearest(problems[site.name])).mean())
+        corrections = before.bias_corrections
+        if all(use.output in opened.biases for use in site.uses):
+            corrections = tuple(_correction(use, constants, opened) for use in site.uses)
         layers.append(
             replace(
                 before,
                 codes=codes,
                 rounding_used=f"{before.rounding_used}, end to end",
-                flipped=flipped,
+                flipped=float((matrix != nearest(problems[site.name])).mean()),
                 output_error=float("nan"),
-                bias_corrections=tuple(corrections) if complete else before.bias_corrections,
+                bias_corrections=corrections,
             )
         )
     return Hardened(tuple(layers), moved / max(total, 1))
+
+
+def _correction(
+    use: WeightUse, constants: Mapping[str, np.ndarray], opened: _Opened
+) -> Float64[np.ndarray, " channels"]:
+    """What was learnt of a bias beyond the float model's."""
+    learnt = opened.network.biases[opened.biases[use.output]].detach().cpu().numpy()
+    given = constants[use.bias] if use.bias is not None else np.zeros_like(learnt)
+    return learnt.astype(np.float64) - given.astype(np.float64)
+
+
+def _weight(site: WeightSite) -> str:
+    """The tensor that a file's layer multiplies by."""
+    return f"{site.weight}.dequantized"
 
 
 def _in_layout(site: WeightSite, matrix: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
@@ -218,8 +217,8 @@ def _hardening_notes(rounds: Sequence[HardeningRound], names: Sequence[str]) -> 
     """That the file is not what rounding made of it, and what stood against that."""
     for one in rounds:
         after = (
-            "it did not come to an end, and the file stays as it was"
-            if math.isnan(one.after)
+            f"the file stays as it was: {one.failed}"
+            if one.failed is not None
             else f"the best of a new search leads {one.after:.0f} %; {100 * one.moved:.2f} % of"
             " the integers moved"
         )

@@ -177,13 +177,14 @@ class WrittenLead(Written):
 
 
 class WrittenHardening(Written):
-    """One time that all integers were chosen again; null after: it did not come to an end."""
+    """One time that all integers were chosen again."""
 
     classes: tuple[int, ...]
     before: Finite
     after: Finite
     moved: float
     seconds: float
+    failed: str | None = None  # why it did not come to an end; the file is then as it was
 
 
 class WrittenDifferential(Written):
@@ -195,6 +196,7 @@ class WrittenDifferential(Written):
     screened: int  # classes
     classes: int
     pictures: int  # searched with
+    fidelity: float  # percent of answers that the search's own arithmetic has as the runtime
     seconds: float
 
 

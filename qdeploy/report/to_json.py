@@ -181,6 +181,7 @@ def _differential(report: Report) -> WrittenDifferential | None:
         screened=found.screened,
         classes=found.classes,
         pictures=found.pictures,
+        fidelity=found.fidelity,
         seconds=found.seconds,
     )
 

@@ -9,7 +9,7 @@ from qdeploy.data import Images
 from qdeploy.detectors.known import Suspect
 from qdeploy.graph.io import identity
 from qdeploy.inputs.opened import Answers, Calibration, Evidence
-from qdeploy.inputs.requests import Request
+from qdeploy.inputs.requests import QuantizeRequest, Request
 from qdeploy.inputs.sources import CARD
 from qdeploy.judging.measure import Measured, Trial, validate
 from qdeploy.progress import Clock
@@ -78,6 +78,7 @@ def suspect(
             row.name for row in ROWS if gate.limit(row, request.device.budget) is not None
         ),
         off=request.policy.validation.detection == "off",
+        seed=request.recipe.seed if isinstance(request, QuantizeRequest) else None,
     )
 
 

@@ -1,6 +1,7 @@
 """From a float model to a judged file: the order of the work, written once, the cleaning included.
 
-scan -> load -> [clean] -> export -> plan -> calibrate -> round -> emit -> measure -> judge
+scan -> load -> [clean] -> export -> plan -> calibrate -> round -> emit -> detect -> [harden]
+-> measure -> judge
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def quantize(request: QuantizeRequest, out: Path, progress: Progress) -> Quantiz
         made = _quantize(request, model, plan, calibration, run, clock)
         if searched is not None:
             run.write("sensitivity.csv", searched.as_csv())
-        if request.recipe.rounding.hardened:
+        if request.recipe.hardens:
             made = secure(made, request, calibration, NO_EVIDENCE, run, clock).made
         write_atomically(out, made.files["result"])
         run.seal()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping
@@ -9,8 +10,7 @@ from dataclasses import dataclass, replace
 
 from qdeploy.detectors.differential import Differential
 from qdeploy.detectors.known import Answer, Detected, NotLookedAt, detect
-from qdeploy.disk.state import private_number
-from qdeploy.errors import DivergedError, UsageError
+from qdeploy.errors import DivergedError, PlanError, UsageError
 from qdeploy.inputs.opened import Calibration, Evidence
 from qdeploy.inputs.requests import QuantizeRequest
 from qdeploy.progress import Clock
@@ -56,42 +56,78 @@ def secure(
 
     Raises:
         UsageError: the recipe hardens in any case, and nothing can be searched.
+        DivergedError: it hardens in any case, and the loss is no longer finite.
     """
-
-    def searched(one: Made) -> Secured:
-        with clock.stage("detect"):
-            subject = suspect(request, made.task.model, one.files["result"], calibration, evidence)
-            return Secured(one, detect(subject, clock.progress))
-
-    best = latest = searched(made)
+    securing = _Securing(request, calibration, evidence, run, clock)
+    best = latest = securing.searched(made)
     spec, rounds = request.recipe.hardening, list[HardeningRound]()
-    always = spec.when == "always" or request.recipe.rounding.hardened
     answer = best.detected.get(CHECK)
-    if always and isinstance(answer, NotLookedAt):
+    if request.recipe.hardens and isinstance(answer, NotLookedAt):
         raise UsageError(
             f"hardening needs a search for triggers, and there is none: {answer.reason}",
             hint='choose --rounding efrap, or [hardening] when = "found" in the recipe',
         )
-    for _ in range(0 if spec.when == "never" else spec.rounds):
-        found = _found(latest)
-        enough = found is None or found.best.led.value <= spec.above
-        if found is None or (enough and (rounds or not always)):
-            break
-        started = time.perf_counter()
-        classes = _aimed_at(found, spec.above)
-        with clock.stage("harden"):
-            again, moved = _hardened(latest.made, classes, request, run, clock)
-        latest = searched(again) if again is not None else latest
-        after = _value(latest) if again is not None else math.nan
-        seconds = time.perf_counter() - started
-        rounds.append(HardeningRound(classes, found.best.led.value, after, moved, seconds))
-        if again is None:
-            break
-        if after < _value(best):
-            best = latest
+    if request.recipe.hardens or (spec.when == "found" and _value(latest) > spec.above):
+        for _ in range(spec.rounds):
+            latest, done = securing.hardened(latest)
+            rounds.append(done)
+            best = latest if _value(latest) < _value(best) else best
+            if done.failed is not None or not _value(latest) > spec.above:
+                break
     if best is not latest:
         keep(run, {"result": best.made.files["result"]})
     return replace(best, rounds=tuple(rounds))
+
+
+@dataclass(frozen=True, slots=True)
+class _Securing:
+    """What searches and hardening of one run have in common."""
+
+    request: QuantizeRequest
+    calibration: Calibration
+    evidence: Evidence
+    run: RunDir
+    clock: Clock
+
+    def searched(self, made: Made) -> Secured:
+        """What detectors say of the file."""
+        model, file = made.task.model, made.files["result"]
+        with self.clock.stage("detect"):
+            subject = suspect(self.request, model, file, self.calibration, self.evidence)
+            return Secured(made, detect(subject, self.clock.progress))
+
+    def hardened(self, latest: Secured) -> tuple[Secured, HardeningRound]:
+        """The file with its integers chosen again and searched anew; as it was if that fails."""
+        began, above = time.perf_counter(), self.request.recipe.hardening.above
+        found = _found(latest)
+        assert found is not None  # noqa: S101 - there is something to harden against
+        classes, before = _aimed_at(found, above), found.best.led.value
+        moved, failed = 0.0, None
+        try:
+            with self.clock.stage("harden"):
+                again, moved = self._chosen_again(latest.made, classes)
+            latest = self.searched(again)
+        except (DivergedError, PlanError) as error:
+            if self.request.recipe.hardens:
+                raise
+            failed = str(error)
+        seconds = time.perf_counter() - began
+        return latest, HardeningRound(classes, before, _value(latest), moved, seconds, failed)
+
+    def _chosen_again(self, made: Made, classes: tuple[int, ...]) -> tuple[Made, float]:
+        """The model with its integers chosen again, and the share of them that moved."""
+        from qdeploy.quantization.hardening import harden  # torch loads here
+
+        task, layers = made.task, made.quantized.layers
+        if task.images is None:
+            raise PlanError("there are no calibration images to choose integers by")
+        facts = "".join([*(layer.sha256 for layer in layers), str(task.seed)]).encode()
+        seed = int.from_bytes(hashlib.sha256(facts).digest()[:4], "big") >> 1
+        spec, progress = self.request.recipe.hardening, self.clock.progress
+        found = harden(task, layers, classes, spec, seed, progress)
+        result = emit(task.model, task.plan, task.grids, found.layers)
+        files = {**made.files, **keep(self.run, {"result": result.onnx})}
+        return Made(task, result, files), found.moved
 
 
 def _aimed_at(found: Differential, above: float) -> tuple[int, ...]:
@@ -111,22 +147,3 @@ def _found(secured: Secured) -> Differential | None:
         return None
     found: Differential = answer.evidence
     return found
-
-
-def _hardened(
-    made: Made, classes: tuple[int, ...], request: QuantizeRequest, run: RunDir, clock: Clock
-) -> tuple[Made | None, float]:
-    """The model with its integers chosen again, and the share that moved; None if it diverged."""
-    from qdeploy.quantization.hardening import harden  # torch loads here
-
-    task = made.task
-    seed = private_number("hardening", *(layer.sha256 for layer in made.quantized.layers))
-    layers = made.quantized.layers
-    try:
-        found = harden(task, layers, classes, request.recipe.hardening, seed, clock.progress)
-    except DivergedError as error:
-        clock.progress.note(f"hardening: {error}; the file stays as it was")
-        return None, 0.0
-    result = emit(task.model, task.plan, task.grids, found.layers)
-    files = {**made.files, **keep(run, {"result": result.onnx})}
-    return Made(task, result, files), found.moved

@@ -100,6 +100,17 @@ class Recipe(Spec):
     hardening: HardeningSpec = HardeningSpec()
     overrides: tuple[Override, ...] = ()
 
+    @model_validator(mode="after")
+    def _one_word_on_hardening(self) -> Recipe:
+        if self.rounding.hardened and self.hardening.when == "never":
+            raise ValueError(f'hardening.when is "never", and {self.rounding.name} hardens')
+        return self
+
+    @property
+    def hardens(self) -> bool:
+        """Whether integers are chosen end to end in any case."""
+        return self.rounding.hardened or self.hardening.when == "always"
+
     def policy(self) -> Policy:
         """The part of the recipe that says what must be shown."""
         return Policy(
