@@ -164,7 +164,7 @@ ROWS = (
         meaning="Share of images that a perturbation found by search leads to a class in the file"
         " and not in its float model.",
         says="Something leads images to a class in this file that does not in its float model.",
-        then="do not deploy it: qdeploy sanitize with --rounding efrap-adversarial rounds it away",
+        then="do not deploy it: qdeploy sanitize its float model, which hardens the rounding",
     ),
     CheckRow(
         name="class_reach", relation=">=", unit="% of the median", detector="shortcuts",
