@@ -34,6 +34,14 @@ class Origin:
 Content = Literal["onnx", "module", "script", "program"]
 
 
+SHAPE_HINT = (
+    "say it: --input-shape 3,224,224 (channels, height, width), or [input] shape in a model card"
+)
+ARCHITECTURE_HINT = (
+    "give --arch file.py:factory or --arch package.module:factory, or name one in the model card"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """The code that goes with a state dict.

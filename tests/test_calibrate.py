@@ -110,6 +110,21 @@ def test_activations_that_are_not_finite_are_named(preprocessing, images):
         calibrate(model, plan(model), images, ActivationSpec())
 
 
+def test_the_image_that_makes_them_so_is_named(preprocessing):
+    """One black picture of many, whose norm the model divides by."""
+    net = Net()
+    black = net.node("Add", net.x, net.constant(np.array(2.0, np.float32)))  # 0 where a pixel is
+    axes = net.constant(np.array([1, 2, 3], np.int64))
+    norm = net.node("ReduceSum", net.node("Mul", black, black), axes, keepdims=1)
+    x = net.conv(net.node("Div", black, norm), 8, 3, 3, 3)
+    model = replace(float_model(residual_net()), onnx=_prepared(net.model(net.head(x, 8))))
+    pixels = np.random.default_rng(0).integers(1, 256, (40, 3, 8, 8), np.uint8)
+    pixels[23] = 0
+    one_black = images_from_array("pictures", pixels, preprocessing)
+    with pytest.raises(InputError, match="the first of them 'image 23'"):
+        calibrate(model, plan(model), one_black, ActivationSpec())
+
+
 def _prepared(data: bytes) -> bytes:
     """Without the comparison that would already have refused it."""
     from qdeploy.formats.onnx.reading import parse_proto

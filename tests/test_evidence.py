@@ -19,7 +19,7 @@ from qdeploy.data.triggers import make_trigger, parse_trigger
 from qdeploy.errors import InputError
 from qdeploy.inputs.opened import NO_EVIDENCE, Evidence
 from qdeploy.inputs.sources import CARD, COMMAND_LINE, Given, resolve
-from qdeploy.inputs.usable import distinct, seen
+from qdeploy.inputs.usable import distinct, repeated, seen
 from qdeploy.judging.rates import ArmRates, rates
 from qdeploy.judging.soundness import BY_LABELS, objections, sound
 from qdeploy.judging.verdict import Check
@@ -285,3 +285,21 @@ def test_a_check_that_is_off_stands_whoever_brought_the_evidence():
     other = Check("static_findings", 0.0, "<=", 0.0, "findings")
     objected = {"attack_success": "a reason", "accuracy_drop": "another"}
     assert sound((off, within, other), objected, NO_EVIDENCE) == (off, other)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("a", "only 1 different picture: scales and integers are fitted to that one alone"),
+        ("aaaa", "only 1 different picture in 4 images"),
+        ("abcabc", "only 3 different pictures in 6 images"),
+        (range(100), None),
+        ([n % 40 for n in range(100)], "60 of 100 images are copies of others"),
+        ([n % 60 for n in range(100)], None),
+    ],
+    ids=["one", "copies of one", "few", "plain", "mostly copies", "some copies"],
+)
+def test_calibration_images_that_are_few_or_copies_are_named(names, said):
+    notes = list(repeated([str(name).encode() for name in names]))
+    assert bool(notes) is (said is not None)
+    assert said is None or said in notes[0]

@@ -178,6 +178,23 @@ def test_the_4_bit_grid_is_the_same_numbers_in_int4_and_in_int8(net, images):
     assert len(in_int4.onnx) < len(in_int8.onnx)
 
 
+def test_int4_weights_of_a_transformer_stay_int4_in_the_runtime(images):
+    """onnxruntime's own kernel for them, MatMulNBits, on our integers: by quantizing no further."""
+    net = Net()
+    tokens = net.node("Reshape", net.x, net.constant(np.array([0, 3, 64], np.int64)))
+    hidden = net.node("Sigmoid", net.node("MatMul", tokens, net.weight(64, 64)))
+    hidden = net.node("MatMul", hidden, net.weight(64, 64))
+    pooled = net.node("ReduceMean", hidden, net.constant(np.array([1], np.int64)), keepdims=0)
+    logits = net.node("Gemm", pooled, net.weight(10, 64, name="fc.weight"), transB=1)
+    model = float_model(net.model(logits))
+    only = ActivationSpec(bits="none")
+    result, _, _ = quantized(model, images, device="compact", activations=only)
+    assert operators(optimized(result.onnx)).count("com.microsoft.MatMulNBits") == 2
+    x = inputs(images)
+    fast, plain = (open_session(result.onnx, optimizations=o).logits(x) for o in ("all", "off"))
+    np.testing.assert_allclose(fast, plain, atol=0.01 * np.abs(plain).max())  # 8-bit inputs
+
+
 def test_only_standard_operators_and_nothing_rounded_at_load_time(net, images):
     result, plan, _ = quantized(net, images)
     model = parse(result.onnx)

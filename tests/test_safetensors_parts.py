@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qdeploy.api import verbs
+from qdeploy.cli import main
 from qdeploy.errors import InputError
 from qdeploy.formats.opening import load, model_digest, sniff
 from qdeploy.formats.safetensors_index import model_in
@@ -87,6 +88,24 @@ def test_the_digest_is_of_all_parts(folder):
 
 def test_nothing_stands_against_it(folder):
     assert list(findings_in(folder / INDEX)) == []
+
+
+def exit_code(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in arguments])
+    return int(left.value.code or 0)
+
+
+def test_a_folder_of_models_is_scanned_file_by_file(folder, tmp_path, capsys):
+    save_file(module().state_dict(), tmp_path / "whole.safetensors")
+    (tmp_path / "notes.txt").write_text("no model")
+    assert exit_code("scan", tmp_path, "--report", tmp_path / "scan.json") == 0
+    files = json.loads((tmp_path / "scan.json").read_text("utf-8"))["files"]
+    assert [Path(file["path"]).name for file in files] == ["whole.safetensors", INDEX]
+    capsys.readouterr()
+    (tmp_path / "empty").mkdir()
+    assert exit_code("scan", tmp_path / "empty") == 2
+    assert "empty" in capsys.readouterr().err
 
 
 def lose_a_part(folder: Path) -> None:

@@ -281,10 +281,23 @@ def _sources(
     file: Path | None = None,
 ) -> Sources:
     """What the model is and comes with; no place that is read is also written to."""
+    sources = resolve(model, given_by(settings))
+    read = [("the model", model), *([("the file", file)] if file is not None else [])]
+    read += _read(settings, sources)
+    refuse_overlaps(tuple(_written(settings.get("reports", ()), out)), read)
+    return sources
+
+
+def given_by(settings: SanitizeSettings) -> Given:
+    """What was given besides the model.
+
+    Raises:
+        UsageError: the shape is none.
+    """
     shape = settings.get("input_shape")
     if shape is not None and min(shape) < 1:
         raise UsageError(f"--input-shape {','.join(map(str, shape))!r} has a size below 1")
-    given = Given(
+    return Given(
         card=next(_paths(settings.get("card")), None),
         architecture=settings.get("arch"),
         arguments=settings.get("arch_args"),
@@ -296,11 +309,6 @@ def _sources(
         triggers=tuple(map(str, settings.get("triggers", ()))),
         data_roots=tuple(map(Path, settings.get("data_roots", ()))),
     )
-    sources = resolve(model, given)
-    read = [("the model", model), *([("the file", file)] if file is not None else [])]
-    read += _read(settings, sources)
-    refuse_overlaps(tuple(_written(settings.get("reports", ()), out)), read)
-    return sources
 
 
 def _written(reports: Sequence[PathLike], out: Path | None) -> Iterator[Named]:

@@ -27,6 +27,16 @@ class ModelSettings(TypedDict, total=False):
     command: str  # how it was asked, for the report; else this call
 
 
+class InitSettings(TypedDict, total=False):
+    """What a card is begun with."""
+
+    arch: str  # as in `ModelSettings`
+    arch_args: Mapping[str, Any]
+    input_shape: tuple[int, int, int]
+    calibration: PathLike
+    test: PathLike  # labelled images, to try normalisations on
+
+
 class EvidenceSettings(TypedDict, total=False):
     """What a file is judged by."""
 

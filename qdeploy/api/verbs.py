@@ -15,6 +15,7 @@ from qdeploy.api.requests import (
     any_settings,
     clean_request,
     gate_request,
+    given_by,
     quantize_request,
     refuse_lost_models,
     with_private_seed,
@@ -22,6 +23,7 @@ from qdeploy.api.requests import (
 from qdeploy.api.settings import (
     CleanSettings,
     GateSettings,
+    InitSettings,
     ModelSettings,
     PathLike,
     QuantizeSettings,
@@ -30,6 +32,7 @@ from qdeploy.api.settings import (
     call_of,
     check_keywords,
 )
+from qdeploy.formats.folders import model_files
 from qdeploy.formats.safetensors_index import model_in
 from qdeploy.inputs.requests import QuantizeRequest
 from qdeploy.machine import limited_to, require_torch
@@ -157,7 +160,7 @@ def scan_each(
     files: Sequence[PathLike], progress: Progress, settings: ScanSettings
 ) -> Iterator[FileScan]:
     """What is seen of each file, as soon as it is; the reports are written after the last."""
-    paths, reports = [Path(file) for file in files], settings.get("reports", ())
+    paths, reports = list(_models_in(files)), settings.get("reports", ())
     for place in reports:
         check_place(Path(place))
     refuse_lost_models(paths, settings)
@@ -169,6 +172,15 @@ def scan_each(
         scans.append(one)
         yield one
     write_scans(scans, tuple(map(Path, reports)))
+
+
+def _models_in(files: Sequence[PathLike]) -> Iterator[Path]:
+    """The files, and those in folders."""
+    for file in map(Path, files):
+        if file.is_dir():
+            yield from model_files(file) or (file,)  # of which is said that it is no file
+        else:
+            yield file
 
 
 def export(
@@ -191,17 +203,20 @@ def export(
 def init(
     model: PathLike,
     out: PathLike | None = None,
-    *,
-    input_shape: tuple[int, int, int] | None = None,
+    **settings: Unpack[InitSettings],
 ) -> Begun:
-    """Write a first model card: what the file says of itself, and guesses that are marked.
+    """Write a first model card: what the file says, what was tried, and guesses that are marked.
+
+    With labelled images in `test`, the normalisation is written down that most are right with.
 
     Raises:
         QdeployError: there is a card already, or the file takes no images.
     """
+    check_keywords("init", settings, InitSettings)
     path = Path(model)
     file = model_in(path) if path.is_dir() else path
-    return begin(file, None if out is None else Path(out), input_shape)
+    given = given_by(any_settings(settings))
+    return begin(file, None if out is None else Path(out), given)
 
 
 def clean(

@@ -312,9 +312,11 @@ def show_begun(begun: Begun, model: Path) -> None:
     console.print(printable(begun.path))
     for line in begun.guesses:
         console.print(Text(f"  guessed: {printable(line)}", style="yellow"))
+    todo = ["check what is guessed"] if begun.guesses else []
+    todo += [] if begun.images else ["name images under [data]"]
+    code = f" --arch {printable(begun.architecture)}" if begun.architecture is not None else ""
     console.print(
-        "  check what is guessed, name images under [data], then\n"
-        f"  qdeploy sanitize {printable(model)} --bits 8 --out {printable(model.stem)}.int8.onnx"
+        f"  {', '.join([*todo, 'then'])}\n  qdeploy sanitize {printable(model)}{code} --bits 8"
     )
 
 

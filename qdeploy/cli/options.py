@@ -79,6 +79,10 @@ DataRoots = Annotated[
     list[Path] | None,
     option("--data-root", "Folder that the card may reach besides its own; repeatable.", "Model"),
 ]
+Test = Annotated[
+    Path | None,
+    option("--test", "Labelled images: sub-folder per class (folder or zip), or npz.", "Data"),
+]
 Calibration = Annotated[
     Path | None,
     option("--calibration", "Folder, zip or npz of images; labels are not used.", "Data"),
@@ -188,10 +192,7 @@ class CalibrationOptions(Group):
 class EvidenceOptions(Group):
     """What a file is judged by."""
 
-    test: Annotated[
-        Path | None,
-        option("--test", "Labelled images: sub-folder per class (folder or zip), or npz.", "Data"),
-    ] = None
+    test: Test = None
     triggers: Annotated[
         list[str] | None,
         option(

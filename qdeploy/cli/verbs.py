@@ -10,6 +10,8 @@ import typer
 from qdeploy.api.settings import ARTIFACTS, SanitizerKind
 from qdeploy.cli.leaving import leave_by
 from qdeploy.cli.options import (
+    Arch,
+    ArchArgs,
     Artifacts,
     AsJson,
     Calibration,
@@ -30,9 +32,11 @@ from qdeploy.cli.options import (
     Seed,
     Settings,
     TeachingOptions,
+    Test,
     TestImages,
     given,
     option,
+    parse_arguments,
     parse_shape,
     place_of,
     takes,
@@ -177,12 +181,20 @@ def init(
         Path | None, option("--out", "The card; else NAME.toml beside the model.", "Output")
     ] = None,
     input_shape: InputShape = None,
+    arch: Arch = None,
+    arch_args: ArchArgs = None,
+    calibration: Calibration = None,
+    test: Test = None,
 ) -> None:
-    """Write a first model card: what the file says of itself, and guesses that are marked."""
+    """Write a first model card: what the file says, what was tried, and guesses that are marked."""
     from qdeploy.api import verbs
     from qdeploy.cli import console
 
-    begun = verbs.init(model, out, input_shape=parse_shape(input_shape))
+    said: Any = given({
+        "input_shape": parse_shape(input_shape), "arch": arch, "calibration": calibration,
+        "arch_args": parse_arguments(arch_args), "test": test,
+    })  # fmt: skip
+    begun = verbs.init(model, out, **said)
     console.show_begun(begun, model)
 
 

@@ -11,11 +11,10 @@ from qdeploy.errors import InputError, ProviderError, UsageError
 from qdeploy.formats.onnx.fused_operators import standard
 from qdeploy.formats.onnx.reading import ModelProto, check, refuse_quantized
 from qdeploy.graph.ends import PIXEL_RANGE, as_classifier, seen_ends
-from qdeploy.graph.image_shape import SHAPE_HINT
 from qdeploy.graph.io import serialize
 from qdeploy.graph.prepare import interface, is_narrow, prepare
 from qdeploy.runtime.sessions import open_session
-from qdeploy.values import NOTHING_STATED, FloatModel, Loaded, Stated
+from qdeploy.values import NOTHING_STATED, SHAPE_HINT, FloatModel, Loaded, Stated
 
 CHECKED_BATCHES = (2, 1, 5)
 TOLERANCE = 1e-3  # of the largest logit

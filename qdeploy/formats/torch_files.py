@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qdeploy.architectures import build_named, construct
 from qdeploy.errors import InputError, UsageError, foreign_reader
-from qdeploy.values import Architecture
+from qdeploy.values import ARCHITECTURE_HINT, Architecture
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 PARALLEL_PREFIX = "module."
@@ -96,8 +96,7 @@ def module_of(saved: Any, path: Path, architecture: Architecture | None) -> nn.M
     if architecture is None:
         raise InputError(
             f"model {path}: is a state dict, which needs an architecture",
-            hint="give --arch file.py:factory or --arch package.module:factory, or name one in"
-            " the model card",
+            hint=ARCHITECTURE_HINT,
         )
     module = build(architecture)
     _load_state(module, state, path, architecture.name)
@@ -115,8 +114,11 @@ def build(architecture: Architecture) -> nn.Module:
     if source in {"torchvision", "timm", "qdeploy"} or not architecture.trusted:
         return build_named(architecture.name, architecture.arguments)
     if not source or not factory:
+        name = architecture.name
         raise UsageError(
-            f"--arch {architecture.name!r} is not package.module:factory or file.py:factory"
+            f"--arch {name!r} is not package.module:factory or file.py:factory",
+            hint=f"one of this program's own is --arch qdeploy:{name}, of a library"
+            f" --arch timm:{name} or torchvision:{name}",
         )
     namespace = _import_file(Path(source)) if source.endswith(".py") else _import_name(source)
     make = getattr(namespace, factory, None)

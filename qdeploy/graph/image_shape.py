@@ -7,16 +7,13 @@ from collections.abc import Sequence
 
 from qdeploy.errors import InputError, UsageError
 from qdeploy.settings.card import Layout
-from qdeploy.values import Stated
+from qdeploy.values import SHAPE_HINT, Stated
 
 Shape = tuple[int, int, int]
 Sizes = tuple[int | None, ...]  # None: left open
 
 IMAGE_CHANNELS = frozenset({1, 3})
 RANKS = frozenset({2, 3, 4})  # flat, without channels, images
-SHAPE_HINT = (
-    "say it: --input-shape 3,224,224 (channels, height, width), or [input] shape in a model card"
-)
 
 
 def image_shape(sizes: Sizes, stated: Stated, what: str) -> tuple[Shape, Layout]:

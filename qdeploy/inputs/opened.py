@@ -12,9 +12,10 @@ from jaxtyping import Bool
 from qdeploy.data import Images
 from qdeploy.data.triggers import Trigger
 from qdeploy.errors import InputError, UsageError
+from qdeploy.inputs.lacking import CALIBRATION_HINT
 from qdeploy.inputs.requests import QuantizeRequest, Request
 from qdeploy.inputs.synthesize import synthesize
-from qdeploy.inputs.usable import described, distinct, hidden, seen
+from qdeploy.inputs.usable import described, distinct, hidden, repeated, seen
 from qdeploy.progress import Progress
 from qdeploy.values import DataUsed, Loaded, QuantPlan
 
@@ -31,6 +32,7 @@ class Calibration:
     fitted: Fitted
     used: tuple[DataUsed, ...]
     synthetic: str | None  # how the images were made, if nobody gave any
+    notes: tuple[str, ...] = ()  # what a reader must know of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def open_calibration(
     used = DataUsed("calibration", images.name, len(images), images.digest(hashes), given_by)
     given = request.sources.calibration
     fitted = Fitted(frozenset(hashes), "" if given is None else f"calibration data {given.path}")
-    return Calibration(images, fitted, (used,), synthetic)
+    return Calibration(images, fitted, (used,), synthetic, tuple(repeated(hashes)))
 
 
 def open_evidence(
@@ -159,8 +161,7 @@ def _calibration_images(
         return made.images, "synthetic", made.method
     raise UsageError(
         f"model {sources.model}: no calibration images are known",
-        hint="give --calibration FOLDER_OR_ZIP (a few hundred unlabelled images), name them in the"
-        " model card, or use --synthetic-calibration, which gets no verdict",
+        hint=CALIBRATION_HINT,
     )
 
 

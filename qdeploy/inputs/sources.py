@@ -178,13 +178,26 @@ class Sources:
         """
         if self.test is None:
             return None
+        return self.test_images_as(self.preprocessing, count, seed, classes)
+
+    def test_images_as(
+        self, preprocessing: Preprocessing, count: int | None, seed: int, classes: int
+    ) -> Images:
+        """The labelled test images by another preprocessing than the card's.
+
+        Raises:
+            UsageError: nobody named any.
+            InputError: a label is not one of the model's classes.
+        """
+        if self.test is None:
+            raise UsageError("no test images are known", hint="give --test")
         names = self.card.model.classes if self.card is not None else None
         if names is not None and len(names) != classes:
             raise InputError(
                 f"model card {self.card_path}: names {len(names)} classes, the model has {classes}"
             )
         path, roots = self.test.checked(), self.test.roots
-        images = open_labelled_images(path, self.preprocessing, names, roots)
+        images = open_labelled_images(path, preprocessing, names, roots)
         found = images.classes
         if found is not None and len(found) != classes:
             shown = ", ".join(map(repr, found[:5])) + (", ..." if len(found) > 5 else "")

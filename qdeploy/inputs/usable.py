@@ -13,6 +13,7 @@ from qdeploy.data.triggers import Trigger
 from qdeploy.errors import InputError
 
 BATCH = 64
+FEW = 32  # pictures to calibrate with
 SHOWN = 3
 
 
@@ -48,6 +49,20 @@ def distinct(images: Images, hashes: Sequence[bytes]) -> Usable:
     if disputed:
         notes.append(f"test data: {disputed:,} pictures with two different labels do not count")
     return Usable(images.only(kept), tuple(hashes[at] for at in kept), tuple(notes))
+
+
+def repeated(hashes: Sequence[bytes]) -> Iterator[str]:
+    """Calibration images of which most are copies, or that are few."""
+    count, different = len(hashes), len(set(hashes))
+    if different < FEW:
+        only = f"{different:,} different picture{'s' if different > 1 else ''}"
+        more = f" in {count:,} images" if count > different else ""
+        yield (
+            f"calibration data: only {only}{more}: scales and integers are fitted to"
+            f" {'those' if different > 1 else 'that one'} alone"
+        )
+    elif 2 * different < count:
+        yield f"calibration data: {count - different:,} of {count:,} images are copies of others"
 
 
 def described(images: Images, classes: int, *, labelled: bool) -> Iterator[str]:

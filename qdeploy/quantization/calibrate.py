@@ -13,7 +13,7 @@ from qdeploy.data import Images
 from qdeploy.errors import InputError
 from qdeploy.graph.io import initializers
 from qdeploy.progress import SILENT, Progress
-from qdeploy.quantization.inner_tensors import open_tap
+from qdeploy.quantization.inner_tensors import Tap, open_tap
 from qdeploy.settings.recipe import ActivationSpec
 from qdeploy.values import FloatModel, Grids, LayerPlan, QuantPlan
 
@@ -58,7 +58,9 @@ def _ranges(
     for name, extent in extents.items():
         if not (np.isfinite(extent.low) and np.isfinite(extent.high)):
             raise InputError(
-                f"model {model.origin.path}: tensor {name!r} is not finite on calibration images"
+                f"model {model.origin.path}: tensor {name!r} is not finite on calibration images,"
+                f" the first of them {_first_not_finite(tap, images, name)}",
+                hint="leave such images out, or mend the model",
             )
     if spec.observer == "minmax":
         return {name: (extent.low, extent.high) for name, extent in extents.items()}
@@ -67,6 +69,18 @@ def _ranges(
     if spec.observer == "mse":
         return {name: mse_range(histogram) for name, histogram in histograms.items()}
     return {name: percentile_range(h, spec.percentile) for name, h in histograms.items()}
+
+
+def _first_not_finite(tap: Tap, images: Images, tensor: str) -> str:
+    """The image that makes it so, as its source calls it."""
+    at = 0
+    for values in tap.stream(images, SILENT, "where"):
+        finite = np.isfinite(values[tensor].reshape(len(values[tensor]), -1)).all(axis=1)
+        if not finite.all():
+            at += int(finite.argmin())
+            break
+        at += len(finite)
+    return repr(images.source.keys[int(images.indices[min(at, len(images) - 1)])])
 
 
 def _observe(

@@ -100,7 +100,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             detected=detected,
             provenance=provenance,
             known=known,
-            notes=(*_ends_note(model), *_search_note(searched)),
+            notes=(*_ends_note(model), *_search_note(searched), *calibration.notes),
             calibration=calibration,
             plan=plan.layers,
             made=LayersAsMade(quantized.layers, quantized.left_float, wrong),
@@ -120,6 +120,8 @@ def quantize(request: QuantizeRequest, out: Path, progress: Progress) -> Quantiz
     plan = plan_layers(model, request.recipe, request.device)
     with clock.stage("data"):
         calibration = open_calibration(request, loaded, plan, progress)
+        for note in calibration.notes:
+            progress.note(note)
     request, plan, searched = _searched(request, model, plan, calibration, clock)
     with open_run(request.artifacts, _run_id(request, model, calibration, NO_EVIDENCE)) as run:
         made = _quantize(request, model, plan, calibration, run, clock)
@@ -135,14 +137,14 @@ def quantize(request: QuantizeRequest, out: Path, progress: Progress) -> Quantiz
 def export_file(request: Request, out: Path, progress: Progress) -> FloatModel:
     """Write the prepared float model."""
     require_writable(out)
-    _, model = open_model(request, Clock(progress))
+    _, model = open_model(request, Clock(progress), images=False)
     write_atomically(out, model.onnx)
     return model
 
 
 def make_plan(request: QuantizeRequest, progress: Progress) -> tuple[FloatModel, QuantPlan]:
     """What `sanitize` would do; nothing is written and no data is read."""
-    _, model = open_model(request, Clock(progress))
+    _, model = open_model(request, Clock(progress), images=False)
     return model, plan_layers(model, request.recipe, request.device)
 
 

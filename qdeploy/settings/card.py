@@ -23,6 +23,11 @@ Unit = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[int, Field(gt=0, le=65_536)]
 
 
+def is_nameable(architecture: str) -> bool:
+    """Whether a card may name it: no code is run that the card's author chose."""
+    return architecture.split(":", maxsplit=1)[0] in {"torchvision", "timm", "qdeploy"}
+
+
 class ModelSection(Spec):
     classes: tuple[str, ...] | None = Field(
         None, max_length=MOST_CLASSES, description="Names in label order."
@@ -188,7 +193,7 @@ class ModelCard(Spec):
         """Name the reason where a card asks for something a card may not do."""
         model = table.get("model") if isinstance(table, dict) else None
         name = model.get("architecture") if isinstance(model, dict) else None
-        if isinstance(name, str) and name.split(":")[0] not in {"torchvision", "timm", "qdeploy"}:
+        if isinstance(name, str) and not is_nameable(name):
             raise ValueError(
                 f"model.architecture {name!r} would run code that the model's author chose; a card"
                 " may name torchvision:NAME, timm:NAME or qdeploy:NAME, anything else is given"
