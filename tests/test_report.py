@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import get_args
 from xml.etree import ElementTree as ET
@@ -39,6 +40,7 @@ from qdeploy.settings.checks import CHECKS
 from qdeploy.settings.recipe import WeightGridSpec
 from qdeploy.values import (
     Arm,
+    BitSearch,
     Cleaning,
     DataUsed,
     FileMade,
@@ -47,6 +49,7 @@ from qdeploy.values import (
     LayerPlan,
     Origin,
     RoundedLayer,
+    Sensitivity,
     StageTime,
     WeightSite,
 )
@@ -67,6 +70,7 @@ def report() -> Report:
     return Report(
         differential=None,
         hardening=(),
+        bits=BitSearch((Sensitivity("conv1", 2, 0.25, 0.0),), 4.5, 97.0, 95.0, "nearest"),
         run_id="abc", started="2026-01-01T00:00:00+00:00", versions={"qdeploy": "0"},
         command="qdeploy sanitize", origin=Origin("m.pt", "0" * 64, "ONNX"), recipe={"bits": 4},
         policy={"name": "p"}, device={"name": "x"},
@@ -209,7 +213,7 @@ def test_the_page_says_the_verdict_first_and_needs_nothing_from_outside(report):
     assert body.index("REJECT") < body.index("attack_success: too high") < body.index("Checks")
     assert "agreement: no test data" in page
     links = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'>]*)", page)
-    assert all(link.startswith("data:") for link in links)
+    assert all(link.startswith(("data:", "#")) for link in links)
     assert "@import" not in page
     assert page.count('src="data:image/png;base64,') == 2
 
@@ -329,6 +333,95 @@ def test_what_others_read_is_as_they_publish_it(report, published):
     for one in (report, of_a_foreign_file(report), with_samples(report), accepted):
         jsonschema.validate(json.loads(to_sarif(one)), schema)
         junit.validate(to_junit(one).decode())
+
+
+class Outline(HTMLParser):
+    """What a reader without eyes gets of the page."""
+
+    def __init__(self, page: bytes) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: set[str] = set()
+        self.headers: list[str | None] = []  # the scope of every <th>
+        self.scrolled: list[str | None] = []  # the label of every table
+        self.feed(page.decode())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if given.get("id"):
+            self.anchors.add(str(given["id"]))
+        if tag == "a":
+            self.links.add(str(given["href"]).removeprefix("#"))
+        if tag == "th":
+            self.headers.append(given.get("scope"))
+        if given.get("class") == "scroll":
+            self.scrolled.append(given.get("aria-label") if given.get("tabindex") else None)
+
+
+def test_every_link_leads_somewhere_and_every_table_has_headers_and_a_name(report):
+    for one in (report, with_samples(report), of_a_foreign_file(report)):
+        page = to_html(one)
+        outline = Outline(page)
+        assert outline.links
+        assert outline.links <= outline.anchors
+        assert set(outline.headers) == {"col", "row"}
+        assert all(outline.scrolled)
+        assert b"<th></th>" not in page
+        assert len(outline.scrolled) == page.count(b"<table")
+
+
+def test_what_bits_cost_stands_beside_each_layer(report):
+    page = to_html(report).decode()
+    assert "4.50 a weight on average" in page
+    assert "measured by nearest" in page
+    assert '<td class="n">25.000</td>' in page
+    assert "Bits were looked for" not in to_html(replace(report, bits=None)).decode()
+
+
+def axe() -> Path | None:
+    """Where `npm install axe-core puppeteer-core` has put them, if somebody did."""
+    named = os.environ.get("QDEPLOY_AXE")
+    return Path(named) if named and (Path(named) / "axe-core").is_dir() else None
+
+
+AXE = """
+const [modules, browser, page] = process.argv.slice(2);
+const core = `${modules}/puppeteer-core/lib/esm/puppeteer/puppeteer-core.js`;
+const puppeteer = (await import(core)).default;
+const axe = (await import('fs')).readFileSync(`${modules}/axe-core/axe.min.js`, 'utf8');
+const args = ['--no-sandbox', '--disable-gpu'];
+const b = await puppeteer.launch({executablePath: browser, args});
+const found = [];
+for (const width of [390, 768, 1280]) for (const mode of ['light', 'dark', 'print']) {
+  const p = await b.newPage();
+  await p.setBypassCSP(true);
+  await p.setViewport({width, height: 900});
+  const scheme = mode === 'dark' ? 'dark' : 'light';
+  await p.emulateMediaFeatures([{name: 'prefers-color-scheme', value: scheme}]);
+  if (mode === 'print') await p.emulateMediaType('print');
+  await p.goto('file://' + page);
+  await p.evaluate(axe);
+  const result = await p.evaluate(() => axe.run(document));
+  for (const v of result.violations) found.push([width, mode, v.id, v.nodes[0].html]);
+  const wide = await p.evaluate(() => document.documentElement.scrollWidth);
+  if (wide > width) found.push([width, mode, 'wider than the screen', wide]);
+}
+console.log(JSON.stringify(found));
+await b.close();
+"""
+
+
+@pytest.mark.slow
+def test_the_page_passes_axe_in_a_real_browser(report, tmp_path):
+    browser, node, modules = shutil.which("chromium"), shutil.which("node"), axe()
+    if browser is None or node is None or modules is None:
+        pytest.skip("needs Chromium, node, and QDEPLOY_AXE=node_modules with axe-core in it")
+    (tmp_path / "axe.mjs").write_text(AXE)
+    for name, one in {"few": report, "many": with_samples(report)}.items():
+        (tmp_path / f"{name}.html").write_bytes(to_html(one))
+        call = [node, tmp_path / "axe.mjs", modules, browser, tmp_path / f"{name}.html"]
+        done = subprocess.run(call, capture_output=True, text=True, timeout=300, check=True)
+        assert json.loads(done.stdout) == []
 
 
 @pytest.mark.slow

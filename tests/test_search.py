@@ -58,7 +58,7 @@ def undecided(net: FloatModel, images: Images) -> FloatModel:
 
 def test_nothing_is_given_back_where_nothing_is_asked(net, images):
     found = searched(net, images, search=SearchSpec(min_agreement=0))
-    assert (found.at_8, found.float_inputs, found.average_bits) == (set(), set(), 4)
+    assert (found.at_8, found.float_inputs, found.found.average_bits) == (set(), set(), 4)
     assert found.recipe.bits == 4
     assert found.recipe.overrides == ()
 
@@ -70,12 +70,12 @@ def test_layers_are_given_back_until_the_limit_is_kept(net, images):
     )
     least = searched(model, images, search=SearchSpec(min_agreement=0), **nearest)
     found = searched(model, images, search=SearchSpec(min_agreement=100.0), **nearest)
-    assert least.agreement < found.agreement
+    assert least.found.agreement < found.found.agreement
     assert "block" in found.at_8
-    assert 4 < found.average_bits <= 8
+    assert 4 < found.found.average_bits <= 8
     short = "nothing smaller than that kept it" in found.summary
-    assert short is (found.agreement < 100)
-    assert not short or found.at_8 == {x.layer for x in found.layers}
+    assert short is (found.found.agreement < 100)
+    assert not short or found.at_8 == {x.layer for x in found.found.layers}
 
 
 def test_the_choice_is_an_ordinary_recipe(net, images):
@@ -96,8 +96,8 @@ def test_what_the_recipe_says_itself_still_holds(net, images):
 
 
 def test_the_layer_that_bears_no_rounding_is_the_most_sensitive(net, images):
-    before = {x.layer: x.four_bits for x in searched(net, images).layers}
-    after = {x.layer: x.four_bits for x in searched(with_outliers(net), images).layers}
+    before = {x.layer: x.four_bits for x in searched(net, images).found.layers}
+    after = {x.layer: x.four_bits for x in searched(with_outliers(net), images).found.layers}
     assert after["block"] > 3 * before["block"]
 
 

@@ -19,6 +19,7 @@ from qdeploy.settings.checks import ROWS, CheckRow
 from qdeploy.settings.device import BudgetSpec
 from qdeploy.settings.policy import GateSpec
 from qdeploy.values import (
+    BitSearch,
     Cleaning,
     Explanation,
     Finding,
@@ -60,6 +61,7 @@ class Results:
     notes: tuple[str, ...] = ()  # what was done to come to them
     cleaning: Cleaning | None = None
     hardening: tuple[HardeningRound, ...] = ()
+    bits: BitSearch | None = None  # None: they were given
     class_names: tuple[str, ...] = ()
 
     @property

@@ -30,20 +30,18 @@ from qdeploy.settings.checks import CHECKS
 from qdeploy.settings.device import DeviceProfile
 from qdeploy.settings.methods import EfrapDescent, FromMoments, FromWeights, Rounding
 from qdeploy.settings.recipe import Override, Recipe
-from qdeploy.values import FloatModel, Grids, LayerPlan, QuantPlan, RoundedLayer
+from qdeploy.values import (
+    BitSearch,
+    FloatModel,
+    Grids,
+    LayerPlan,
+    QuantPlan,
+    RoundedLayer,
+    Sensitivity,
+)
 
 BATCH = 32
 IMAGES_PER_LAYER = 64  # that a sensitivity is measured on
-
-
-@dataclass(frozen=True, slots=True)
-class Sensitivity:
-    """What one layer's rounding alone does to the logits."""
-
-    layer: str
-    weights: int
-    four_bits: float  # mean squared error that 4 bits add, over the logits' variance
-    input: float  # the same of its input on an 8-bit grid; 0 if that stays float anyway
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +49,24 @@ class Searched:
     """What was chosen, and by what."""
 
     recipe: Recipe  # with the choice written out
-    layers: tuple[Sensitivity, ...]
+    found: BitSearch
     at_8: frozenset[str]
     float_inputs: frozenset[str]
-    average_bits: float  # of a weight
-    agreement: float  # percent of the calibration images, of the choice
-    wanted: float
 
     @property
     def summary(self) -> str:
         """In one line."""
-        kept = f"{len(self.at_8)} of {len(self.layers)} layers at 8 bits"
+        found = self.found
+        kept = f"{len(self.at_8)} of {len(found.layers)} layers at 8 bits"
         inputs = f", {len(self.float_inputs)} with inputs in float" if self.float_inputs else ""
-        missed = "" if self.agreement >= self.wanted else ", and nothing smaller than that kept it"
+        missed = (
+            "" if found.agreement >= found.wanted else ", and nothing smaller than that kept it"
+        )
+        planned = self.recipe.rounding.name
+        instead = "" if found.rounding == planned else f"; measured by {found.rounding}"
         return (
-            f"{kept}{inputs}, {self.average_bits:.2f} bits a weight: {self.agreement:.1f} % of the"
-            f" calibration images as in float32, for {self.wanted:g} %{missed}"
+            f"{kept}{inputs}, {found.average_bits:.2f} bits a weight: {found.agreement:.1f} % of"
+            f" the calibration images as in float32, for {found.wanted:g} %{missed}{instead}"
         )
 
     def as_csv(self) -> bytes:
@@ -76,7 +76,7 @@ class Searched:
         table.writerow(
             ["layer", "weights", "error of 4 bits", "error of its input", "bits", "input"]
         )
-        for x in self.layers:
+        for x in self.found.layers:
             bits, given = 8 if x.layer in self.at_8 else 4, x.layer in self.float_inputs
             row = [x.layer, x.weights, f"{x.four_bits:.3g}", f"{x.input:.3g}", bits]
             table.writerow([*row, "float" if given else "8 bits"])
@@ -127,12 +127,15 @@ def search(
     total = sum(x.weights for x in layers)
     return Searched(
         recipe=_written_out(recipe, moves[:count]),
-        layers=layers,
+        found=BitSearch(
+            layers=layers,
+            average_bits=sum(x.weights * (8 if x.layer in at_8 else 4) for x in layers) / total,
+            agreement=reached,
+            wanted=wanted,
+            rounding=_in_one_pass(recipe.rounding).name,
+        ),
         at_8=at_8,
         float_inputs=float_inputs,
-        average_bits=sum(x.weights * (8 if x.layer in at_8 else 4) for x in layers) / total,
-        agreement=reached,
-        wanted=wanted,
     )
 
 

@@ -94,6 +94,7 @@ def compose(
         ),
         crowding=scan.crowding,
         hardening=results.hardening,
+        bits=results.bits,
         differential=_evidence_of("differential_trigger", results),
         findings=results.static,
         provenance=provenance,

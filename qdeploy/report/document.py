@@ -200,6 +200,25 @@ class WrittenDifferential(Written):
     seconds: float
 
 
+class WrittenSensitivity(Written):
+    """What one layer's rounding alone adds to the error of the logits, over their variance."""
+
+    layer: str
+    weights: int
+    four_bits: Finite = None
+    input: Finite = None  # of its input on an 8-bit grid
+
+
+class WrittenBits(Written):
+    """How bits were given to layers."""
+
+    average_bits: float
+    agreement: float  # percent of the calibration images, of the choice
+    wanted: float
+    rounding: str  # that was measured with
+    layers: tuple[WrittenSensitivity, ...]
+
+
 class WrittenReport(Written):
     """What a run of qdeploy found out. Percent and percentage points; null: not measured."""
 
@@ -228,6 +247,7 @@ class WrittenReport(Written):
     fingerprints: tuple[WrittenCrowding, ...] = ()
     differential: WrittenDifferential | None = None
     hardening: tuple[WrittenHardening, ...] = ()
+    bits: WrittenBits | None = None  # null: they were given
     left_float: tuple[FloatLayer, ...] = ()
     data: tuple[DataUsed, ...]
     stages: tuple[StageTime, ...] = ()

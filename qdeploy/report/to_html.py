@@ -22,10 +22,25 @@ from qdeploy.detectors.differential import Lead, Shown
 from qdeploy.disk.printable import visible
 from qdeploy.judging.rates import ArmRates, Sample
 from qdeploy.judging.verdict import Check, Outcome
+from qdeploy.report.layer_rows import layer_table
 from qdeploy.report.values import VARIANT_NAMES, Report
+from qdeploy.report.words import anchor, words
 from qdeploy.values import named_classes
 
 ORDER = ("off", "unclear", "few", "within")
+TITLES = {
+    "files": "What the files do",
+    "checks": "Checks",
+    "findings": "Seen without running the file",
+    "search": "A search for what only this file answers to",
+    "images": "Some images, and what each file says",
+    "classes": "Accuracy by class",
+    "layers": "Layers",
+    "differences": "What differs from the float model",
+    "runtimes": "Runtimes",
+    "evidence": "Evidence",
+    "words": "Words",
+}  # in the order of the page, by anchor
 MEANINGS = {
     Outcome.ACCEPT: "Every check is within its limit, and every required one was made.",
     Outcome.REJECT: "A check is off its limit: this file must not be deployed.",
@@ -42,6 +57,7 @@ def to_html(report: Report) -> bytes:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
+    shown = set(_sections(report))
     page = environment.get_template("report.html.j2").render(
         outcome=report.outcome.value,
         meaning=MEANINGS[report.outcome],
@@ -58,10 +74,14 @@ def to_html(report: Report) -> bytes:
         classes=list(_classes(report)),
         differential=_differential(report),
         hardening=list(_hardening(report)),
-        layers=list(_layers(report)),
+        layers=layer_table(report),
+        searched=_searched(report),
+        words=list(words(report)),
+        anchor=anchor,
+        titles=TITLES,
+        sections=[(anchor, title) for anchor, title in TITLES.items() if anchor in shown],
         left_float=report.left_float,
         findings=report.findings,
-        traced=list(_traced(report)),
         not_compared=report.provenance.not_compared if report.provenance is not None else None,
         differences=report.provenance.differences if report.provenance is not None else (),
         runtimes=[
@@ -86,6 +106,35 @@ def to_html(report: Report) -> bytes:
         stages=[{"name": s.name, "seconds": f"{s.seconds:.1f}"} for s in report.stages],
     )
     return page.encode()
+
+
+def _sections(report: Report) -> Iterator[str]:
+    """Anchors of those that there is anything for."""
+    yield from ("checks", "evidence", "words")
+    provenance = report.provenance
+    there = {
+        "files": report.rates,
+        "classes": report.rates and report.classes,
+        "findings": report.findings,
+        "search": report.differential,
+        "images": report.samples,
+        "layers": report.layers or (provenance is not None and provenance.layers),
+        "differences": provenance is not None and provenance.differences,
+        "runtimes": report.runtimes or report.latencies,
+    }
+    yield from (anchor for anchor, anything in there.items() if anything)
+
+
+def _searched(report: Report) -> str:
+    """How bits were given to layers, if they were looked for."""
+    found = report.bits
+    if found is None:
+        return ""
+    return (
+        f"Bits were looked for: {found.average_bits:.2f} a weight on average, with which"
+        f" {found.agreement:.1f} % of the calibration images are answered as in float32, for"
+        f" {found.wanted:g} %; measured by {found.rounding}."
+    )
 
 
 def _variants(report: Report) -> Iterator[dict[str, Any]]:
@@ -131,6 +180,7 @@ def _check(check: Check, required: Iterable[str]) -> dict[str, Any]:
     interval = "" if check.low is None else f"{check.low:.2f} to {check.high:.2f}"
     return {
         "name": check.name.replace("_", " "),
+        "anchor": anchor(check.name, "check"),
         "required": check.name in set(required),
         "where": check.where,
         "value": f"{check.value:.4g} {check.unit}",
@@ -241,34 +291,6 @@ def _classes(report: Report) -> Iterator[dict[str, Any]]:
                 {"kind": kind, "value": f"{_finite(value):.1f}", "text": _number(value, 1)}
                 for kind, value in values
             ],
-        }
-
-
-def _layers(report: Report) -> Iterator[dict[str, Any]]:
-    bits = {plan.site.name: plan.bits for plan in report.plan}
-    for layer in report.layers:
-        yield {
-            "name": layer.name,
-            "bits": bits[layer.name],
-            "rounding": layer.rounding_used,
-            "degraded": layer.degraded,
-            "flipped": f"{100 * layer.flipped:.1f}",
-            "error": _number(100 * layer.output_error, 3),
-            "nearest": _number(100 * layer.nearest_error, 3),
-        }
-
-
-def _traced(report: Report) -> Iterator[dict[str, Any]]:
-    for layer in report.provenance.layers if report.provenance is not None else ():
-        yield {
-            "name": layer.name,
-            "bits": layer.bits,
-            "storage": layer.storage,
-            "flipped": f"{100 * layer.flipped:.1f}",
-            "steps": _number(layer.steps, 2),
-            "explanation": report.explanations[layer.name],
-            "codes": layer.codes_sha256[:12],
-            "scales": layer.scales_sha256[:12],
         }
 
 

@@ -13,6 +13,7 @@ from qdeploy.judging.rates import ArmRates, RuntimeAgreement, Sample
 from qdeploy.judging.verdict import Check, Outcome
 from qdeploy.provenance.trace import Provenance
 from qdeploy.values import (
+    BitSearch,
     Cleaning,
     DataUsed,
     FileMade,
@@ -65,6 +66,7 @@ class Report:
     crowding: tuple[CellCrowding, ...]  # of the float weights, the strongest first
     hardening: tuple[HardeningRound, ...]  # how often integers were chosen again, and why
     differential: Differential | None  # None: nothing was searched
+    bits: BitSearch | None  # None: they were given
     findings: tuple[Finding, ...]  # what is seen in the file without running it
     provenance: Provenance | None  # None: there is no float model
     explanations: Mapping[str, str]  # how the integers of a layer came about, by its name

@@ -106,6 +106,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             made=LayersAsMade(quantized.layers, quantized.left_float, wrong),
             cleaning=student.cleaning() if student is not None else None,
             hardening=secured.rounds,
+            bits=searched.found if searched is not None else None,
         )
         report = compose(request, results, clock, run.path.name, request.recipe)
         return _deliver(report, request, run, files["result"], out, aside)
