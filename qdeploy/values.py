@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -255,6 +255,9 @@ class Predictions:
         str, Mapping[Arm, Int32[np.ndarray, " images"]]
     ]  # trigger -> arm -> all images
     targets: Mapping[str, int]  # trigger -> its class
+    ranks: Mapping[Arm, Int32[np.ndarray, " images"]] = field(
+        default_factory=dict
+    )  # how many classes the clean image's own comes after
 
 
 @dataclass(frozen=True, slots=True)

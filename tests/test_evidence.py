@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from qdeploy.data.triggers import make_trigger, parse_trigger
 from qdeploy.errors import InputError
 from qdeploy.inputs.opened import NO_EVIDENCE, Evidence
 from qdeploy.inputs.sources import CARD, COMMAND_LINE, Given, resolve
-from qdeploy.inputs.usable import distinct, repeated, seen
+from qdeploy.inputs.usable import described, distinct, repeated, seen
 from qdeploy.judging.rates import ArmRates, rates
 from qdeploy.judging.soundness import BY_LABELS, objections, sound
 from qdeploy.judging.verdict import Check
@@ -303,3 +304,14 @@ def test_calibration_images_that_are_few_or_copies_are_named(names, said):
     notes = list(repeated([str(name).encode() for name in names]))
     assert bool(notes) is (said is not None)
     assert said is None or said in notes[0]
+
+
+@pytest.mark.parametrize(("largest", "said"), [(200, True), (40, False)])
+def test_classes_of_very_different_sizes_are_named(largest, said, preprocessing):
+    labels = np.array([0] * largest + [1] * 20 + [2] * 10)
+    pixels = np.zeros((len(labels), 3, 8, 8), np.uint8)
+    images = replace(
+        images_from_array("x", pixels, preprocessing), labels=labels, classes=("cat", "dog", "owl")
+    )
+    notes = " ".join(described(images, 3, labelled=True))
+    assert ("cat has 200 images, the middle one of the classes 20" in notes) is said

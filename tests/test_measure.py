@@ -11,7 +11,7 @@ from qdeploy.data.triggers import Trigger
 from qdeploy.judging.rates import rates, runtime_agreement
 from qdeploy.runs.rundir import StoredPredictions
 from qdeploy.runtime import measure
-from qdeploy.runtime.measure import argmax, measure_latency, predict
+from qdeploy.runtime.measure import argmax, measure_latency, predict, ranks
 from qdeploy.runtime.sessions import Session, open_session
 from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import Arm, Predictions
@@ -120,6 +120,28 @@ def test_images_need_labels(test_images, sessions):
 def test_logits_that_are_not_finite_are_no_answer():
     logits = np.array([[0, 1], [np.nan, 0], [np.inf, 0], [2, 1]], np.float32)
     np.testing.assert_array_equal(argmax(logits), [1, -1, -1, 0])
+
+
+def test_where_the_own_class_comes():
+    logits = np.array([[3, 2, 1], [1, 2, 3], [1, 1, 0], [np.nan, 0, 0]], np.float32)
+    np.testing.assert_array_equal(ranks(logits, np.zeros(4, np.int64)), [0, 2, 1, 3])
+
+
+def test_among_the_best_five_counts_where_there_are_many_classes():
+    labels = np.zeros(10, np.int64)
+    answered = np.arange(10).astype(np.int32)
+    found = Predictions(labels, {FP32: answered}, {}, {}, {FP32: answered})
+    (many,), (few,) = rates(found, classes=20), rates(found, classes=19)
+    assert many.top5_accuracy is not None
+    assert (many.accuracy.value, many.top5_accuracy.value) == (10, 50)
+    assert few.top5_accuracy is None
+
+
+def test_every_class_counts_alike_in_the_balanced_accuracy():
+    labels = np.array([0] * 90 + [1] * 10)
+    answers = np.zeros(100, np.int32)
+    (found,) = rates(Predictions(labels, {FP32: answers}, {}, {}), classes=3)
+    assert (found.accuracy.value, found.balanced_accuracy) == (90, 50)
 
 
 CPU = RuntimeSpec(provider="cpu")

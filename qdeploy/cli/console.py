@@ -128,6 +128,8 @@ def show_report(report: Report, *, as_json: bool = False) -> None:
 def _show_measured(report: Report, console: Console) -> None:
     if report.rates:
         console.print(_rates_table(report))
+    if report.rates and report.rates[0].top5_accuracy is not None:
+        console.print(f"  among the best five: {', '.join(_top5(report))}")
     for other in report.runtimes:
         console.print(
             f"  answers like {report.rates[0].arm.runtime} on {printable(other.runtime)}: "
@@ -206,6 +208,15 @@ def _rates_table(report: Report) -> Table:
             *(cell for batch in (1, 32) for cell in _latency(report, variant, batch) if main),
         )
     return table
+
+
+def _top5(report: Report) -> Iterator[str]:
+    """Of every file on the first runtime."""
+    from qdeploy.report.values import VARIANT_NAMES
+
+    for rates in report.rates:
+        if rates.top5_accuracy is not None and rates.arm.runtime == report.rates[0].arm.runtime:
+            yield f"{VARIANT_NAMES[rates.arm.variant]} {_percent(rates.top5_accuracy)} %"
 
 
 def _agreement(rates: ArmRates) -> str:

@@ -65,6 +65,7 @@ def sanitize(
         Path | None,
         option("--images", "Unlabelled, for that; else those for calibration, all.", "Cleaning"),
     ] = None,
+    test_images: TestImages = None,
     artifacts: Artifacts = ARTIFACTS,
     dry_run: Annotated[bool, option("--dry-run", "Show the plan and stop.", "Output")] = False,
     as_json: AsJson = False,
@@ -75,7 +76,10 @@ def sanitize(
     from qdeploy.api import verbs
     from qdeploy.cli import console
 
-    settings |= given({"sanitizer": sanitizer, "images": images, "artifacts": artifacts})
+    settings |= given({
+        "sanitizer": sanitizer, "images": images, "test_images": test_images,
+        "artifacts": artifacts,
+    })  # fmt: skip
     progress, out = console.TerminalProgress(), place_of(out, model, QUANTIZED)
     if dry_run:
         from qdeploy.cli.planned import show_plan

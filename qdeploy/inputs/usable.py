@@ -15,6 +15,7 @@ from qdeploy.errors import InputError
 BATCH = 64
 FEW = 32  # pictures to calibrate with
 SHOWN = 3
+UNEVEN = 5  # times the images of the middle class
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,11 +77,23 @@ def described(images: Images, classes: int, *, labelled: bool) -> Iterator[str]:
     if unread:
         yield f"test data: {len(unread):,} files are no images and were not read: {_some(unread)}"
     assert images.labels is not None  # noqa: S101 - test images have labels
+    counts = np.bincount(images.labels, minlength=classes)
+    most, typical = int(counts.max()), int(np.median(counts[counts > 0]))
+    if labelled and most > UNEVEN * typical:
+        yield (
+            f"test data: {_class(images, int(counts.argmax()))} has {most:,} images, the middle one"
+            f" of the classes {typical:,}: accuracy speaks of the large ones; the report has the"
+            " mean over classes (balanced_accuracy), and a policy may limit class_drop"
+        )
     missing = sorted(set(range(classes)) - set(images.labels.tolist()))
     if missing:
-        names = images.classes or ()
-        shown = [names[c] if c < len(names) else str(c) for c in missing[:SHOWN]]
+        shown = [_class(images, c) for c in missing[:SHOWN]]
         yield f"test data: no images of {len(missing):,} classes: {_some(shown, len(missing))}"
+
+
+def _class(images: Images, number: int) -> str:
+    names = images.classes or ()
+    return names[number] if number < len(names) else str(number)
 
 
 def seen(triggers: Sequence[Trigger], images: Images) -> Mapping[str, Bool[np.ndarray, " images"]]:

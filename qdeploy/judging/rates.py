@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,13 @@ class ArmRates:
     class_accuracy: tuple[float, ...]  # nan: no images of that class
     attack_success: Mapping[str, Estimate]  # ASR by trigger; images of the target class excluded
     against_float: AgainstFloat | None  # None: there is no float model
+    top5_accuracy: Estimate | None = None  # None: so few classes that it would say nothing
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean over classes, each counted alike; nan if there are no images."""
+        there = [value for value in self.class_accuracy if not math.isnan(value)]
+        return sum(there) / len(there) if there else math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,7 @@ class Sample:
 
 
 SHOWN_IMAGES = 4
+MANY_CLASSES = 20  # from which on one of the best five says something
 
 
 def samples(
@@ -165,6 +174,11 @@ def _rates(
         attack_success=hits,
         against_float=(
             None if reference is None else _against(predictions, arm, reference, classes, asked)
+        ),
+        top5_accuracy=(
+            rate(predictions.ranks[arm] < 5)
+            if classes >= MANY_CLASSES and arm in predictions.ranks
+            else None
         ),
     )
 

@@ -97,6 +97,8 @@ class WrittenRates(Written):
     variant: Variant
     runtime: str
     accuracy: WrittenEstimate
+    top5_accuracy: WrittenEstimate | None = None  # null: there are few classes
+    balanced_accuracy: Finite = None  # the mean over classes
     class_accuracy: tuple[WrittenClass, ...] = ()
     accuracy_drop: WrittenEstimate | None = None
     accuracy_drop_relative: WrittenEstimate | None = None

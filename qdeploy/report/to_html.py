@@ -142,9 +142,11 @@ def _variants(report: Report) -> Iterator[dict[str, Any]]:
     for rates in _on_first_runtime(report):
         variant = rates.arm.variant
         measured = [rates.accuracy, *rates.attack_success.values()]
+        top5 = rates.top5_accuracy
         yield {
             "kind": variant,
             "name": VARIANT_NAMES[variant],
+            "top5": None if top5 is None else _rate(top5),
             "cells": [_cell(estimate) for estimate in measured],
             "agreement": _agreement(rates),
             "megabytes": f"{sizes[variant] / 1e6:.2f}",

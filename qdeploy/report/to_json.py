@@ -120,6 +120,8 @@ def _rates(rates: ArmRates, classes: tuple[str, ...]) -> WrittenRates:
         variant=rates.arm.variant,
         runtime=rates.arm.runtime,
         accuracy=_estimate(rates.accuracy),
+        top5_accuracy=None if rates.top5_accuracy is None else _estimate(rates.top5_accuracy),
+        balanced_accuracy=rates.balanced_accuracy,
         class_accuracy=tuple(WrittenClass(name=name, accuracy=value) for name, value in named),
         attack_success={name: _estimate(rate) for name, rate in rates.attack_success.items()},
         attack_success_rise={name: _estimate(rise) for name, rise in rises.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Protocol, runtime_checkable
 
@@ -21,7 +21,7 @@ LARGEST_BATCH = 250
 LATENCY_BATCHES = (1, 32)
 LATENCY_TURNS = 3
 SAVE_EVERY_SECONDS = 10.0
-CLEAN = ""
+CLEAN, RANKS = "", "|rank"  # of answers to clean images, and of where their own class comes
 
 
 @runtime_checkable
@@ -64,7 +64,7 @@ def predict(
     keys = {
         (arm, name): f"{arm.variant}|{arm.runtime}|{name}"
         for arm in sessions
-        for name in (CLEAN, *(t.name for t in triggers))
+        for name in (CLEAN, RANKS, *(t.name for t in triggers))
     }
     saved = store.load()
     done, answers = (0, {}) if saved is None else (saved[0], dict(saved[1]))
@@ -77,14 +77,13 @@ def predict(
     for batch in progress.track(remaining.batches(size), "images", -(-len(remaining) // size)):
         at = slice(done, done + len(batch.pixels))
         labels = images.labels[at]
-        for trigger in (None, *triggers):
-            asked = np.ones(len(labels), bool) if trigger is None else labels != trigger.target
-            pixels = batch.pixels if trigger is None else trigger.apply(batch.pixels[asked])
+        for name, asked, pixels in _questions(batch.pixels, labels, triggers):
             x = images.preprocessing.normalise(pixels)
             for arm, session in sessions.items():
-                if len(x):
-                    key = keys[arm, CLEAN if trigger is None else trigger.name]
-                    answers[key][at][asked] = argmax(session.logits(x))
+                logits = session.logits(x)
+                answers[keys[arm, name]][at][asked] = argmax(logits)
+                if name == CLEAN:
+                    answers[keys[arm, RANKS]][at] = ranks(logits, labels)
         done = at.stop
         if time.monotonic() - last_save > SAVE_EVERY_SECONDS:
             store.save(done, answers)
@@ -95,7 +94,26 @@ def predict(
         clean={arm: answers[keys[arm, CLEAN]] for arm in sessions},
         triggered={t.name: {arm: answers[keys[arm, t.name]] for arm in sessions} for t in triggers},
         targets={t.name: t.target for t in triggers},
+        ranks={arm: answers[keys[arm, RANKS]] for arm in sessions},
     )
+
+
+def _questions(
+    pixels: np.ndarray, labels: np.ndarray, triggers: Sequence[Trigger]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """What is asked about a batch: of which trigger, which of the images, and their pixels."""
+    yield CLEAN, np.ones(len(labels), bool), pixels
+    for trigger in triggers:
+        asked = labels != trigger.target
+        if asked.any():
+            yield trigger.name, asked, trigger.apply(pixels[asked])
+
+
+def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many classes come before the label's, or with it; all where logits are not finite."""
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    before = (logits >= own).sum(axis=1) - 1
+    return np.where(np.isfinite(logits).all(axis=1), before, logits.shape[1]).astype(np.int32)
 
 
 def argmax(logits: np.ndarray) -> np.ndarray:
