@@ -17,6 +17,7 @@ from qdeploy.core.differential import (
     Pair,
     Pictures,
     Size,
+    leaning,
     led,
     search,
 )
@@ -34,7 +35,7 @@ SCREENING = Effort(
         Size(Masked, 0.02), Size(Masked, 0.08), Size(Additive, 0.05), Size(Additive, 0.09),
         Size(Sinusoid, 0.09), Size(Blended, 0.15),
     ),
-    steps=20,
+    steps=25,
     images=4,
 )  # fmt: skip
 FULL = Effort(
@@ -47,7 +48,8 @@ FULL = Effort(
     steps=65,
     images=6,
 )
-FINALISTS = 2  # classes that are searched in full
+FINALISTS = 2  # classes that are searched in full, by each kind of perturbation
+LEANING = 32  # images by which classes are compared after the screening
 TOGETHER = 10  # classes that are screened at a time
 COMPARED = 4  # perturbations that are compared on all images, of each class searched in full
 # Floating-point operations of the whole search: some ten minutes of two cores, or of one GPU.
@@ -82,7 +84,7 @@ class SearchPlan:
     """Which classes are screened, the likeliest first, and how the best of them are searched."""
 
     order: tuple[int, ...]
-    finalists: int
+    finalists: int  # classes, by each kind of perturbation
     full: Effort
 
     @property
@@ -165,14 +167,25 @@ def searched(
     screened: list[Candidate] = []
     for group in groups:
         screened += search(pair, pictures, group, SCREENING, generator, ticks=tick)
-    by_success = sorted(screened, key=lambda one: -one.success)
-    targets = list(dict.fromkeys(one.target for one in by_success))[: plan.finalists]
-    found = search(pair, pictures, targets, plan.full, generator, ticks=tick)
+    leanings = leaning(pair, pictures, screened, LEANING, generator)
+    ordered = [one for _, one in sorted(zip(leanings, screened, strict=True), key=_by_leaning)]
+    found: list[Candidate] = []
+    for kind in dict.fromkeys(size.kind for size in plan.full.sizes):
+        # Kinds are not compared with each other: one that every class bears hides the others.
+        of_kind = dict.fromkeys(one.target for one in ordered if one.size.kind is kind)
+        sizes = tuple(size for size in plan.full.sizes if size.kind is kind)
+        targets = list(of_kind)[: plan.finalists]
+        effort = replace(plan.full, sizes=sizes)
+        found += search(pair, pictures, targets, effort, generator, ticks=tick)
     for _ in steps:
         pass
-    for target in targets:
-        of_target = [one for one in (*found, *by_success) if one.target == target]
+    for target in dict.fromkeys(one.target for one in found):
+        of_target = [one for one in (*found, *screened) if one.target == target]
         yield _best(pair, pictures, of_target)
+
+
+def _by_leaning(pair: tuple[float, Candidate]) -> float:
+    return -pair[0]
 
 
 def _best(pair: Pair, pictures: Pictures, found: list[Candidate]) -> Candidate:
