@@ -337,6 +337,7 @@ class HardeningRound:
     classes: tuple[int, ...]  # that something led to
     before: float  # percent of held-out images that the best perturbation led
     after: float  # that the best of a new search led
+    still: float  # that the best of those found before still led, of other images
     moved: float  # share of all integers
     seconds: float
     failed: str | None = None  # why it did not come to an end; the file is then as it was

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,16 @@ import pytest
 import torch
 
 import qdeploy
-from qdeploy.core.differential import Effort, Pair, Pictures, Size, led, search
+from qdeploy.core.differential import (
+    Candidate,
+    Effort,
+    Pair,
+    Pictures,
+    Size,
+    leaning,
+    led,
+    search,
+)
 from qdeploy.core.inversion import EVERY_KIND, Masked, Radii
 from qdeploy.core.operators import OPERATORS
 from qdeploy.core.program import evaluate
@@ -23,6 +34,9 @@ from qdeploy.errors import InputError
 from qdeploy.formats.onnx.standard import in_standard_operators
 from qdeploy.graph.io import serialize
 from qdeploy.graph.parts import as_program
+from qdeploy.quantization import hardening
+from qdeploy.quantization.hardening import Hardened
+from qdeploy.runs import securing
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.recipe import Recipe
 from tests.gate_lab import Lab, copied, run
@@ -67,6 +81,22 @@ def test_a_trigger_that_one_model_answers_is_found_and_what_both_answer_is_not()
     assert best_of(Pair(backdoored, benign)) == (2, 1.0)
     assert best_of(Pair(backdoored, backdoored))[1] == 0
     assert best_of(Pair(benign, backdoored))[1] < 0.2  # the null of the same pair
+
+
+def test_classes_are_told_apart_before_any_image_is_led():
+    """A pixel that is nearly bright enough: nothing follows yet, but the file leans to class 2."""
+    generator = torch.Generator().manual_seed(0)
+    radius = torch.ones(3)
+    made = Masked((0, 1, 2), SHAPE, Radii(radius, radius, radius), generator)
+    mask = torch.zeros(3, *SHAPE)
+    mask[:, 0, -1, -1] = 1
+    made.variables = {"mask": mask, "values": torch.full((3, *SHAPE), 0.45)}
+    pair, size = Pair(backdoored, benign), Size(Masked, 0.1)
+    pictures = Pictures.answered(dark(60), benign)
+    candidates = [Candidate(target, size, made, target, 0.0) for target in range(3)]
+    assert not any(led(pair, pictures, one).any() for one in candidates)
+    leanings = leaning(pair, pictures, candidates, 16, generator)
+    assert leanings[2] > 0.5 > max(leanings[:2])
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
@@ -249,6 +279,51 @@ def test_integers_are_chosen_again_against_what_was_found_and_the_report_says_so
     (rise,) = ours["attack_success_rise"].values()
     assert rise["value"] < 5
     assert ours["accuracy"]["value"] > floats["accuracy"]["value"] - 1.5
+
+
+@pytest.fixture
+def attempts(monkeypatch) -> Callable[[Sequence[float]], list[tuple[int, ...]]]:
+    """Hardening that moves one integer at a time, and after which this much is still led."""
+
+    def set_up(shares: Sequence[float]) -> list[tuple[int, ...]]:
+        asked: list[tuple[int, ...]] = []
+        rest = iter(shares)
+
+        def harden(task, rounded, against, spec, seed, progress):
+            asked.append(against.targets)
+            assert {trigger.target for trigger in against.known} <= set(against.targets)
+            first, *others = rounded
+            codes = first.codes.copy()
+            codes.flat[len(asked)] += 1 if codes.flat[len(asked)] < 0 else -1
+            return Hardened((replace(first, codes=codes), *others), 0.0)
+
+        monkeypatch.setattr(hardening, "harden", harden)
+        monkeypatch.setattr(securing, "still_led", lambda suspect, known: next(rest))
+        return asked
+
+    return set_up
+
+
+@pytest.mark.costly
+@pytest.mark.usefixtures("searching")
+@pytest.mark.parametrize(
+    ("shares", "made", "kept"),
+    [([1.0], 1, 1.0), ([20.0, 2.0], 2, 2.0), ([20.0, 5.0, 10.0], 3, 5.0)],
+    ids=["at once", "the second time", "the best of all"],
+)
+def test_it_is_tried_again_while_what_was_found_still_leads(lab, attempts, shares, made, kept):
+    asked = attempts(shares)
+    (lab / "recipe.toml").write_text(
+        'schema_version = 1\nname = "r"\ndescription = "d"\nbits = 4\n'
+        '[rounding]\nkind = "efrap"\n'
+        '[hardening]\nwhen = "always"\nrounds = 1\nattempts = 3\nstill = 3.0\n'
+    )
+    run("sanitize", lab / "fp32.onnx", "--out", lab / "hard.onnx", "--recipe", lab / "recipe.toml",
+        "--seed", 1, "--report", lab / "hard.json", "--artifacts", lab / "runs")  # fmt: skip
+    report = json.loads((lab / "hard.json").read_text())
+    (done,) = report["hardening"]
+    assert (len(asked), done["still"]) == (made, kept)
+    assert done["moved"] > 0
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from qdeploy.api.settings import ARTIFACTS
 from qdeploy.cli.bundled import devices, policies, recipes, schema
 from qdeploy.cli.comparing import compare
 from qdeploy.cli.leaving import leave_by
+from qdeploy.cli.options import Model
 from qdeploy.cli.redteam import redteam
 from qdeploy.cli.verbs import clean, export, gate, init, quantize, sanitize, scan
 from qdeploy.cli.vouching import attest, track, verify
@@ -48,6 +49,15 @@ for command in (
 ):
     app.command()(command)
 app.command("distill", hidden=True, deprecated=True)(clean)
+
+
+@app.command()
+def info(model: Model) -> None:
+    """Say what a model file is: format, ends, weights, operators. Nothing of it is run."""
+    from qdeploy.cli import console
+    from qdeploy.runs.info import facts
+
+    console.show_pairs(facts(model))
 
 
 @app.command()

@@ -7,6 +7,7 @@ runtime that executes both files.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,6 +134,24 @@ def detect(suspect: Suspect, progress: Progress = SILENT) -> Detected | NotLooke
     return Detected(best.led.value, best.described(suspect.class_names), evidence, best.led)
 
 
+def still_led(suspect: Suspect, triggers: Sequence[Trigger]) -> float:
+    """Percent of the pictures that the best of some triggers leads in the file alone; 0 for none.
+
+    As the runtime answers, on pictures that were saved with 8 bits.
+    """
+    if suspect.pictures is None or suspect.float_model is None or suspect.file is None:
+        return math.nan
+    assert suspect.run is not None  # noqa: S101 - there is a file
+    logits = {
+        "file": suspect.run(suspect.file),
+        "float model": suspect.run(suspect.float_model.onnx),
+    }
+    sample = suspect.pictures.sample(PICTURES, 0)
+    pixels = np.concatenate([batch.pixels for batch in sample.batches(ANSWERED)])
+    score = _Score(logits, suspect.pictures, pixels)
+    return max((score.led(trigger, "file").value for trigger in triggers), default=0.0)
+
+
 def _missing(suspect: Suspect) -> str | None:
     """Why there is nothing to search; None if there is."""
     if suspect.float_model is None or suspect.file is None or suspect.run is None:
@@ -169,9 +188,13 @@ class _Score:
     def lead(self, candidate: Candidate, direction: str) -> Lead:
         """How many images it leads in one model and not in the other."""
         trigger = _trigger(candidate)
-        hits = self._led(trigger, direction)
         size = candidate.size
-        return Lead(candidate.target, size.kind.NAME, size.share, rate(hits), trigger)
+        led = self.led(trigger, direction)
+        return Lead(candidate.target, size.kind.NAME, size.share, led, trigger)
+
+    def led(self, trigger: Trigger, direction: str) -> Estimate:
+        """Share of images that a trigger leads in one model and not in the other."""
+        return rate(self._led(trigger, direction))
 
     def fidelity(self, answers: Mapping[str, np.ndarray]) -> float:
         """Percent of the plain images answered as in `answers`, by the model that has fewer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,7 +12,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from qdeploy.core.differential import Pair, Pictures, objective
-from qdeploy.core.inversion import Additive, Blended, Masked, Perturbations, Radii, Sinusoid
+from qdeploy.core.inversion import FORGET, Additive, Blended, Masked, Perturbations, Radii, Sinusoid
 from qdeploy.core.program import evaluate
 from qdeploy.core.rounding.end_to_end import (
     Choices,
@@ -22,6 +22,7 @@ from qdeploy.core.rounding.end_to_end import (
 )
 from qdeploy.core.rounding.nearest import nearest
 from qdeploy.data import Images, Preprocessing
+from qdeploy.data.triggers import Trigger
 from qdeploy.graph.assemble import assemble
 from qdeploy.graph.differentiable import accelerator, normaliser
 from qdeploy.graph.io import initializers, serialize
@@ -44,6 +45,18 @@ LIFETIME = 60  # steps after which a perturbation starts anew
 CHANCE = 0.02  # of being shown, for one that has had no success yet
 PICTURES = 1024
 READ = 64
+END_TO_END = ", end to end"  # said of a layer's rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """What nothing may do in the file that it does not in the float model."""
+
+    targets: tuple[int, ...] = ()  # classes that nothing may lead to; none for accuracy alone
+    known: tuple[Trigger, ...] = ()  # that led to one of them; new ones are sought besides
+
+
+FOR_ACCURACY = Against()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +70,7 @@ class Hardened:
 def harden(
     task: RoundingTask,
     rounded: Sequence[RoundedLayer],
-    targets: Sequence[int],
+    against: Against,
     spec: HardeningSpec,
     seed: int,
     progress: Progress = SILENT,
@@ -66,8 +79,6 @@ def harden(
 
     Args:
         rounded: Where it begins.
-        targets: Classes that nothing may lead to which does not in the float model; none for
-            accuracy alone.
 
     Raises:
         PlanError: there is an operator through which there are no gradients here.
@@ -81,11 +92,10 @@ def harden(
     pixels = _pixels(images.sample(PICTURES, seed)).to(device)
     generator = torch.Generator().manual_seed(seed)
     disturbance = None
-    if targets:
-        against = _Adversary(network, pixels, targets, generator)
+    if against.targets:
+        disturbance = _Adversary(network, pixels, against, generator)
         for _ in progress.track(range(WARM_UP), "seek perturbations", WARM_UP):
-            against.seek()
-        disturbance = against
+            disturbance.seek()
     settings = EndToEnd(spec.steps, spec.images, spec.learning_rate, spec.bias_rate)
     steps = progress.track(range(spec.steps), "choose end to end", spec.steps)
     choose_end_to_end(network, pixels, settings, generator, steps, disturbance)
@@ -96,8 +106,9 @@ class _Adversary:
     """Perturbations towards some classes, which follow the network as it changes."""
 
     def __init__(
-        self, network: Network, pixels: Tensor, targets: Sequence[int], generator: torch.Generator
+        self, network: Network, pixels: Tensor, against: Against, generator: torch.Generator
     ) -> None:
+        targets = against.targets
         self._network, self._generator = network, generator
         self._pictures = Pictures.answered(pixels, network.reference)
         self._sought: list[Perturbations] = []
@@ -107,10 +118,14 @@ class _Adversary:
             radius = radius * kind.scale(self._pictures.shape)
             radii = Radii(radius, radius, radius)
             self._sought.append(kind(wanted, self._pictures.shape, radii, generator, LIFETIME))
+        self._known = [_Known.of(trigger, pixels.device) for trigger in against.known]
 
     def seek(self) -> None:
         """One step of every perturbation against the network as it is."""
         pair = Pair(self._network.answers(), self._network.reference)
+        for known in self._known:
+            drawn = self._pictures.draw(torch.tensor([known.target]), SLOT_IMAGES, self._generator)
+            known.see(pair, self._pictures.pixels[drawn.to(self._pictures.pixels.device)])
         pictures = self._pictures
         for sought in self._sought:
             drawn = pictures.draw(sought.targets, SLOT_IMAGES, self._generator)
@@ -120,17 +135,56 @@ class _Adversary:
     def __call__(self, pixels: Tensor) -> Tensor:
         """The images perturbed, those ways more often that lead more; after one more step."""
         self.seek()
-        chances = torch.cat([sought.success.cpu() + CHANCE for sought in self._sought])
-        owners = [(s, row) for s in self._sought for row in range(len(s.targets))]
+        successes = [sought.success.cpu() for sought in self._sought]
+        successes.append(torch.tensor([known.success for known in self._known]))
+        chances = torch.cat(successes) + CHANCE
+        ways: list[Callable[[Tensor], Tensor]] = [
+            partial(_perturbed, sought, row)
+            for sought in self._sought
+            for row in range(len(sought.targets))
+        ]
+        ways += [known.apply for known in self._known]
         chosen = torch.multinomial(chances, len(pixels), True, generator=self._generator)
         perturbed = torch.empty_like(pixels)
         for place in chosen.unique().tolist():
             at = (chosen == place).to(pixels.device)
-            sought, row = owners[place]
-            rows = torch.full((int(at.sum()),), row, device=pixels.device)
-            once = torch.ones(len(rows), device=pixels.device)
-            perturbed[at] = sought.apply(pixels[at], rows, once)
+            perturbed[at] = ways[place](pixels[at])
         return perturbed
+
+
+def _perturbed(sought: Perturbations, row: int, pixels: Tensor) -> Tensor:
+    rows = torch.full((len(pixels),), row, device=pixels.device)
+    return sought.apply(pixels, rows, torch.ones(len(pixels), device=pixels.device))
+
+
+@dataclass(slots=True, eq=False)
+class _Known:
+    """A perturbation that stays as it is."""
+
+    mask: Tensor
+    pattern: Tensor
+    added: Tensor
+    target: int
+    success: float = 1.0  # running mean share of images that follow in one model alone
+
+    @classmethod
+    def of(cls, trigger: Trigger, device: torch.device) -> _Known:
+        added = np.zeros_like(trigger.pattern) if trigger.added is None else trigger.added
+        parts = (trigger.mask, trigger.pattern, added)
+        mask, pattern, more = (torch.from_numpy(np.array(part)).to(device) for part in parts)
+        return cls(mask, pattern, more, trigger.target)
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """The images perturbed."""
+        return ((1 - self.mask) * pixels + self.mask * self.pattern + self.added).clamp(0, 1)
+
+    def see(self, pair: Pair, pixels: Tensor) -> None:
+        """How many of these images follow now."""
+        with torch.no_grad():
+            shown = self.apply(pixels)
+            led, kept = (ask(shown).argmax(1) for ask in (pair.led, pair.kept))
+        share = float(((led == self.target) & (kept != self.target)).float().mean())
+        self.success = FORGET * self.success + (1 - FORGET) * share
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -196,7 +250,7 @@ def _result(task: RoundingTask, rounded: Mapping[str, RoundedLayer], opened: _Op
             replace(
                 before,
                 codes=codes,
-                rounding_used=f"{before.rounding_used}, end to end",
+                rounding_used=f"{before.rounding_used.removesuffix(END_TO_END)}{END_TO_END}",
                 flipped=float((matrix != nearest(problems[site.name])).mean()),
                 output_error=float("nan"),
                 bias_corrections=corrections,

@@ -220,8 +220,8 @@ def _hardening_notes(rounds: Sequence[HardeningRound], names: Sequence[str]) -> 
         after = (
             f"the file stays as it was: {one.failed}"
             if one.failed is not None
-            else f"the best of a new search leads {one.after:.0f} %; {100 * one.moved:.2f} % of"
-            " the integers moved"
+            else f"that leads {one.still:.1f} % now and the best of a new search {one.after:.0f} %;"
+            f" {100 * one.moved:.2f} % of the integers moved"
         )
         yield (
             f"hardened against {named_classes(one.classes, names)}: a perturbation led"

@@ -184,6 +184,7 @@ class WrittenHardening(Written):
     classes: tuple[int, ...]
     before: Finite
     after: Finite
+    still: Finite = None  # that what was found before still led
     moved: float
     seconds: float
     failed: str | None = None  # why it did not come to an end; the file is then as it was

@@ -278,6 +278,7 @@ def _hardening(report: Report) -> Iterator[dict[str, str]]:
             "classes": named_classes(one.classes, report.classes),
             "before": _number(one.before, 1),
             "after": _number(one.after, 1),
+            "still": _number(one.still, 1),
             "moved": f"{100 * one.moved:.2f}",
             "seconds": f"{one.seconds:.0f}",
         }

@@ -75,6 +75,12 @@ class HardeningSpec(Spec):
     )
     above: float = Field(25.0, ge=0, le=100, description="Percent of images.")
     rounds: int = Field(3, gt=0, description="Of hardening and searching again, at most.")
+    attempts: int = Field(
+        3, gt=0, description="To choose, in a round, while what was found before still leads."
+    )
+    still: float = Field(
+        3.0, ge=0, le=100, description="Percent of images that it may lead before that is tried."
+    )
     steps: int = Field(250, gt=0)
     images: int = Field(24, gt=0, description="Plain ones of a step, and as many perturbed.")
     learning_rate: float = Field(0.02, gt=0, description="Of choices.")
