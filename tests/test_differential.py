@@ -21,6 +21,7 @@ from qdeploy.core.differential import (
     Size,
     leaning,
     led,
+    scored,
     search,
 )
 from qdeploy.core.inversion import EVERY_KIND, Masked, Radii
@@ -97,6 +98,13 @@ def test_classes_are_told_apart_before_any_image_is_led():
     assert not any(led(pair, pictures, one).any() for one in candidates)
     leanings = leaning(pair, pictures, candidates, 16, generator)
     assert leanings[2] > 0.5 > max(leanings[:2])
+
+
+def test_large_images_are_answered_a_few_at_a_time():
+    """224 pixels in batches of 128 took 23 GB of a ConvNeXt."""
+    assert scored(torch.zeros(1, 3, 32, 32)) == 128
+    assert scored(torch.zeros(1, 3, 224, 224)) == 13
+    assert scored(torch.zeros(1, 3, 2000, 2000)) == 1
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)

@@ -20,10 +20,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from qdeploy.core.inversion import EVERY_KIND, Objective, Perturbations, Radii
+from qdeploy.core.inversion import EVERY_KIND, LARGEST_BATCH_VALUES, Objective, Perturbations, Radii
 
 Answers = Callable[[Tensor], Tensor]  # from pixels in [0, 1] to logits
 SCORED = 128  # images at a time
+
+
+def scored(pixels: Tensor) -> int:
+    """How many of these images are answered at a time: of large ones fewer, for memory."""
+    return max(1, min(SCORED, LARGEST_BATCH_VALUES // pixels[0].numel()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +54,7 @@ class Pictures:
     def answered(cls, pixels: Tensor, kept: Answers) -> Pictures:
         """`pixels` as `kept` has them."""
         with torch.no_grad():
-            return cls(pixels, torch.cat([kept(part) for part in pixels.split(SCORED)]))
+            return cls(pixels, torch.cat([kept(part) for part in pixels.split(scored(pixels))]))
 
     @property
     def classes(self) -> Int64[Tensor, " images"]:
@@ -173,7 +178,7 @@ def led(pair: Pair, pictures: Pictures, candidate: Candidate) -> Bool[Tensor, " 
     chosen = pictures.pixels[pictures.classes != candidate.target]
     if not len(chosen):
         return torch.zeros(0, dtype=torch.bool)
-    return torch.cat([_only_one(pair, candidate, part) for part in chosen.split(SCORED)])
+    return torch.cat([_only_one(pair, candidate, part) for part in chosen.split(scored(chosen))])
 
 
 def _only_one(pair: Pair, candidate: Candidate, pixels: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from qdeploy.core.differential import (
-    SCORED,
     Candidate,
     Effort,
     Pair,
@@ -19,6 +18,7 @@ from qdeploy.core.differential import (
     Size,
     leaning,
     led,
+    scored,
     search,
 )
 from qdeploy.core.inversion import Additive, Blended, Masked, Sinusoid
@@ -71,7 +71,8 @@ class Models:
     def answers(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """The classes that both give, by name."""
         with torch.no_grad():
-            parts = _tensor(pixels).split(SCORED)
+            images = _tensor(pixels)
+            parts = images.split(scored(images))
             both = {"file": self.pair.led, "float model": self.pair.kept}
             return {
                 name: torch.cat([ask(part).argmax(1) for part in parts]).cpu().numpy()
@@ -133,8 +134,11 @@ def plan_of(models: Models, pixels: np.ndarray) -> SearchPlan:
         )
     with torch.no_grad():
         sample = _tensor(pixels[:128])
-        leaning = models.pair.led(sample).log_softmax(1) - models.pair.kept(sample).log_softmax(1)
-    order = leaning.mean(0).argsort(descending=True).tolist()
+        leanings = [
+            models.pair.led(part).log_softmax(1) - models.pair.kept(part).log_softmax(1)
+            for part in sample.split(scored(sample))
+        ]
+    order = torch.cat(leanings).mean(0).argsort(descending=True).tolist()
     return SearchPlan(tuple(order[:most]), finalists, full)
 
 
