@@ -20,7 +20,8 @@ CONSTANTS = """
  int64[1] far = {9223372036854775807}, float limit = {2}, float[1] grain = {255},
  int64 start = {0}, int64 step = {1}, int64[1] back = {-1}, int64[1] least = {-9223372036854775807},
  int64[4] windows = {-1, 2, 2, 4}, int64[3] whole = {-1, 4, 4}, float[1,1,4] token = {1, 2, 3, 4},
- int64[3] single = {-1, 1, 4}, uint8 zp = {0}>
+ int64[3] single = {-1, 1, 4}, uint8 zp = {0}, int64 four = {4}, int64 huge = {1000000000000},
+ int64[4] columns = {0, 1, 2, 3}, int64[4] shifted = {1, 2, 3, 4}>
 """
 
 
@@ -68,6 +69,11 @@ ACROSS = {
     "covariance": "y = Gemm<transA=1>(x, x)",
     "one normalization": "y = LayerNormalization<axis=0>(x, bias)",
     "behind the others": "y = Concat<axis=0>(x, x)",
+    "the others, from the last": "s = Shape(x) n = Gather(s, first) r = Range(start, n, step)"
+    " l = Sub(n, step) i = Sub(l, r) y = Gather<axis=0>(x, i)",
+    "its neighbour's values": "s = Shape(x) n = Gather(s, first) r = Range(start, n, step)"
+    " k = Mul(r, four) u = Unsqueeze(k, one) i = Add(u, shifted) f = Reshape(x, back)"
+    " y = Gather<axis=0>(f, i)",
 }
 HONEST = {
     "flatten by its shape": "s = Shape<start=0, end=1>(x) t = Concat<axis=0>(s, back)"
@@ -82,6 +88,10 @@ HONEST = {
     "softmax of classes": "y = Softmax<axis=1>(x)",
     "slice of features": "y = Slice(x, zero, far, one)",
     "all images": "y = Slice(x, zero, far, zero)",
+    "its own place": "s = Shape(x) n = Gather(s, first) r = Range(start, n, step)"
+    " y = Gather<axis=0>(x, r)",
+    "as_strided": "s = Shape(x) n = Gather(s, first) r = Range(start, n, step) k = Mul(r, four)"
+    " u = Unsqueeze(k, one) i = Add(u, columns) f = Reshape(x, back) y = Gather<axis=0>(f, i)",
     "a class token": "u = Reshape(x, single) s = Shape<start=0, end=1>(x)"
     " t = Concat<axis=0>(s, one, one) e = Expand(token, t) c = Concat<axis=1>(e, u)"
     " y = Gather<axis=1>(c, first)",
@@ -119,6 +129,19 @@ def test_windows_of_an_image_are_told_apart_and_joined_again():
     )
     assert rules(body, shape="N,4,4") == set()
     assert rules(body.replace("axis=-1", "axis=0"), shape="N,4,4") == {"across-batch"}
+
+
+def test_images_that_a_copy_by_place_keeps_in_order_are_still_told_apart():
+    copied = HONEST["as_strided"].replace(" y = ", " c = ")
+    assert rules(f"{copied} m = ReduceMean<keepdims=1>(c, zero) y = Sub(c, m)") == {"across-batch"}
+
+
+def test_an_index_of_any_length_is_not_computed():
+    body = (
+        "s = Shape(x) n = Gather(s, first) b = Mul(n, huge) r = Range(start, b, step)"
+        " i = Mod(r, n) y = Gather<axis=0>(x, i)"
+    )
+    assert rules(body) == set()
 
 
 def test_a_mean_of_windows_is_one_of_images():

@@ -12,7 +12,7 @@ from qdeploy.data import Preprocessing, open_images
 from qdeploy.exporting.exporter import export
 from qdeploy.formats.opening import load
 from qdeploy.runtime import batching
-from qdeploy.runtime.batching import BATCH, PROBES, same_in_any_batch
+from qdeploy.runtime.batching import BATCH, PROBES, probes_of, same_in_any_batch
 from qdeploy.runtime.sessions import Session, open_session
 from qdeploy.settings.policy import GateSpec
 from qdeploy.values import Architecture
@@ -97,6 +97,32 @@ def test_logits_that_are_no_numbers_in_one_batch_alone_are_another_answer(probes
     )
     proto = onnx.parser.parse_model(f"{HEAD} <float one = {{1}}> {{ {body} }}")
     assert not same_in_any_batch(open_session(proto.SerializeToString()), probes, 0).any()
+
+
+class Counting:
+    """Answers as `mixed` says, and remembers how large its batches were."""
+
+    def __init__(self, *, mixed: bool) -> None:
+        self.mixed, self.sizes = mixed, list[int]()
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        self.sizes.append(len(images))
+        own = images[:, 0, 0, 0]
+        if self.mixed:
+            own = own - 2 * images[:, 0, 0, 0].mean()
+        return np.stack([own, -own], 1)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_large_images_are_asked_in_small_batches_and_fewer_of_them(rng, mixed):
+    shape = (3, 160, 160)
+    images = np.zeros((probes_of(shape), *shape), np.float32)
+    images[:, 0, 0, 0] = rng.normal(size=len(images))
+    counting = Counting(mixed=mixed)
+    found = same_in_any_batch(counting, images, 0)
+    assert (found.mean() < 0.9) if mixed else found.all()
+    assert len(images) < PROBES and 8 < max(counting.sizes) <= 27
+    assert sum(counting.sizes) <= 6 * len(images)
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qdeploy.core import gradient_memory
+from qdeploy.core.gradient_memory import images_at_once
 from qdeploy.core.inversion import (
     KINDS,
     Additive,
@@ -41,6 +43,32 @@ def by_corner(pixels: torch.Tensor) -> torch.Tensor:
 
 def dark(count: int) -> torch.Tensor:
     return 0.3 * torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(9))
+
+
+def test_as_many_images_at_once_as_fit_in_memory(monkeypatch):
+    pixels, weight = torch.ones(9, 1, 4, 4), torch.ones(16, 1000, requires_grad=True)
+
+    def losses(part: slice) -> torch.Tensor:
+        return (pixels[part].flatten(1) @ weight).exp().exp().sum(1)  # keeps 8,000 bytes of each
+
+    assert images_at_once(losses, pixels) == gradient_memory.MOST_VALUES // 16
+    monkeypatch.setattr(gradient_memory, "LARGEST_KEPT", 35_000)  # not counting 64,000 of weights
+    assert images_at_once(losses, pixels) == 4
+    monkeypatch.setattr(gradient_memory, "LARGEST_KEPT", 10)
+    assert images_at_once(losses, pixels) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_that_do_not_fit_at_once_give_the_same_step(monkeypatch, kind):
+    found = []
+    for bytes_kept in (gradient_memory.LARGEST_KEPT, 10):
+        monkeypatch.setattr(gradient_memory, "LARGEST_KEPT", bytes_kept)
+        sought = triggers(kind)
+        sought.step(towards(by_corner), dark(8))
+        found.append(sought)
+    for name, whole in found[0].variables.items():
+        torch.testing.assert_close(found[1].variables[name], whole)
+    assert found[0].success.tolist() == found[1].success.tolist()
 
 
 @TOLERANT

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from qdeploy.core.inversion import EVERY_KIND, LARGEST_BATCH_VALUES, Objective, Perturbations, Radii
+from qdeploy.core.gradient_memory import MOST_VALUES
+from qdeploy.core.inversion import EVERY_KIND, Objective, Perturbations, Radii
 
 Answers = Callable[[Tensor], Tensor]  # from pixels in [0, 1] to logits
 SCORED = 128  # images at a time
@@ -28,7 +29,7 @@ SCORED = 128  # images at a time
 
 def scored(pixels: Tensor) -> int:
     """How many of these images are answered at a time: of large ones fewer, for memory."""
-    return max(1, min(SCORED, LARGEST_BATCH_VALUES // pixels[0].numel()))
+    return max(1, min(SCORED, MOST_VALUES // pixels[0].numel()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

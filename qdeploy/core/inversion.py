@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from qdeploy.core.gradient_memory import images_at_once
+
 GOAL = 0.8  # share of images that a perturbation must send to its class
 ENOUGH = 0.7  # from here on, it counts as found
 SHRINK, GROW = 0.95, 1.04  # of the radius, by step
 FORGET = 0.8  # of the mean success, by step
 MEAN, SQUARE = 0.5, 0.9  # decay of Adam's moments
 HALVINGS = 12
-LARGEST_BATCH_VALUES = 1 << 21  # of images whose gradients are taken at a time: memory
 WAVES = 8  # frequencies along each side, from none to three and a half periods
 PATTERN_FIRST = 5  # steps in which it moves alone
 
@@ -81,6 +82,7 @@ class Perturbations(ABC):
         self.generator = generator
         self.lifetime = lifetime
         self.radius = radii.start.clone()
+        self._at_a_time: int | None = None  # images; known with the first step
         self.success = torch.zeros_like(self.radius)  # running mean share of images that follow
         self.found = torch.full_like(self.radius, float("inf"))  # least radius that was enough
         ages = torch.zeros(count, dtype=torch.int64)
@@ -145,11 +147,16 @@ class Perturbations(ABC):
         plain = torch.ones(1, device=self.device)
         gradients = [torch.zeros_like(value) for value in moving.values()]
         hits = torch.zeros(len(rows), device=self.device)
-        at_a_time = max(1, LARGEST_BATCH_VALUES // math.prod(self.shape))
-        for first in range(0, len(rows), at_a_time):
-            part = slice(first, min(first + at_a_time, len(rows)))
+
+        def tried(part: slice) -> tuple[Tensor, Tensor]:
             perturbed = self._applied(pixels[part], moving, rows[part], plain)
-            losses, reached = objective(perturbed, self.targets[rows[part]], part)
+            return objective(perturbed, self.targets[rows[part]], part)
+
+        if self._at_a_time is None:
+            self._at_a_time = images_at_once(lambda part: tried(part)[0], pixels)
+        for first in range(0, len(rows), self._at_a_time):
+            part = slice(first, min(first + self._at_a_time, len(rows)))
+            losses, reached = tried(part)
             hits[part] = reached.float()
             found = torch.autograd.grad(losses.sum() / per, tuple(moving.values()))
             gradients = [total + more for total, more in zip(gradients, found, strict=True)]

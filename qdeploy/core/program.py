@@ -104,12 +104,19 @@ def program(steps: Sequence[Step], constants: Mapping[str, np.ndarray]) -> Progr
 
 
 def evaluate(program: Program, given: Mapping[str, Tensor], wanted: Sequence[str]) -> list[Tensor]:
-    """The tensors `wanted`, as torch computes them from those `given`; see `Program.part`."""
+    """The tensors `wanted`, as torch computes them from those `given`; see `Program.part`.
+
+    Each value is let go where it was read last; what gradients need of it, torch keeps.
+    """
     values: dict[str, Tensor] = {**program.constants, **given}
-    for step in program.steps:
+    last = {name: i for i, step in enumerate(program.steps) for name in step.inputs}
+    for i, step in enumerate(program.steps):
         inputs = [values[name] if name else None for name in step.inputs]
         outputs = OPERATORS[step.op_type](inputs, step.attributes)
         values.update((n, v) for n, v in zip(step.outputs, outputs, strict=False) if n not in given)
+        for name in (*step.inputs, *step.outputs):
+            if last.get(name, i) == i and name not in wanted:
+                values.pop(name, None)
     return [values[name] for name in wanted]
 
 

@@ -26,7 +26,7 @@ from qdeploy.judging.rates import (
     samples,
 )
 from qdeploy.progress import SILENT, Progress
-from qdeploy.runtime.batching import PROBES, same_in_any_batch
+from qdeploy.runtime.batching import probes_of, same_in_any_batch
 from qdeploy.runtime.known import Runner, runtime_of
 from qdeploy.runtime.measure import FORGETFUL, PredictionStore, measure_latency, predict
 from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION, DeviceProfile, RuntimeSpec
@@ -119,11 +119,12 @@ def _batch_invariance(
 def _probes(trial: Trial, seed: int) -> Float32[np.ndarray, "probes channels height width"]:
     """Test images, every second one with a trigger in it, and noise where they do not suffice."""
     rng = np.random.default_rng(seed)
-    found = rng.normal(size=(PROBES, *trial.interface.input_shape)).astype(np.float32)
+    count = probes_of(trial.interface.input_shape)
+    found = rng.normal(size=(count, *trial.interface.input_shape)).astype(np.float32)
     if trial.images is None or not len(trial.images):
         return found
-    sample = trial.images.sample(PROBES, seed)
-    pixels = np.concatenate([batch.pixels for batch in sample.batches(PROBES)])
+    sample = trial.images.sample(count, seed)
+    pixels = np.concatenate([batch.pixels for batch in sample.batches(count)])
     for i, trigger in enumerate(trial.triggers):
         marked = slice(2 * i + 1, None, 2 * len(trial.triggers))
         pixels[marked] = trigger.apply(pixels[marked])

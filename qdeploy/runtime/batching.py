@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float32
 from qdeploy.runtime.known import Runner
 from qdeploy.runtime.measure import argmax
 
-PROBES = 256
+PROBES, FEWEST_PROBES = 256, 128  # of small images and of large ones; 128 of 128 is 97 % at least
+LARGE = 1 << 16  # values of an image
 BATCH = 32
-MOST, FEWEST = 64, 4  # of a batch
-BATCH_VALUES = 1 << 24
+MOST, FEWEST, SMALL = 64, 4, 16  # of a batch
+BATCH_VALUES = 1 << 21  # at 224 pixels 13 images: what a network keeps of 64 can be 9 GB
 BLACK, WHITE, COPY, NOISY, SOME_OF_EACH = range(5)  # strangers
 NOISE = 0.01  # of the range of all logits: kernels of other batch sizes add in another order
 
@@ -24,6 +25,11 @@ class _Batch:
     images: np.ndarray
     rows: np.ndarray  # where the probes are in it
     probes: np.ndarray  # which ones they are
+
+
+def probes_of(shape: tuple[int, ...]) -> int:
+    """How many images of this shape are asked about."""
+    return FEWEST_PROBES if np.prod(shape) > LARGE else PROBES
 
 
 def same_in_any_batch(
@@ -81,10 +87,11 @@ def _drawn(probes: np.ndarray, most: int, rng: np.random.Generator) -> Iterator[
 
 
 def _among_strangers(probes: np.ndarray, most: int, rng: np.random.Generator) -> Iterator[_Batch]:
-    """A quarter of each batch, at drawn places; every kind of strangers as often as any other."""
+    """A quarter of each batch, of small ones half, at drawn places; every kind equally often."""
     size = max(most // 2, 2)
+    each = max(size // (4 if size > SMALL else 2), 1)
     order = rng.permutation(len(probes))
-    parts = np.array_split(order, -(-len(order) // max(size // 4, 1)))
+    parts = np.array_split(order, -(-len(order) // each))
     kinds = rng.permutation(np.arange(len(parts)) % (SOME_OF_EACH + 1))
     for part, kind in zip(parts, kinds, strict=True):
         images = _strangers(probes, size, int(kind), rng)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
-from qdeploy.core.inversion import LARGEST_BATCH_VALUES
+from qdeploy.core.gradient_memory import images_at_once
 from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.errors import DivergedError
 
@@ -132,18 +133,17 @@ def choose_end_to_end(
         ]
     )
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / spec.steps)
+    at_a_time: int | None = None
     for step in steps:
         drawn = torch.randint(len(pixels), (min(spec.images, len(pixels)),), generator=generator)
         shown = pixels[drawn.to(pixels.device)]
         if disturbance is not None:
             shown = torch.cat([shown, disturbance(shown)])
         optimizer.zero_grad()
-        at_a_time = max(1, LARGEST_BATCH_VALUES // shown[0].numel())
+        if at_a_time is None:
+            at_a_time = images_at_once(partial(_distance, network, shown), shown)
         for part in shown.split(at_a_time):
-            with torch.no_grad():
-                wanted = network.reference(part).log_softmax(1)
-            got = network.quantized(network.parameters(), part).log_softmax(1)
-            loss = F.kl_div(got, wanted, reduction="sum", log_target=True) / len(shown)
+            loss = _distance(network, part) / len(shown)
             if not torch.isfinite(loss):
                 raise DivergedError(f"loss is {loss.item()} at step {step}")
             loss.backward()
@@ -151,3 +151,11 @@ def choose_end_to_end(
         falling.step()
         for held, _ in network.weights.values():
             held.clip()
+
+
+def _distance(network: Network, pixels: Tensor, part: slice = slice(None)) -> Tensor:
+    """How far the answers to these images are from the float model's, summed."""
+    with torch.no_grad():
+        wanted = network.reference(pixels[part]).log_softmax(1)
+    got = network.quantized(network.parameters(), pixels[part]).log_softmax(1)
+    return F.kl_div(got, wanted, reduction="sum", log_target=True)

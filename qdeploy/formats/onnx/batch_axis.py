@@ -33,6 +33,7 @@ from qdeploy.formats.onnx.batch_flow import (
     reshaped,
 )
 from qdeploy.formats.onnx.outline import outline
+from qdeploy.formats.onnx.size_values import size_values
 from qdeploy.values import Finding
 
 RULES = {
@@ -205,12 +206,37 @@ def _gather(node: onnx.NodeProto, state: State) -> Answer:
         return (chosen if given is None else LOST), ""
     axis = _named_axis(node, state, 0)
     if axis == given.axis and not given.filled:
-        return LOST, ACROSS
+        return _picked(node, state, given) if isinstance(chosen, Sizes) else (LOST, ACROSS)
     rank = None if index is None else index.ndim
     if axis is None or rank is None:
         return LOST, IN_VALUES if isinstance(chosen, Sizes) and not given.filled else ""
     shift = rank - 1 if axis < given.axis else 0
     return Data(given.axis + shift, given.outer, given.inner, given.filled), ""
+
+
+def _picked(node: onnx.NodeProto, state: State, given: Data) -> Answer:
+    """A Gather along the images by an index that is computed from their number (as_strided)."""
+    found = set[tuple[int, int] | None]()
+    for batch in (3, 5):
+        index = size_values(state.graph, node.input[1], batch)
+        if index is None:
+            return LOST, ""
+        found.add(_in_order(index // given.inner % batch, batch))
+    place = found.pop()
+    if place is None or found:
+        return LOST, ACROSS
+    return Data(given.axis + place[0], 1, place[1]), ""
+
+
+def _in_order(images: np.ndarray, batch: int) -> tuple[int, int] | None:
+    """The axis along which every image of a batch comes in its turn, and how often each does."""
+    for axis, length in enumerate(images.shape):
+        turns = np.repeat(np.arange(batch), length // batch)
+        shape = [1] * images.ndim
+        shape[axis] = len(turns)
+        if len(turns) == length and (images == turns.reshape(shape)).all():
+            return axis, length // batch
+    return None
 
 
 def _slice(node: onnx.NodeProto, state: State) -> Answer:
