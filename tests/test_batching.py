@@ -15,7 +15,7 @@ from qdeploy.runtime import batching
 from qdeploy.runtime.batching import BATCH, PROBES, probes_of, same_in_any_batch
 from qdeploy.runtime.sessions import Session, open_session
 from qdeploy.settings.policy import GateSpec
-from qdeploy.values import Architecture
+from qdeploy.values import Architecture, Stated
 from tests.gate_lab import fixed_batch
 from tests.nets import residual_net
 
@@ -130,7 +130,8 @@ def test_a_scale_of_the_whole_batch_stays_within_the_limit(shared, tmp_path, rng
     """onnxruntime's dynamic quantization: named by the scan, and not rejected by measuring."""
     architecture = Architecture(f"{shared / 'models' / 'arch.py'}:resnet18", {}, trusted=True)
     model = export(
-        load(shared / "models" / "resnet18w16-clean.pt", architecture), shape=(3, 32, 32)
+        load(shared / "models" / "resnet18w16-clean.pt", architecture),
+        stated=Stated((3, 32, 32)),
     )
     (tmp_path / "float.onnx").write_bytes(model.onnx)
     quantize_dynamic(tmp_path / "float.onnx", tmp_path / "q.onnx", weight_type=QuantType.QUInt8)
