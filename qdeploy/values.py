@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int32, Int64
+from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 from qdeploy.core.grids import Grid, IntType
 from qdeploy.core.patches import Window
@@ -246,6 +246,14 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Compared:
+    """Clean images on one runtime, beside the same on the device's first."""
+
+    same: Bool[np.ndarray, " asked"]  # whether the class is; fewer than all may have been asked
+    difference: float  # the largest of a logit, percent of the widest range of an image's logits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Predictions:
     """What every arm answered: a class per image, -1 for logits that were not finite."""
 
@@ -258,6 +266,7 @@ class Predictions:
     ranks: Mapping[Arm, Int32[np.ndarray, " images"]] = field(
         default_factory=dict
     )  # how many classes the clean image's own comes after
+    compared: Mapping[Arm, Compared] = field(default_factory=dict)  # the result, on other runtimes
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,8 @@ LIBRARIES = {
     "rich": {"cli"},
     "pydantic": {"settings", "redteam", "report"},
     "onnxruntime": {"runtime"},
-    "onnx": {"formats", "graph", "provenance"},
+    "onnx": {"formats", "graph", "provenance", "runtime"},
+    "openvino": {"runtime"},
     "onnx_ir": {"formats", "graph", "provenance"},
     "onnxscript": {"graph", "exporting"},
     "torch": {

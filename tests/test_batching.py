@@ -121,7 +121,8 @@ def test_large_images_are_asked_in_small_batches_and_fewer_of_them(rng, mixed):
     counting = Counting(mixed=mixed)
     found = same_in_any_batch(counting, images, 0)
     assert (found.mean() < 0.9) if mixed else found.all()
-    assert len(images) < PROBES and 8 < max(counting.sizes) <= 27
+    assert len(images) < PROBES
+    assert 8 < max(counting.sizes) <= 27
     assert sum(counting.sizes) <= 6 * len(images)
 
 

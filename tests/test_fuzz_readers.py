@@ -40,7 +40,7 @@ from qdeploy.formats.opening import load
 from qdeploy.formats.static import findings_in
 from qdeploy.provenance.trace import trace
 from qdeploy.report.from_json import layers_of
-from qdeploy.runtime.sessions import classifier_interface, open_session
+from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.card import load_card
 from qdeploy.settings.device import load_device
 from qdeploy.settings.policy import load_policy
@@ -69,7 +69,7 @@ def read_file_to_be_judged(path: Path) -> None:
     """What the gate does with a file before it measures."""
     findings_in(path)
     data = read_single_file(path, allow=["custom-operator"])
-    classifier_interface(open_session(data), where=str(path))
+    open_session(data).interface(where=str(path))
     trace(data, _reference(path.parent / "fp32.onnx"))
 
 

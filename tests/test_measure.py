@@ -8,13 +8,13 @@ import pytest
 from qdeploy.core.metrics import Estimate
 from qdeploy.data import Images, images_from_array
 from qdeploy.data.triggers import Trigger
-from qdeploy.judging.rates import rates, runtime_agreement
+from qdeploy.judging.rates import RuntimeAgreement, rates, with_answers
 from qdeploy.runs.rundir import StoredPredictions
 from qdeploy.runtime import measure
 from qdeploy.runtime.measure import argmax, measure_latency, predict, ranks
 from qdeploy.runtime.sessions import Session, open_session
 from qdeploy.settings.device import RuntimeSpec
-from qdeploy.values import Arm, Predictions
+from qdeploy.values import Arm, Compared, Predictions
 from tests.nets import Net
 
 FP32, RESULT = Arm("fp32", "cpu"), Arm("result", "cpu")
@@ -63,7 +63,7 @@ def test_answers_are_those_of_the_model(test_images, green, sessions):
 
 def test_the_size_of_a_batch_changes_nothing(monkeypatch, test_images, green, sessions):
     whole = predict(sessions, test_images, [green])
-    monkeypatch.setattr(measure, "BATCH_VALUES", 48 * 7)
+    monkeypatch.setattr("qdeploy.data.images.BATCH_VALUES", 48 * 7)
     parts = predict(sessions, test_images, [green])
     np.testing.assert_array_equal(whole.clean[FP32], parts.clean[FP32])
     np.testing.assert_array_equal(
@@ -74,7 +74,7 @@ def test_the_size_of_a_batch_changes_nothing(monkeypatch, test_images, green, se
 def test_an_interrupted_measurement_goes_on_where_it_stopped(
     monkeypatch, tmp_path, test_images, green, sessions
 ):
-    monkeypatch.setattr(measure, "BATCH_VALUES", 48 * 7)
+    monkeypatch.setattr("qdeploy.data.images.BATCH_VALUES", 48 * 7)
     monkeypatch.setattr(measure, "SAVE_EVERY_SECONDS", 0.0)
     store = StoredPredictions(tmp_path / "partial" / "predictions.npz")
 
@@ -190,8 +190,13 @@ def test_rates_are_against_the_float_model_and_leave_out_the_target_class():
 
 
 def test_runtimes_are_compared_with_the_first():
-    (other,) = runtime_agreement(predictions())
-    assert (other.runtime, other.agreement.value) == ("cpu, unoptimized", 95)
+    same = np.arange(20) > 0
+    found = replace(predictions(), compared={OTHER: Compared(same, 2.5)})
+    known = [RuntimeAgreement(OTHER.runtime), RuntimeAgreement("far", unsupported="no Conv")]
+    other, far = with_answers(known, found)
+    assert other.agreement is not None
+    assert (other.agreement.value, other.difference) == (95, 2.5)
+    assert far == known[1]
 
 
 def test_no_answer_is_no_agreement():

@@ -11,7 +11,6 @@ from qdeploy.graph.io import identity
 from qdeploy.runtime import sessions
 from qdeploy.runtime.sessions import (
     available_providers,
-    classifier_interface,
     open_session,
     optimized,
 )
@@ -27,7 +26,7 @@ def test_a_session_runs_on_the_provider_that_was_asked_for():
     session = open_session(residual_net())
     assert session.inference.get_providers() == ["CPUExecutionProvider"]
     assert session.logits(np.zeros((2, 3, 8, 8), np.float32)).shape == (2, 10)
-    assert classifier_interface(session, where="net") == Interface((3, 8, 8), 10)
+    assert session.interface(where="net") == Interface((3, 8, 8), 10)
 
 
 @without_cuda
@@ -84,7 +83,7 @@ def test_a_file_with_a_fixed_batch_is_fed_piece_by_piece():
     assert fixed.fixed_batch == 2
     want = open_session(residual_net()).logits(x)
     np.testing.assert_allclose(fixed.logits(x), want, atol=1e-5)
-    assert classifier_interface(fixed, where="net") == Interface((3, 8, 8), 10)
+    assert fixed.interface(where="net") == Interface((3, 8, 8), 10)
 
 
 @pytest.mark.parametrize(
@@ -104,4 +103,4 @@ def test_a_file_with_a_fixed_batch_is_fed_piece_by_piece():
 def test_what_is_no_classifier_of_images_is_refused(text, complaint):
     model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {text}')
     with pytest.raises(InputError, match=complaint):
-        classifier_interface(open_session(model.SerializeToString()), where="net")
+        open_session(model.SerializeToString()).interface(where="net")

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qdeploy.disk.printable import printable
+from qdeploy.report.runtime_rows import runtime_text
 
 if TYPE_CHECKING:
     from qdeploy.core.metrics import Estimate
@@ -131,10 +132,7 @@ def _show_measured(report: Report, console: Console) -> None:
     if report.rates and report.rates[0].top5_accuracy is not None:
         console.print(f"  among the best five: {', '.join(_top5(report))}")
     for other in report.runtimes:
-        console.print(
-            f"  answers like {report.rates[0].arm.runtime} on {printable(other.runtime)}: "
-            f"{other.agreement.value:.2f} % of {other.agreement.samples} images"
-        )
+        console.print(f"  {printable(other.runtime)}: {printable(runtime_text(other))}")
     if report.layers:
         console.print(f"  {printable(_layers_line(report))}")
     if report.provenance is not None and not report.layers:

@@ -24,6 +24,7 @@ from qdeploy.progress import SILENT, Progress
 
 LARGEST_DECODED_BYTES = 512 << 20  # 3,500 pictures of 3 x 224 x 224
 LONGEST_NUMBER = 9  # digits of a label
+BATCH_VALUES, LARGEST_BATCH = 1 << 20, 250  # answered at a time: 6 pictures of 3 x 224 x 224
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev"})
 
 
@@ -39,6 +40,11 @@ class Preprocessing:
     std: tuple[float, ...]
     resize: int | None = None  # shorter side before the centre crop
     bgr: bool = False
+
+    @property
+    def at_once(self) -> int:
+        """How many images a network is asked about at a time: what it keeps of each adds up."""
+        return max(1, min(LARGEST_BATCH, BATCH_VALUES // math.prod(self.shape)))
 
     def normalise(
         self, pixels: Float32[np.ndarray, "images channels height width"]

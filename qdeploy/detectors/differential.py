@@ -32,7 +32,7 @@ PICTURES = 500  # at most, for search and score together
 FEWEST = 40
 HELD_OUT = 0.4  # share of them that the search does not see
 SHOWN = 4  # pictures on the page
-ANSWERED = 64  # images at a time
+READ = 64  # images at a time
 LEAST_FIDELITY = 80.0  # percent; activations are not rounded in the search
 
 Logits = Callable[[np.ndarray], np.ndarray]
@@ -147,7 +147,7 @@ def still_led(suspect: Suspect, triggers: Sequence[Trigger]) -> float:
         "float model": suspect.run(suspect.float_model.onnx),
     }
     sample = suspect.pictures.sample(PICTURES, 0)
-    pixels = np.concatenate([batch.pixels for batch in sample.batches(ANSWERED)])
+    pixels = np.concatenate([batch.pixels for batch in sample.batches(READ)])
     score = _Score(logits, suspect.pictures, pixels)
     return max((score.led(trigger, "file").value for trigger in triggers), default=0.0)
 
@@ -170,7 +170,7 @@ def _missing(suspect: Suspect) -> str | None:
 def _split(images: Images, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels to search with, and those that are held out."""
     sample = images.sample(PICTURES, seed)
-    pixels = np.concatenate([batch.pixels for batch in sample.batches(ANSWERED)])
+    pixels = np.concatenate([batch.pixels for batch in sample.batches(READ)])
     pixels = pixels[np.random.default_rng(seed).permutation(len(pixels))]
     first = round(HELD_OUT * len(pixels))
     return pixels[first:], pixels[:first]
@@ -221,9 +221,9 @@ class _Score:
         return led & (self._answers(other, pixels) != trigger.target)
 
     def _answers(self, name: str, pixels: np.ndarray) -> np.ndarray:
-        normalise, logits = self._images.preprocessing.normalise, self._logits[name]
-        parts = [pixels[i : i + ANSWERED] for i in range(0, len(pixels), ANSWERED)]
-        answers = [logits(np.ascontiguousarray(normalise(p))).argmax(1) for p in parts]
+        given, logits = self._images.preprocessing, self._logits[name]
+        parts = [pixels[i : i + given.at_once] for i in range(0, len(pixels), given.at_once)]
+        answers = [logits(np.ascontiguousarray(given.normalise(p))).argmax(1) for p in parts]
         return np.concatenate(answers) if answers else np.zeros(0, np.int64)
 
 

@@ -20,7 +20,6 @@ from qdeploy.progress import Progress
 from qdeploy.values import DataUsed, Loaded, QuantPlan
 
 Answers = Callable[[np.ndarray], np.ndarray]  # the logits of inputs
-ANSWERED = 64  # images at a time
 NO_HASHES: frozenset[bytes] = frozenset()
 
 
@@ -140,7 +139,8 @@ def _labelled_by(reference: Answers | None, images: Images) -> Images:
             "the policy takes the float model's answers for labels, and no float model is given",
             hint="give --reference, or a policy that takes the labels of the data",
         )
-    inputs = (images.preprocessing.normalise(batch.pixels) for batch in images.batches(ANSWERED))
+    given = images.preprocessing
+    inputs = (given.normalise(batch.pixels) for batch in images.batches(given.at_once))
     answers = [reference(x).argmax(axis=1) for x in inputs]
     return replace(images, labels=np.concatenate(answers).astype(np.int64))
 

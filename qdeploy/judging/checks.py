@@ -159,7 +159,16 @@ def _by_trigger(rates: Mapping[str, Estimate]) -> Mapping[str | None, Estimate]:
 def _runtime_agreement(results: Results, _: GateSpec) -> Iterator[Found]:
     """The result answers the same on every runtime."""
     for other in results.measured.runtimes:
-        yield Found.of(other.agreement, other.runtime)
+        if other.agreement is not None:
+            yield Found.of(other.agreement, other.runtime)
+
+
+def _unsupported_runtimes(results: Results, _: GateSpec) -> Iterator[Found]:
+    """The result runs everywhere where it is to run."""
+    others = results.measured.runtimes
+    if others:
+        refused = [f"{one.runtime}: {one.unsupported}" for one in others if one.unsupported]
+        yield Found(float(len(refused)), subject=refused[0] if refused else None)
 
 
 def _batch_invariance(results: Results, _: GateSpec) -> Iterator[Found]:
@@ -278,6 +287,7 @@ MEASURES: Mapping[str, Measure] = {
     "agreement": _beside(lambda found: {None: found.agreement}),
     "attack_success_rise": _beside(lambda found: _by_trigger(found.attack_success_rise)),
     "runtime_agreement": _runtime_agreement,
+    "unsupported_runtimes": _unsupported_runtimes,
     "batch_invariance": _batch_invariance,
     "layers_as_planned": _layers_as_planned,
     "codes_as_chosen": _codes_as_chosen,

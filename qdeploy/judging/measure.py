@@ -13,7 +13,7 @@ from qdeploy.core.metrics import rate
 from qdeploy.data import Images
 from qdeploy.data.triggers import Trigger
 from qdeploy.disk.state import private_number
-from qdeploy.errors import InputError
+from qdeploy.errors import InputError, ProviderError, first_line
 from qdeploy.formats.onnx.codes import products_fit
 from qdeploy.graph.ends import as_classifier_bytes
 from qdeploy.judging.rates import (
@@ -22,15 +22,23 @@ from qdeploy.judging.rates import (
     RuntimeAgreement,
     Sample,
     rates,
-    runtime_agreement,
     samples,
+    with_answers,
 )
 from qdeploy.progress import SILENT, Progress
 from qdeploy.runtime.batching import probes_of, same_in_any_batch
 from qdeploy.runtime.known import Runner, runtime_of
-from qdeploy.runtime.measure import FORGETFUL, PredictionStore, measure_latency, predict
+from qdeploy.runtime.measure import (
+    FORGETFUL,
+    PredictionStore,
+    measure_latency,
+    milliseconds,
+    predict,
+)
 from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION, DeviceProfile, RuntimeSpec
 from qdeploy.values import NOTHING_STATED, Arm, FileMade, Interface, Latency, Stated, Variant
+
+FEW_RUNS = 10  # of a runtime that nothing is held against
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,30 +94,35 @@ def validate(
         runs=trial.latency_runs,
         saturating=saturating,
     )
-    sessions = _sessions(run, device, saturating=saturating)
+    sessions, unsupported = _sessions(run, device, saturating=saturating)
     _check_interface(sessions, trial.interface)
-    batches = _batch_invariance(trial, sessions, progress)
+    runtimes = _others(run["result"], device, sessions, unsupported, trial)
+    batches = _batch_invariance(trial, device, sessions, progress)
     if trial.images is None:
-        return Measured(files, batches=batches, latencies=latencies)
-    predictions = predict(sessions, trial.images, trial.triggers, store=store, progress=progress)
+        return Measured(files, batches=batches, runtimes=runtimes, latencies=latencies)
+    few = {Arm("result", r.label): r.images for r in device.runtimes if r.images is not None}
+    predictions = predict(
+        sessions, trial.images, trial.triggers, few=few, store=store, progress=progress
+    )
     return Measured(
         files,
         rates(predictions, trial.interface.classes, trial.seen),
         batches,
-        runtime_agreement(predictions),
+        with_answers(runtimes, predictions),
         latencies,
         samples(predictions, trial.images, trial.triggers),
     )
 
 
 def _batch_invariance(
-    trial: Trial, sessions: Mapping[Arm, Runner], progress: Progress
+    trial: Trial, device: DeviceProfile, sessions: Mapping[Arm, Runner], progress: Progress
 ) -> tuple[BatchInvariance, ...]:
-    """Of the result on every runtime; which batches there are, nobody foresees."""
+    """Of the result on every runtime that is not slow; which batches there are, nobody foresees."""
     data = trial.files["result"]
     seed = private_number("batches", hashlib.sha256(data).hexdigest())
     probes = _probes(trial, seed)
-    arms = [arm for arm in sessions if arm.variant == "result"]
+    slow = {runtime.label for runtime in device.runtimes if runtime.images is not None}
+    arms = [arm for arm in sessions if arm.variant == "result" and arm.runtime not in slow]
     return tuple(
         BatchInvariance(arm.runtime, rate(same_in_any_batch(sessions[arm], probes, seed)))
         for arm in progress.track(arms, "batches", len(arms))
@@ -134,15 +147,50 @@ def _probes(trial: Trial, seed: int) -> Float32[np.ndarray, "probes channels hei
 
 def _sessions(
     files: Mapping[Variant, bytes], device: DeviceProfile, *, saturating: bool
-) -> dict[Arm, Runner]:
-    """The references on the first runtime, the result on all of them."""
+) -> tuple[dict[Arm, Runner], dict[str, str]]:
+    """The references on the first runtime, the result on all of them; and why not on some.
+
+    That a runtime works at all has been seen before: what it does not run is this file.
+    """
     sessions: dict[Arm, Runner] = {}
+    unsupported: dict[str, str] = {}
+    first, *others = device.runtimes
     for variant, data in files.items():
-        for runtime in device.runtimes if variant == "result" else device.runtimes[:1]:
-            sessions[Arm(variant, runtime.label)] = runtime_of(runtime).open(
-                data, runtime, spinning=False, saturating=saturating
+        sessions[Arm(variant, first.label)] = runtime_of(first).open(
+            data, first, spinning=False, saturating=saturating
+        )
+    for runtime in others:
+        try:
+            found = runtime_of(runtime).open(
+                files["result"], runtime, spinning=False, saturating=saturating
             )
-    return sessions
+            found.interface(where="the result file")  # it computes
+        except (InputError, ProviderError) as error:
+            unsupported[runtime.label] = first_line(error)
+        else:
+            sessions[Arm("result", runtime.label)] = found
+    return sessions, unsupported
+
+
+def _others(
+    data: bytes,
+    device: DeviceProfile,
+    sessions: Mapping[Arm, Runner],
+    unsupported: Mapping[str, str],
+    trial: Trial,
+) -> tuple[RuntimeAgreement, ...]:
+    """What the other runtimes make of the result, before anything is asked."""
+    found = []
+    for spec in device.runtimes[1:]:
+        reason = unsupported.get(spec.label)
+        if reason is not None:
+            found.append(RuntimeAgreement(spec.label, unsupported=reason))
+            continue
+        runner = sessions[Arm("result", spec.label)]
+        taken = milliseconds(runner, trial.interface.input_shape, min(trial.latency_runs, FEW_RUNS))
+        kernels = runtime_of(spec).kernels(data)
+        found.append(RuntimeAgreement(spec.label, milliseconds=taken, kernels=kernels))
+    return tuple(found)
 
 
 def _check_interface(sessions: Mapping[Arm, Runner], expected: Interface) -> None:

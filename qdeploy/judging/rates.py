@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -53,10 +53,14 @@ class ArmRates:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeAgreement:
-    """Share of images on which one runtime gives the answer of the profile's first runtime."""
+    """What the file does on one runtime, beside the first of the device profile."""
 
     runtime: str
-    agreement: Estimate
+    agreement: Estimate | None = None  # share of images with the same answer; None: none were asked
+    difference: float | None = None  # largest of a logit, percent of their range
+    milliseconds: float | None = None  # of one image, median
+    kernels: Mapping[str, int] = field(default_factory=dict)  # {} if unknown
+    unsupported: str | None = None  # why it does not run there
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +139,20 @@ def rates(
     )
 
 
-def runtime_agreement(predictions: Predictions) -> tuple[RuntimeAgreement, ...]:
-    """How far the runtimes agree with each other about the result."""
-    arms = [arm for arm in predictions.clean if arm.variant == "result"]
-    first = predictions.clean[arms[0]]
+def with_answers(
+    runtimes: Sequence[RuntimeAgreement], predictions: Predictions
+) -> tuple[RuntimeAgreement, ...]:
+    """The runtimes, and how far each agrees with the first about the result."""
+    compared = {arm.runtime: one for arm, one in predictions.compared.items()}
     return tuple(
-        RuntimeAgreement(arm.runtime, rate(predictions.clean[arm] == first)) for arm in arms[1:]
+        replace(
+            runtime,
+            agreement=rate(compared[runtime.runtime].same),
+            difference=compared[runtime.runtime].difference,
+        )
+        if runtime.runtime in compared
+        else runtime
+        for runtime in runtimes
     )
 
 

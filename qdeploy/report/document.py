@@ -109,8 +109,14 @@ class WrittenRates(Written):
 
 
 class WrittenAgreement(Written):
+    """The file on one runtime, beside the first of the device."""
+
     runtime: str
-    agreement: WrittenEstimate
+    agreement: WrittenEstimate | None  # null: nothing was asked there
+    difference: float | None = None  # the largest of a logit, percent of their range
+    milliseconds: float | None = None  # of one image, median
+    kernels: Mapping[str, int] = {}  # as the runtime has rewritten the file; {} if unknown
+    unsupported: str | None = None  # why the file does not run there
 
 
 class WrittenLayer(Written):

@@ -23,6 +23,7 @@ from qdeploy.disk.printable import visible
 from qdeploy.judging.rates import ArmRates, Sample
 from qdeploy.judging.verdict import Check, Outcome
 from qdeploy.report.layer_rows import layer_table
+from qdeploy.report.runtime_rows import runtime_text
 from qdeploy.report.values import VARIANT_NAMES, Report
 from qdeploy.report.words import anchor, words
 from qdeploy.values import named_classes
@@ -84,13 +85,7 @@ def to_html(report: Report) -> bytes:
         findings=report.findings,
         not_compared=report.provenance.not_compared if report.provenance is not None else None,
         differences=report.provenance.differences if report.provenance is not None else (),
-        runtimes=[
-            {
-                "name": f"{r.runtime}: same answer as on the first runtime",
-                "text": _rate(r.agreement),
-            }
-            for r in report.runtimes
-        ],
+        runtimes=[{"name": one.runtime, "text": runtime_text(one)} for one in report.runtimes],
         latencies=[
             {
                 "name": f"{VARIANT_NAMES.get(entry.variant, entry.variant)}, batch {entry.batch}",

@@ -12,6 +12,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from qdeploy.errors import UsageError
+from qdeploy.runtime.openvino_cpu import OpenVino
+from qdeploy.runtime.reference import Reference
 from qdeploy.runtime.sessions import OnnxRuntime
 from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import Interface
@@ -62,7 +64,12 @@ class Runtime(Protocol):
         """How often each operator runs once the runtime has rewritten the model; {} if unknown."""
 
 
-RUNTIMES: Mapping[str, Runtime] = {name: OnnxRuntime(name) for name in ("cpu", "cuda")}
+RUNTIMES: Mapping[str, Runtime] = {
+    "cpu": OnnxRuntime("cpu"),
+    "cuda": OnnxRuntime("cuda"),
+    "openvino": OpenVino(),
+    "reference": Reference(),
+}
 
 
 def runtime_of(spec: RuntimeSpec) -> Runtime:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Protocol, runtime_checkable
 
@@ -14,14 +15,14 @@ from qdeploy.data.triggers import Trigger
 from qdeploy.progress import SILENT, Progress
 from qdeploy.runtime.known import Runner, runtime_of
 from qdeploy.settings.device import RuntimeSpec
-from qdeploy.values import Arm, Latency, Predictions, Variant
+from qdeploy.values import Arm, Compared, Latency, Predictions, Variant
 
-BATCH_VALUES = 1 << 20  # of one input batch
-LARGEST_BATCH = 250
 LATENCY_BATCHES = (1, 32)
 LATENCY_TURNS = 3
 SAVE_EVERY_SECONDS = 10.0
 CLEAN, RANKS = "", "|rank"  # of answers to clean images, and of where their own class comes
+SAME, DIFFERENCE, SPAN = "|same", "|difference", "|span"  # of logits, beside the first runtime's
+UNASKED = -1
 
 
 @runtime_checkable
@@ -48,6 +49,7 @@ def predict(
     images: Images,
     triggers: Sequence[Trigger],
     *,
+    few: Mapping[Arm, int] | None = None,
     store: PredictionStore = FORGETFUL,
     progress: Progress = SILENT,
 ) -> Predictions:
@@ -58,20 +60,20 @@ def predict(
 
     Args:
         images: Labelled.
+        few: Arms that are only compared with the first, and on so many clean images at most.
     """
     if images.labels is None:
         raise ValueError("images without labels cannot be judged")
+    beside = _Beside.of(sessions, few or {}, len(images))
+    asked_all = {arm: session for arm, session in sessions.items() if arm not in (few or {})}
     keys = {
         (arm, name): f"{arm.variant}|{arm.runtime}|{name}"
-        for arm in sessions
+        for arm in asked_all
         for name in (CLEAN, RANKS, *(t.name for t in triggers))
     }
-    saved = store.load()
-    done, answers = (0, {}) if saved is None else (saved[0], dict(saved[1]))
-    complete = {answer.shape for answer in answers.values()} == {(len(images),)}
-    if set(answers) != set(keys.values()) or not complete:
-        done, answers = 0, {key: np.full(len(images), -1, np.int32) for key in keys.values()}
-    size = int(np.clip(BATCH_VALUES // np.prod(images.preprocessing.shape), 1, LARGEST_BATCH))
+    wanted: dict[str, type[np.generic]] = dict.fromkeys(keys.values(), np.int32)
+    done, answers = _kept(store, wanted | beside.arrays, len(images))
+    size = images.preprocessing.at_once
     last_save = time.monotonic()
     remaining = images.skip(done)
     for batch in progress.track(remaining.batches(size), "images", -(-len(remaining) // size)):
@@ -79,11 +81,13 @@ def predict(
         labels = images.labels[at]
         for name, asked, pixels in _questions(batch.pixels, labels, triggers):
             x = images.preprocessing.normalise(pixels)
-            for arm, session in sessions.items():
-                logits = session.logits(x)
-                answers[keys[arm, name]][at][asked] = argmax(logits)
+            logits = {arm: session.logits(x) for arm, session in asked_all.items()}
+            for arm, found in logits.items():
+                answers[keys[arm, name]][at][asked] = argmax(found)
                 if name == CLEAN:
-                    answers[keys[arm, RANKS]][at] = ranks(logits, labels)
+                    answers[keys[arm, RANKS]][at] = ranks(found, labels)
+            if name == CLEAN:
+                beside.compare(answers, at, x, logits)
         done = at.stop
         if time.monotonic() - last_save > SAVE_EVERY_SECONDS:
             store.save(done, answers)
@@ -91,11 +95,87 @@ def predict(
     store.save(done, answers)
     return Predictions(
         labels=images.labels,
-        clean={arm: answers[keys[arm, CLEAN]] for arm in sessions},
-        triggered={t.name: {arm: answers[keys[arm, t.name]] for arm in sessions} for t in triggers},
+        clean={arm: answers[keys[arm, CLEAN]] for arm in asked_all},
+        triggered={
+            t.name: {arm: answers[keys[arm, t.name]] for arm in asked_all} for t in triggers
+        },
         targets={t.name: t.target for t in triggers},
-        ranks={arm: answers[keys[arm, RANKS]] for arm in sessions},
+        ranks={arm: answers[keys[arm, RANKS]] for arm in asked_all},
+        compared=beside.compared(answers),
     )
+
+
+def _kept(
+    store: PredictionStore, wanted: Mapping[str, type[np.generic]], images: int
+) -> tuple[int, dict[str, np.ndarray]]:
+    """What an interrupted measurement has, if it is of the same; else nothing yet."""
+    saved = store.load()
+    done, answers = (0, {}) if saved is None else (saved[0], dict(saved[1]))
+    complete = {answer.shape for answer in answers.values()} == {(images,)}
+    if set(answers) == set(wanted) and complete:
+        return done, answers
+    return 0, {key: np.full(images, UNASKED, dtype) for key, dtype in wanted.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """The result on other runtimes, beside the same on the first."""
+
+    first: Arm
+    others: Mapping[Arm, Runner]
+    every: Mapping[Arm, int]  # which images are asked about: every so-manieth
+
+    @classmethod
+    def of(cls, sessions: Mapping[Arm, Runner], few: Mapping[Arm, int], images: int) -> _Beside:
+        first, *others = [arm for arm in sessions if arm.variant == "result"] or list(sessions)[:1]
+        every = {arm: -(-images // few[arm]) if arm in few else 1 for arm in others}
+        return cls(first, {arm: sessions[arm] for arm in others}, every)
+
+    @property
+    def arrays(self) -> dict[str, type[np.generic]]:
+        """What is kept of each image, by key."""
+        if not self.others:
+            return {}
+        kept: dict[str, type[np.generic]] = {self.key(self.first, SPAN): np.float32}
+        for arm in self.others:
+            kept[self.key(arm, SAME)], kept[self.key(arm, DIFFERENCE)] = np.int32, np.float32
+        return kept
+
+    @staticmethod
+    def key(arm: Arm, what: str) -> str:
+        """The name of an array."""
+        return f"{arm.variant}|{arm.runtime}|{what}"
+
+    def compare(
+        self,
+        answers: Mapping[str, np.ndarray],
+        at: slice,
+        x: np.ndarray,
+        logits: Mapping[Arm, np.ndarray],
+    ) -> None:
+        """Note how far one batch of clean images is answered alike."""
+        want = logits[self.first]
+        if self.others:
+            answers[self.key(self.first, SPAN)][at] = np.ptp(want, axis=1)
+        for arm, session in self.others.items():
+            rows = np.flatnonzero(np.arange(at.start, at.stop) % self.every[arm] == 0)
+            if not len(rows):
+                continue
+            got = logits[arm][rows] if arm in logits else session.logits(x[rows])
+            answers[self.key(arm, SAME)][at][rows] = argmax(got) == argmax(want[rows])
+            largest = np.abs(got - want[rows]).max(axis=1)
+            answers[self.key(arm, DIFFERENCE)][at][rows] = largest
+
+    def compared(self, answers: Mapping[str, np.ndarray]) -> dict[Arm, Compared]:
+        """All of it."""
+        found = {}
+        for arm in self.others:
+            same = answers[self.key(arm, SAME)]
+            asked = same != UNASKED
+            span = float(np.max(answers[self.key(self.first, SPAN)], initial=0))
+            largest = float(np.max(answers[self.key(arm, DIFFERENCE)][asked], initial=0))
+            found[arm] = Compared(same[asked] == 1, 100 * largest / span if span else 0.0)
+        return found
 
 
 def _questions(
@@ -147,6 +227,11 @@ def measure_latency(
         Latency(name, size, median(times), len(times), *_span_of_median(times))
         for (name, size), times in seconds.items()
     )
+
+
+def milliseconds(runner: Runner, shape: tuple[int, int, int], runs: int) -> float | None:
+    """Median time of one image; None if no runs are wanted."""
+    return 1e3 * median(_run_times(runner, (1, *shape), runs)) if runs else None
 
 
 def _span_of_median(times: Sequence[float]) -> tuple[float, float]:

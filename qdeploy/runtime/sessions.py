@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import tempfile
 import warnings
 from collections import Counter
@@ -20,9 +19,10 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from qdeploy.errors import InputError, ProviderError, UsageError, first_line
 from qdeploy.formats.onnx.nodes import operators
 from qdeploy.machine import cores
+from qdeploy.runtime.interfaces import FLOAT, End, classifier_interface, in_batches_of
 from qdeploy.runtime.watchdog import WATCHDOG
 from qdeploy.settings.device import RuntimeSpec
-from qdeploy.values import LARGEST_INPUT_VALUES, Interface
+from qdeploy.values import Interface
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 RUNTIME_ERRORS: tuple[type[Exception], ...] = tuple(
@@ -86,21 +86,23 @@ class Session:
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """The first output of a classifier; a file with a fixed batch is fed piece by piece."""
-        size = self.fixed_batch
-        if size is None or size == len(batch):
-            return next(iter(self.run(batch).values()))
-        parts = [batch[at : at + size] for at in range(0, len(batch), size)]
-        full = (np.resize(part, (size, *part.shape[1:])) for part in parts)
-        return np.concatenate(
-            [
-                next(iter(self.run(padded).values()))[: len(part)]
-                for part, padded in zip(parts, full, strict=True)
-            ]
-        )
+        return in_batches_of(self.fixed_batch, self._first, batch)
 
     def interface(self, *, where: str) -> Interface:
-        """What the file takes and gives; see `classifier_interface`."""
-        return classifier_interface(self, where=where)
+        """See `qdeploy.runtime.known.Runner`."""
+        outputs = len(self.inference.get_outputs())
+        return classifier_interface(self.inputs, outputs, self.logits, where=where)
+
+    @property
+    def inputs(self) -> tuple[End, ...]:
+        """What the file takes."""
+        return tuple(
+            End(given.name, tuple(given.shape), _dtype(given.type))
+            for given in self.inference.get_inputs()
+        )
+
+    def _first(self, batch: np.ndarray) -> np.ndarray:
+        return next(iter(self.run(batch).values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,34 +136,9 @@ class OnnxRuntime:
         return dict(sorted(Counter(operators(optimized(model))).items()))
 
 
-def classifier_interface(session: Session, *, where: str) -> Interface:
-    """What the file takes and gives, if it is a classifier of images.
-
-    Raises:
-        InputError: it has several inputs, or ends of other shapes or types.
-    """
-    inputs, outputs = session.inference.get_inputs(), session.inference.get_outputs()
-    if len(inputs) != 1 or not outputs:
-        raise InputError(
-            f"{where}: has {len(inputs)} inputs and {len(outputs)} outputs; a classifier has one"
-            " input"
-        )
-    image = inputs[0]
-    fixed = len(image.shape) == 4 and all(isinstance(size, int) for size in image.shape[1:])
-    if not fixed or image.type != "tensor(float)":
-        raise InputError(
-            f"{where}: takes {image.type} of shape {image.shape}, not float32 (batch, channels,"
-            " height, width) of fixed size"
-        )
-    channels, height, width = image.shape[1:]
-    if math.prod(image.shape[1:]) * (session.fixed_batch or 1) > LARGEST_INPUT_VALUES:
-        raise InputError(f"{where}: takes inputs of shape {image.shape}, which are no images")
-    logits = session.logits(np.zeros((session.fixed_batch or 1, *image.shape[1:]), np.float32))
-    if logits.ndim != 2 or logits.dtype.kind != "f":
-        raise InputError(
-            f"{where}: gives {logits.dtype} of shape {logits.shape}, not float (batch, classes)"
-        )
-    return Interface((channels, height, width), logits.shape[1])
+def _dtype(kind: str) -> str:
+    """Numpy's name of a type as onnxruntime has it, where they differ."""
+    return FLOAT if kind == "tensor(float)" else kind
 
 
 def available_providers() -> tuple[str, ...]:

@@ -112,6 +112,12 @@ ROWS = (
         then="name the device that will run it (--device): without VNNI products saturate",
     ),
     CheckRow(
+        name="unsupported_runtimes", unit="runtimes", key="max_unsupported_runtimes",
+        default=0.0, meaning="Runtimes of the device that may refuse the file.",
+        says="A runtime of the device does not run the file.",
+        then="the line says which and why; try another --weight-storage, or a device without it",
+    ),
+    CheckRow(
         name="batch_invariance", relation=">=", key="min_batch_invariance", default=97.0,
         meaning="Share of images that are answered alike in whatever batch they come.",
         says="What an image is answered depends on what shares its batch.",

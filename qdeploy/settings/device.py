@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from qdeploy.machine import exact_8bit_products, processor_flags
 from qdeploy.settings.schema import Spec, find_bundled, load_toml
@@ -16,11 +16,20 @@ LARGEST_CODE_WITHOUT_SATURATION = 64  # 2 * 255 * 64 is less than 2^15
 class RuntimeSpec(Spec):
     """One way of running the file that the device offers; every one is measured."""
 
-    provider: str = Field(description="As `qdeploy.runtime.known` has it: cpu, cuda.")
+    provider: str = Field(
+        description="As `qdeploy.runtime.known` has it: cpu, cuda, openvino, reference."
+    )
     optimizations: Literal["all", "off"] = "all"
     options: dict[str, str] = Field(
         default={}, description="What the runtime must know beyond, as an address."
     )
+    images: int | None = Field(
+        None, gt=0,
+        description=(
+            "Test images that a slow runtime is asked about, at most, evenly spread: for agreement"
+            " with the first runtime alone. Not for the first."
+        ),
+    )  # fmt: skip
 
     @property
     def label(self) -> str:
@@ -66,6 +75,16 @@ class DeviceProfile(Spec):
     runtimes: tuple[RuntimeSpec, ...] = Field(min_length=1)
     weights: WeightSpec = WeightSpec()
     budget: BudgetSpec = BudgetSpec()
+
+    @field_validator("runtimes")
+    @classmethod
+    def _distinct(cls, runtimes: tuple[RuntimeSpec, ...]) -> tuple[RuntimeSpec, ...]:
+        labels = [runtime.label for runtime in runtimes]
+        if len(set(labels)) < len(labels):
+            raise ValueError("two runtimes are the same")
+        if runtimes[0].images is not None:
+            raise ValueError("the first runtime is asked about all images")
+        return runtimes
 
     @property
     def saturates(self) -> bool:

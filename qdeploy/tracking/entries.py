@@ -86,7 +86,8 @@ def _metrics(report: WrittenReport) -> Iterator[tuple[str, float | None]]:
             value = estimate.value if estimate is not None else None
             yield f"{metric_name(rates.variant, rates.runtime)}/{name}", value
     for other in report.runtime_agreement:
-        yield metric_name("runtime_agreement", other.runtime), other.agreement.value
+        if other.agreement is not None:
+            yield metric_name("runtime_agreement", other.runtime), other.agreement.value
     for latency in report.latency:
         name = metric_name(latency.variant, f"batch_{latency.batch}", "latency_ms")
         yield name, 1e3 * latency.seconds
