@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_BAD_INPUT = 2
+EXIT_NO_VERDICT = 4
 EXIT_INTERRUPTED = 130
 NO_MEMORY = "needs more memory than there is"
 
@@ -44,6 +45,12 @@ class PlanError(QdeployError):
 
 class ProviderError(QdeployError):
     """An execution provider that this machine does not have, or that cannot run the file."""
+
+
+class NoAnswerError(ProviderError):
+    """A device elsewhere that is not reached, or no longer answers: nothing was seen of it."""
+
+    exit_code = EXIT_NO_VERDICT
 
 
 class OutputError(QdeployError):

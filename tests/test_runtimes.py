@@ -25,7 +25,8 @@ from tests.nets import float_model, residual_net
 from tests.test_measure import RESULT, brightness_net, test_images  # noqa: F401 - a fixture
 from tests.test_quantized_file import quantized
 
-HERE = [name for name in RUNTIMES if name != "cuda" and (name != "openvino" or find_spec(name))]
+LOCAL = ("cpu", "openvino", "reference")  # the others need a device: see test_remote.py
+HERE = [name for name in LOCAL if name != "openvino" or find_spec(name)]
 OTHERS = [name for name in HERE if name != "cpu"]
 RELU_OF_NOBODY = """
 <ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>
@@ -142,6 +143,9 @@ class Turned:
     def logits(self, batch: np.ndarray) -> np.ndarray:
         self.asked += len(batch)
         return self.runner.logits(batch)[:, ::-1]
+
+    def seconds(self, batch: np.ndarray) -> float:
+        return self.runner.seconds(batch)
 
     def interface(self, *, where: str) -> Interface:
         return self.runner.interface(where=where)

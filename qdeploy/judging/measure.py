@@ -13,7 +13,7 @@ from qdeploy.core.metrics import rate
 from qdeploy.data import Images
 from qdeploy.data.triggers import Trigger
 from qdeploy.disk.state import private_number
-from qdeploy.errors import InputError, ProviderError, first_line
+from qdeploy.errors import InputError, NoAnswerError, ProviderError, first_line
 from qdeploy.formats.onnx.codes import products_fit
 from qdeploy.graph.ends import as_classifier_bytes
 from qdeploy.judging.rates import (
@@ -165,6 +165,8 @@ def _sessions(
                 files["result"], runtime, spinning=False, saturating=saturating
             )
             found.interface(where="the result file")  # it computes
+        except NoAnswerError:
+            raise
         except (InputError, ProviderError) as error:
             unsupported[runtime.label] = first_line(error)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,13 @@ def classifier_interface(
             f"{where}: gives {given.dtype} of shape {given.shape}, not float (batch, classes)"
         )
     return Interface(shape, given.shape[1])
+
+
+def timed(logits: Callable[[np.ndarray], np.ndarray], batch: np.ndarray) -> float:
+    """Seconds that a runtime on this machine takes to answer a batch."""
+    started = time.perf_counter()
+    logits(batch)
+    return time.perf_counter() - started
 
 
 def in_batches_of(

@@ -14,6 +14,7 @@ import numpy as np
 from qdeploy.errors import UsageError
 from qdeploy.runtime.openvino_cpu import OpenVino
 from qdeploy.runtime.reference import Reference
+from qdeploy.runtime.remote import Ssh
 from qdeploy.runtime.sessions import OnnxRuntime
 from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import Interface
@@ -33,6 +34,9 @@ class Runner(Protocol):
         Raises:
             ProviderError: the runtime fails while computing.
         """
+
+    def seconds(self, batch: np.ndarray) -> float:
+        """How long the runtime takes to answer a batch, where it runs."""
 
     def interface(self, *, where: str) -> Interface:
         """What the file takes and gives, if it is a classifier of images.
@@ -69,6 +73,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     "cuda": OnnxRuntime("cuda"),
     "openvino": OpenVino(),
     "reference": Reference(),
+    "ssh": Ssh(),
 }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from qdeploy.errors import InputError, ProviderError, UsageError, first_line
 from qdeploy.machine import cores
-from qdeploy.runtime.interfaces import End, classifier_interface, in_batches_of
+from qdeploy.runtime.interfaces import End, classifier_interface, in_batches_of, timed
 from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import Interface
 
@@ -38,6 +38,10 @@ class OpenVinoRunner:
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """See `qdeploy.runtime.known.Runner`."""
         return in_batches_of(self.fixed_batch, self._run, batch)
+
+    def seconds(self, batch: np.ndarray) -> float:
+        """See `qdeploy.runtime.known.Runner`."""
+        return timed(self.logits, batch)
 
     def interface(self, *, where: str) -> Interface:
         """See `qdeploy.runtime.known.Runner`."""

@@ -10,7 +10,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from qdeploy.errors import InputError, ProviderError, UsageError, first_line, foreign_reader
-from qdeploy.runtime.interfaces import FLOAT, End, classifier_interface, in_batches_of
+from qdeploy.runtime.interfaces import FLOAT, End, classifier_interface, in_batches_of, timed
 from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import Interface
 
@@ -35,6 +35,10 @@ class ReferenceRunner:
             return in_batches_of(self.fixed_batch, self._run, batch)
         parts = [batch[at : at + AT_A_TIME] for at in range(0, len(batch), AT_A_TIME)]
         return np.concatenate([self._run(part) for part in parts])
+
+    def seconds(self, batch: np.ndarray) -> float:
+        """See `qdeploy.runtime.known.Runner`."""
+        return timed(self.logits, batch)
 
     def interface(self, *, where: str) -> Interface:
         """See `qdeploy.runtime.known.Runner`."""

@@ -19,7 +19,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from qdeploy.errors import InputError, ProviderError, UsageError, first_line
 from qdeploy.formats.onnx.nodes import operators
 from qdeploy.machine import cores
-from qdeploy.runtime.interfaces import FLOAT, End, classifier_interface, in_batches_of
+from qdeploy.runtime.interfaces import FLOAT, End, classifier_interface, in_batches_of, timed
 from qdeploy.runtime.watchdog import WATCHDOG
 from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import Interface
@@ -87,6 +87,10 @@ class Session:
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """The first output of a classifier; a file with a fixed batch is fed piece by piece."""
         return in_batches_of(self.fixed_batch, self._first, batch)
+
+    def seconds(self, batch: np.ndarray) -> float:
+        """See `qdeploy.runtime.known.Runner`."""
+        return timed(self.logits, batch)
 
     def interface(self, *, where: str) -> Interface:
         """See `qdeploy.runtime.known.Runner`."""
