@@ -25,7 +25,12 @@ from tests.nets import float_model, residual_net
 from tests.test_measure import RESULT, brightness_net, test_images  # noqa: F401 - a fixture
 from tests.test_quantized_file import quantized
 
-LOCAL = ("cpu", "openvino", "reference")  # the others need a device: see test_remote.py
+LOCAL = (
+    "cpu",
+    "openvino",
+    "reference",
+    "avx2-emulated",
+)  # the others need a device: see test_remote.py
 HERE = [name for name in LOCAL if name != "openvino" or find_spec(name)]
 OTHERS = [name for name in HERE if name != "cpu"]
 RELU_OF_NOBODY = """

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from qdeploy.errors import UsageError
+from qdeploy.runtime.avx2 import Avx2
 from qdeploy.runtime.openvino_cpu import OpenVino
 from qdeploy.runtime.reference import Reference
 from qdeploy.runtime.remote import Ssh
@@ -73,6 +74,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     "cuda": OnnxRuntime("cuda"),
     "openvino": OpenVino(),
     "reference": Reference(),
+    "avx2-emulated": Avx2(),
     "ssh": Ssh(),
 }
 

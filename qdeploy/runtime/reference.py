@@ -74,13 +74,17 @@ class Reference:
         with foreign_reader("the model"):
             proto = onnx.load_from_string(model)
             evaluator = ReferenceEvaluator(proto)
-        constants = {tensor.name for tensor in proto.graph.initializer}
-        given = [value for value in proto.graph.input if value.name not in constants]
-        return ReferenceRunner(evaluator, tuple(map(_end, given)))
+        return ReferenceRunner(evaluator, ends_of(proto))
 
     def kernels(self, model: bytes) -> Mapping[str, int]:  # noqa: ARG002
         """None: it runs the graph as it is written."""
         return {}
+
+
+def ends_of(proto: onnx.ModelProto) -> tuple[End, ...]:
+    """What a model takes, besides its constants."""
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    return tuple(_end(value) for value in proto.graph.input if value.name not in constants)
 
 
 def _end(value: onnx.ValueInfoProto) -> End:

@@ -17,7 +17,7 @@ class RuntimeSpec(Spec):
     """One way of running the file that the device offers; every one is measured."""
 
     provider: str = Field(
-        description="As `qdeploy.runtime.known` has it: cpu, cuda, openvino, reference, ssh."
+        description="As `qdeploy.runtime.known` has it: cpu, cuda, openvino, reference, ssh..."
     )
     optimizations: Literal["all", "off"] = "all"
     options: dict[str, str] = Field(
