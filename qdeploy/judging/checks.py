@@ -171,6 +171,14 @@ def _unsupported_runtimes(results: Results, _: GateSpec) -> Iterator[Found]:
         yield Found(float(len(refused)), subject=refused[0] if refused else None)
 
 
+def _saturable_pairs(results: Results, _: GateSpec) -> Iterator[Found]:
+    """What x86 without VNNI computes otherwise than other processors."""
+    found = results.measured.saturable
+    if found is not None:
+        share = 100 * found.pairs / found.of if found.of else 0.0
+        yield Found(share, subject=found.layers[0] if found.layers else None)
+
+
 def _batch_invariance(results: Results, _: GateSpec) -> Iterator[Found]:
     """The result answers an image the same, whatever shares its batch."""
     for one in results.measured.batches:
@@ -288,6 +296,7 @@ MEASURES: Mapping[str, Measure] = {
     "attack_success_rise": _beside(lambda found: _by_trigger(found.attack_success_rise)),
     "runtime_agreement": _runtime_agreement,
     "unsupported_runtimes": _unsupported_runtimes,
+    "saturable_pairs": _saturable_pairs,
     "batch_invariance": _batch_invariance,
     "layers_as_planned": _layers_as_planned,
     "codes_as_chosen": _codes_as_chosen,

@@ -15,6 +15,7 @@ from qdeploy.data.triggers import Trigger
 from qdeploy.disk.state import private_number
 from qdeploy.errors import InputError, NoAnswerError, ProviderError, first_line
 from qdeploy.formats.onnx.codes import products_fit
+from qdeploy.formats.onnx.saturation import Saturable, saturable
 from qdeploy.graph.ends import as_classifier_bytes
 from qdeploy.judging.rates import (
     ArmRates,
@@ -67,6 +68,7 @@ class Measured:
     runtimes: tuple[RuntimeAgreement, ...] = ()
     latencies: tuple[Latency, ...] = ()
     samples: tuple[Sample, ...] = ()
+    saturable: Saturable | None = None  # None: the file is not one in integers that can be told
 
 
 def validate(
@@ -98,8 +100,11 @@ def validate(
     _check_interface(sessions, trial.interface)
     runtimes = _others(run["result"], device, sessions, unsupported, trial)
     batches = _batch_invariance(trial, device, sessions, progress)
+    pairs = _saturable(trial.files["result"])
     if trial.images is None:
-        return Measured(files, batches=batches, runtimes=runtimes, latencies=latencies)
+        return Measured(
+            files, batches=batches, runtimes=runtimes, latencies=latencies, saturable=pairs
+        )
     few = {Arm("result", r.label): r.images for r in device.runtimes if r.images is not None}
     predictions = predict(
         sessions, trial.images, trial.triggers, few=few, store=store, progress=progress
@@ -111,7 +116,15 @@ def validate(
         with_answers(runtimes, predictions),
         latencies,
         samples(predictions, trial.images, trial.triggers),
+        pairs,
     )
+
+
+def _saturable(data: bytes) -> Saturable | None:
+    try:
+        return saturable(data, "the result file")
+    except InputError:
+        return None
 
 
 def _batch_invariance(

@@ -10,6 +10,7 @@ from typing import Any
 from qdeploy import __version__
 from qdeploy.detectors.crowding import NO_SCAN, WeightScan
 from qdeploy.detectors.known import Detected, NotLookedAt
+from qdeploy.formats.onnx.saturation import Saturable
 from qdeploy.inputs.opened import Evidence
 from qdeploy.inputs.requests import Request
 from qdeploy.inputs.sources import CARD
@@ -87,6 +88,7 @@ def compose(
             *_cleaning_notes(results.cleaning, names),
             *results.notes,
             *_notes(request, evidence),
+            *_saturation_notes(request, measured.saturable),
             *_waiver_notes(request, results),
             *evidence.notes,
             *_crowding_notes(scan),
@@ -254,6 +256,17 @@ def _waiver_notes(request: Request, results: Results) -> Iterator[str]:
         used = any(map(waiver.covers, names[waiver.kind]))
         yield f"{waiver}: {waiver.reason}" if used else f"{waiver}: not needed for this file"
     yield from (f"{waiver}: it has ended, and waives nothing" for waiver in request.ended)
+
+
+def _saturation_notes(request: Request, found: Saturable | None) -> Iterator[str]:
+    """What another processor may answer, where it was not asked."""
+    device = request.device
+    asked = any(runtime.provider == "avx2-emulated" for runtime in device.runtimes)
+    if found is not None and found.pairs and not asked and not device.saturates:
+        yield (
+            f"x86 without VNNI may saturate {found.text}: a runtime avx2-emulated in the device"
+            " profile shows what it answers then"
+        )
 
 
 def _notes(request: Request, evidence: Evidence) -> tuple[str, ...]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+from qdeploy.errors import InputError
 from qdeploy.formats.known import Format
 from qdeploy.formats.onnx.reading import read_untrusted
+from qdeploy.formats.onnx.saturation import saturable
 from qdeploy.formats.onnx.summary import Fact, summary
 from qdeploy.formats.opening import sha256, sniff
 from qdeploy.formats.safetensors_header import tensor_names
@@ -28,7 +31,12 @@ def facts(path: Path) -> Iterator[Fact]:
     yield "model card", str(card) if card is not None else "none: qdeploy init begins one"
     refuse_hostile(path, run_code_from_model=row.program is not None)  # it is not opened here
     if row.content == "onnx":
-        yield from summary(read_untrusted(path))
+        proto = read_untrusted(path)
+        yield from summary(proto)
+        with suppress(InputError):  # then it is not one of integers that can be told
+            found = saturable(proto.SerializeToString(), str(path))
+            if found.of:
+                yield "x86 without VNNI saturates", found.text
     else:
         yield from _of_tensors(path, row)
 

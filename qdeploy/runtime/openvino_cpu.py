@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qdeploy.errors import InputError, ProviderError, UsageError, first_line
+from qdeploy.errors import InputError, ProviderError, UsageError
 from qdeploy.machine import cores
 from qdeploy.runtime.interfaces import End, classifier_interface, in_batches_of, timed
 from qdeploy.settings.device import RuntimeSpec
@@ -59,7 +59,7 @@ class OpenVinoRunner:
             found: np.ndarray = request.get_output_tensor(0).data
             return found.copy()
         except RuntimeError as error:
-            raise ProviderError(f"openvino cannot run the model: {first_line(error)}") from error
+            raise ProviderError(f"openvino cannot run the model: {_reason(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,13 @@ def _compiled(model: bytes) -> Any:
     try:
         return core.compile_model(core.read_model(model, b""), "CPU", {**SETTINGS, **threads})
     except RuntimeError as error:
-        raise InputError(f"openvino cannot load the model: {first_line(error)}") from error
+        raise InputError(f"openvino cannot load the model: {_reason(error)}") from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """Its last line: the others are where in OpenVINO it was raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__
 
 
 def _sizes(shape: Any) -> tuple[int | None, ...]:

@@ -10,6 +10,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from qdeploy.errors import InputError, ProviderError, UsageError, first_line, foreign_reader
+from qdeploy.formats.onnx.versions import for_reference
 from qdeploy.runtime.interfaces import FLOAT, End, classifier_interface, in_batches_of, timed
 from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import Interface
@@ -72,7 +73,7 @@ class Reference:
         if spec.options or spec.optimizations != "all":
             raise UsageError("device: runtime reference takes no options, and has no optimizations")
         with foreign_reader("the model"):
-            proto = onnx.load_from_string(model)
+            proto = for_reference(onnx.load_from_string(model))
             evaluator = ReferenceEvaluator(proto)
         return ReferenceRunner(evaluator, ends_of(proto))
 

@@ -118,6 +118,12 @@ ROWS = (
         then="the line says which and why; try another --weight-storage, or a device without it",
     ),
     CheckRow(
+        name="saturable_pairs", needs=("limit",), key="max_saturable_pairs",
+        meaning="Pairs of 8-bit products that x86 without VNNI may saturate.",
+        says="On x86 without VNNI the file may answer something else.",
+        then="make it with --device x86-avx2, or --bits 4: then no pair of products saturates",
+    ),
+    CheckRow(
         name="batch_invariance", relation=">=", key="min_batch_invariance", default=97.0,
         meaning="Share of images that are answered alike in whatever batch they come.",
         says="What an image is answered depends on what shares its batch.",

@@ -16,9 +16,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from qdeploy.errors import foreign_reader
 from qdeploy.formats.onnx.nodes import constant_tensors, place
 from qdeploy.formats.onnx.standard import in_standard_operators
 from qdeploy.formats.onnx.tensors import values
+from qdeploy.formats.onnx.versions import for_reference
 
 LARGEST_CODE = 255
 LOW, HIGH = -(1 << 15), (1 << 15) - 1
@@ -189,13 +191,16 @@ EMULATION, LOSS = "qdeploy.emulation", "SaturationLoss"
 def with_losses(data: bytes, where: str) -> tuple[onnx.ModelProto, tuple[Product, ...]]:
     """The file in standard operators, with a node behind each product that can saturate.
 
+    It is in a version of the standard that the reference evaluator knows.
+
     Each is of an operator `SaturationLoss(result, codes)` of a domain of its own, whose attribute
     `product` counts the products that are given too.
 
     Raises:
         InputError: it is no file to be opened.
     """
-    proto = _standard(data, where)
+    with foreign_reader(f"model {where}"):
+        proto = for_reference(_standard(data, where))
     found = tuple(one for one in products(proto) if one.saturable.any())
     by_output = {one.output: i for i, one in enumerate(found)}
     nodes = []
