@@ -104,3 +104,21 @@ def test_what_is_no_classifier_of_images_is_refused(text, complaint):
     model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {text}')
     with pytest.raises(InputError, match=complaint):
         open_session(model.SerializeToString()).interface(where="net")
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("saturating", [True, False])
+def test_slow_exact_kernels_are_asked_for_where_products_would_saturate(
+    monkeypatch, vnni, saturating
+):
+    flags = frozenset({"avx2", "avx512_vnni"} if vnni else {"avx2"})
+    monkeypatch.setattr(sessions, "processor_flags", lambda: flags)
+    asked: list[tuple[str, str]] = []
+    add = ort.SessionOptions.add_session_config_entry
+    monkeypatch.setattr(
+        ort.SessionOptions, "add_session_config_entry",
+        lambda self, key, value: asked.append((key, value)) or add(self, key, value),
+    )  # fmt: skip
+    open_session(residual_net(), saturating=saturating)
+    slow = ("session.x64quantprecision", "1") in asked
+    assert slow is (not vnni and not saturating)

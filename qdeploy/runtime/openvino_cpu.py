@@ -20,6 +20,9 @@ LONGEST_RUN_SECONDS = 120  # of one batch
 SETTINGS = {  # float operators in float32, whatever the processor could do
     "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
 }  # fmt: skip
+PLACES = (
+    "Exception from", "Check ", "FrontEnd API failed", "Model wasn't", "Summary", "To facilitate",
+)  # fmt: skip
 PASSIVE = frozenset({"Input", "Output", "Const", "Reorder", "Reshape"})
 
 
@@ -113,9 +116,10 @@ def _compiled(model: bytes) -> Any:
 
 
 def _reason(error: RuntimeError) -> str:
-    """Its last line: the others are where in OpenVINO it was raised."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else type(error).__name__
+    """What of its lines says something: the others are where in OpenVINO it was raised."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(PLACES)]
+    return (telling or lines or [type(error).__name__])[0][:200]
 
 
 def _sizes(shape: Any) -> tuple[int | None, ...]:
