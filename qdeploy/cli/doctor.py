@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Iterator
 
-from qdeploy.errors import ProviderError
+from qdeploy.errors import ProviderError, UsageError
 from qdeploy.graph.io import identity
 from qdeploy.machine import (
     EXTRAS,
@@ -18,7 +18,7 @@ from qdeploy.machine import (
     processor_flags,
 )
 from qdeploy.runtime.known import RUNTIMES
-from qdeploy.settings.device import RuntimeSpec, own_device
+from qdeploy.settings.device import ANYWHERE, RuntimeSpec
 
 
 def describe() -> Iterator[tuple[str, str]]:
@@ -29,7 +29,7 @@ def describe() -> Iterator[tuple[str, str]]:
         f"{platform.machine()}, {cores()} cores, {_memory()}, Python {platform.python_version()}",
     )
     yield "int8", _int8(flags)
-    yield "device", f"--device {own_device()}, which is the default"
+    yield "device", f"--device {ANYWHERE}, which is the default: its files answer alike anywhere"
     have = installed_versions()
     for package in PACKAGES:
         yield package, have.get(package, "not installed")
@@ -52,6 +52,8 @@ def _int8(flags: frozenset[str]) -> str:
 def _provider(name: str) -> str:
     try:
         RUNTIMES[name].open(identity(), RuntimeSpec(provider=name))
+    except UsageError as error:
+        return f"as a device profile describes it ({error.hint})"
     except ProviderError as error:
         return f"no: {error}"
     return "works"

@@ -52,7 +52,7 @@ Seed = Annotated[
 ]  # fmt: skip
 Device = Annotated[
     str | None,
-    option("--device", "Name or TOML file; by default this machine's profile.", "Quantization"),
+    option("--device", "Name or TOML file; by default x86-avx2, for any x86.", "Quantization"),
 ]
 TestImages = Annotated[
     int | None,

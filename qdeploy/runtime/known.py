@@ -17,6 +17,7 @@ from qdeploy.runtime.openvino_cpu import OpenVino
 from qdeploy.runtime.reference import Reference
 from qdeploy.runtime.remote import Ssh
 from qdeploy.runtime.sessions import OnnxRuntime
+from qdeploy.runtime.web import Web
 from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import Interface
 
@@ -76,6 +77,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     "reference": Reference(),
     "avx2-emulated": Avx2(),
     "ssh": Ssh(),
+    "web": Web(),
 }
 
 

@@ -46,15 +46,17 @@ SAID = 4096  # bytes of what ssh says that are looked at
 class Connection:
     """A device that answers one request after the other."""
 
-    def __init__(self, host: str, command: list[str], source: bytes) -> None:
-        self.host = host
+    def __init__(self, host: str, command: list[str], source: bytes, *, hint: str) -> None:
+        self.host, self._hint = host, hint
         self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
         try:
             self._process = subprocess.Popen(  # noqa: S603 - ssh, with options of the profile
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said
             )
         except OSError as error:
-            raise ProviderError(f"device {host}: {command[0]}: {error.strerror}") from error
+            self._said.close()
+            reason = f"{command[0]}: {error.strerror}"
+            raise ProviderError(f"device {host}: {reason}", hint=hint) from error
         weakref.finalize(self, _hang_up, self._process, self._said)
         self._write(source)
 
@@ -110,7 +112,7 @@ class Connection:
         reason = f": {lines[-1][:200]}" if lines else ""
         return NoAnswerError(
             f"device {self.host} {what}{reason}",
-            hint="ssh to it by hand first: its host key must be known, and no password asked for",
+            hint=self._hint,
         )
 
 
@@ -160,6 +162,22 @@ class RemoteRunner:
         return logits, float(said.get("seconds", math.nan))
 
 
+def opened(connection: Connection, model: bytes, spec: RuntimeSpec) -> RemoteRunner:
+    """A file on the other side of a connection, which is sent unless it is there.
+
+    Raises:
+        NoAnswerError: the other side does not answer.
+        ProviderError: it cannot open the file.
+    """
+    digest = sha256(model).hexdigest()
+    there, _ = connection.ask("have", sha256=digest)
+    said, _ = connection.ask(
+        "open", b"" if there.get("have") else model, sha256=digest,
+        optimizations=spec.optimizations,
+    )  # fmt: skip
+    return RemoteRunner(connection, digest, _inputs(said), int(said["outputs"]))
+
+
 @dataclass(frozen=True, slots=True)
 class Ssh:
     """A runtime of `qdeploy.runtime.known`: onnxruntime on the CPU of a device elsewhere."""
@@ -173,14 +191,7 @@ class Ssh:
         saturating: bool = False,  # noqa: ARG002 - the device's own arithmetic is what is asked for
     ) -> RemoteRunner:
         """See `qdeploy.runtime.known.Runtime`."""
-        connection = _connected(spec)
-        digest = sha256(model).hexdigest()
-        there, _ = connection.ask("have", sha256=digest)
-        said, _ = connection.ask(
-            "open", b"" if there.get("have") else model, sha256=digest,
-            optimizations=spec.optimizations,
-        )  # fmt: skip
-        return RemoteRunner(connection, digest, _inputs(said), int(said["outputs"]))
+        return opened(_connected(spec), model, spec)
 
     def kernels(self, model: bytes) -> Mapping[str, int]:  # noqa: ARG002 - it does not tell
         """Not known."""
@@ -202,15 +213,28 @@ def _connected(spec: RuntimeSpec) -> Connection:
     python = shlex.quote(options.get("python", "python3"))
     command = f"{python} -c {shlex.quote(start)}"
     host = options["host"]
-    connection = Connection(host, ["ssh", *CHECKED, *port, "--", host, command], source)
+    connection = Connection(
+        host, ["ssh", *CHECKED, *port, "--", host, command], source,
+        hint="ssh to it by hand first: its host key must be known, and no password asked for",
+    )  # fmt: skip
+    greet(connection)
+    return connection
+
+
+def greet(connection: Connection) -> None:
+    """See whether the other side is one that is understood.
+
+    Raises:
+        NoAnswerError: it does not answer.
+        ProviderError: its onnxruntime is too old.
+    """
     said, _ = connection.ask("hello")
     version = str(said.get("onnxruntime"))
     if said.get("agent") != VERSION or _numbers(version) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise ProviderError(
-            f"device {host}: has onnxruntime {version}, at least {oldest} is needed"
+            f"device {connection.host}: has onnxruntime {version}, at least {oldest} is needed"
         )
-    return connection
 
 
 def _numbers(version: str) -> tuple[int, ...]:
