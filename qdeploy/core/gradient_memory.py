@@ -34,7 +34,7 @@ def _kept(losses: Callable[[slice], Tensor], count: int) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage._cdata] = storage.nbytes()  # which it is, not where its values are
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
