@@ -10,6 +10,7 @@ import onnx.numpy_helper
 import onnx.parser
 import pytest
 
+import qdeploy.judging.measure as judging
 from qdeploy.formats.onnx.saturation import lost, products, saturable
 from qdeploy.machine import exact_8bit_products, processor_flags
 from qdeploy.runtime.avx2 import Avx2
@@ -233,6 +234,21 @@ def test_the_gate_notes_that_another_processor_may_answer_otherwise(lab):
     (row,) = report["runtime_agreement"]
     assert row["runtime"] == "avx2-emulated"
     assert {m["runtime"] for m in report["measurements"]} == {"cpu", "avx2-emulated"}
+
+
+@pytest.mark.usefixtures("full")
+@pytest.mark.parametrize("vnni", [True, False])
+def test_a_device_that_saturates_is_emulated_where_this_processor_does_not(lab, monkeypatch, vnni):
+    flags = frozenset({"avx2", "avx512_vnni"} if vnni else {"avx2"})
+    monkeypatch.setattr(judging, "processor_flags", lambda: flags)
+    _, report = gated(lab, "--policy", "demo")
+    asked = {row["runtime"] for row in report["runtime_agreement"]}
+    assert ("avx2-emulated" in asked) is vnni
+    assert run("gate", "good.onnx", "--reference", "fp32.onnx", "--policy", "demo",
+               "--report", "r.json") == 0  # fmt: skip
+    report = json.loads((lab / "r.json").read_text("utf-8"))
+    asked = {row["runtime"] for row in report["runtime_agreement"]}
+    assert "avx2-emulated" not in asked  # none of its pairs can
 
 
 @pytest.mark.usefixtures("full")

@@ -26,6 +26,7 @@ from qdeploy.judging.rates import (
     samples,
     with_answers,
 )
+from qdeploy.machine import exact_8bit_products, processor_flags
 from qdeploy.progress import SILENT, Progress
 from qdeploy.runtime.batching import probes_of, same_in_any_batch
 from qdeploy.runtime.known import Runner, runtime_of
@@ -39,6 +40,7 @@ from qdeploy.runtime.measure import (
 from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION, DeviceProfile, RuntimeSpec
 from qdeploy.values import NOTHING_STATED, Arm, FileMade, Interface, Latency, Stated, Variant
 
+EMULATED = RuntimeSpec(provider="avx2-emulated", images=500)
 FEW_RUNS = 10  # of a runtime that nothing is held against
 
 
@@ -84,6 +86,8 @@ def validate(
         ProviderError: a runtime of the profile is not there, or cannot run the file.
         InputError: a file is no classifier, or not of what it should be.
     """
+    pairs = _saturable(trial.files["result"])
+    device = _as_it_computes(device, pairs)
     fit = all(products_fit(d, LARGEST_CODE_WITHOUT_SATURATION) for d in trial.files.values())
     saturating = device.saturates or fit  # if they fit, none does, and these kernels are faster
     first = device.runtimes[0]
@@ -100,7 +104,6 @@ def validate(
     _check_interface(sessions, trial.interface)
     runtimes = _others(run["result"], device, sessions, unsupported, trial)
     batches = _batch_invariance(trial, device, sessions, progress)
-    pairs = _saturable(trial.files["result"])
     if trial.images is None:
         return Measured(
             files, batches=batches, runtimes=runtimes, latencies=latencies, saturable=pairs
@@ -118,6 +121,15 @@ def validate(
         samples(predictions, trial.images, trial.triggers),
         pairs,
     )
+
+
+def _as_it_computes(device: DeviceProfile, pairs: Saturable | None) -> DeviceProfile:
+    """The device, emulated too where it saturates, this file can, and this processor would not."""
+    here = exact_8bit_products(processor_flags())
+    asked = any(runtime.provider == EMULATED.provider for runtime in device.runtimes)
+    if not here or not device.saturates or asked or pairs is None or not pairs.pairs:
+        return device
+    return device.model_copy(update={"runtimes": (*device.runtimes, EMULATED)})
 
 
 def _saturable(data: bytes) -> Saturable | None:

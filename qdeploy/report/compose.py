@@ -18,7 +18,7 @@ from qdeploy.judging.advice import next_steps
 from qdeploy.judging.checks import Results, checks_of, explanation
 from qdeploy.judging.soundness import OF_THE_CARD, objections, sound
 from qdeploy.judging.verdict import Check, Outcome, explain, judge
-from qdeploy.machine import exact_8bit_products, installed_versions, processor_flags
+from qdeploy.machine import installed_versions
 from qdeploy.progress import Clock
 from qdeploy.report.values import Report
 from qdeploy.settings.checks import ANYTHING_ELSE, CHECKS, ROWS, SUPPLY, CheckRow, Need
@@ -262,8 +262,7 @@ def _saturation_notes(request: Request, found: Saturable | None) -> Iterator[str
     """What another processor may answer, where it was not asked."""
     device = request.device
     asked = any(runtime.provider == "avx2-emulated" for runtime in device.runtimes)
-    seen_here = device.saturates and not exact_8bit_products(processor_flags())
-    if found is not None and found.pairs and not asked and not seen_here:
+    if found is not None and found.pairs and not asked and not device.saturates:
         yield (
             f"x86 without VNNI may saturate {found.text}: a runtime avx2-emulated in the device"
             " profile shows what it answers then"
