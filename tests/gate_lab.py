@@ -124,7 +124,7 @@ def _fill(lab: Lab) -> None:
     for name, options in {
         "ort-channel.onnx": {"per_channel": True, "reduce_range": True},
         "ort-tensor.onnx": {"weight_type": QuantType.QUInt8, "reduce_range": True},
-        "ort-qoperator.onnx": {"quant_format": QuantFormat.QOperator},
+        "ort-qoperator.onnx": {"quant_format": QuantFormat.QOperator, "reduce_range": True},
     }.items():
         types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
         quantize_static(lab / "fp32.onnx", lab / name, _Reader(lab), **{**types, **options})

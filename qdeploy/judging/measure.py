@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -40,7 +41,8 @@ from qdeploy.runtime.measure import (
 from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION, DeviceProfile, RuntimeSpec
 from qdeploy.values import NOTHING_STATED, Arm, FileMade, Interface, Latency, Stated, Variant
 
-EMULATED = RuntimeSpec(provider="avx2-emulated", images=500)
+EMULATED = "avx2-emulated"
+EMULATED_IMAGES, FEWER, LARGE = 500, 200, 1 << 16  # fewer of so many values: seconds an image
 FEW_RUNS = 10  # of a runtime that nothing is held against
 
 
@@ -87,7 +89,7 @@ def validate(
         InputError: a file is no classifier, or not of what it should be.
     """
     pairs = _saturable(trial.files["result"])
-    device = _as_it_computes(device, pairs)
+    device = _as_it_computes(device, pairs, trial.interface)
     fit = all(products_fit(d, LARGEST_CODE_WITHOUT_SATURATION) for d in trial.files.values())
     saturating = device.saturates or fit  # if they fit, none does, and these kernels are faster
     first = device.runtimes[0]
@@ -123,13 +125,17 @@ def validate(
     )
 
 
-def _as_it_computes(device: DeviceProfile, pairs: Saturable | None) -> DeviceProfile:
+def _as_it_computes(
+    device: DeviceProfile, pairs: Saturable | None, interface: Interface
+) -> DeviceProfile:
     """The device, emulated too where it saturates, this file can, and this processor would not."""
     here = exact_8bit_products(processor_flags())
-    asked = any(runtime.provider == EMULATED.provider for runtime in device.runtimes)
+    asked = any(runtime.provider == EMULATED for runtime in device.runtimes)
     if not here or not device.saturates or asked or pairs is None or not pairs.pairs:
         return device
-    return device.model_copy(update={"runtimes": (*device.runtimes, EMULATED)})
+    images = FEWER if math.prod(interface.input_shape) > LARGE else EMULATED_IMAGES
+    emulated = RuntimeSpec(provider=EMULATED, images=images)
+    return device.model_copy(update={"runtimes": (*device.runtimes, emulated)})
 
 
 def _saturable(data: bytes) -> Saturable | None:
