@@ -250,7 +250,7 @@ class Compared:
     """Clean images on one runtime, beside the same on the device's first."""
 
     same: Bool[np.ndarray, " asked"]  # whether the class is; fewer than all may have been asked
-    difference: float  # the largest of a logit, percent of the widest range of an image's logits
+    difference: float | None  # largest of a logit, percent of their range; None: not all finite
 
 
 @dataclass(frozen=True, slots=True, eq=False)

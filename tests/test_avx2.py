@@ -11,7 +11,7 @@ import onnx.parser
 import pytest
 
 import qdeploy.judging.measure as judging
-from qdeploy.formats.onnx.saturation import lost, products, saturable
+from qdeploy.formats.onnx.saturation import lost, products, saturable, with_losses
 from qdeploy.machine import exact_8bit_products, processor_flags
 from qdeploy.runtime.avx2 import Avx2
 from qdeploy.runtime.known import RUNTIMES
@@ -112,6 +112,21 @@ def test_the_emulation_is_what_pairs_of_products_give(shape):
     off = np.abs(emulated - by_hand(x, weights, shape))
     assert off.max() <= 0.5  # one code, where a sum lies between two
     assert (off > 0).mean() < 0.01
+
+
+def test_names_of_the_file_do_not_get_in_the_way():
+    file, _ = convolution(PLAIN)
+    proto = onnx.load_from_string(file)
+    for node in proto.graph.node:  # what would be added is there already, and read at the end
+        for names in (node.input, node.output):
+            names[:] = [{"d": "c.exact"}.get(name, name) for name in names]
+    x = images(PLAIN["channels"])
+    want = Avx2().open(file, EMULATED).logits(x)
+    got = Avx2().open(proto.SerializeToString(), EMULATED).logits(x)
+    np.testing.assert_array_equal(got, want)
+    added, _ = with_losses(proto.SerializeToString(), "it")
+    made = [name for node in added.graph.node for name in node.output]
+    assert len(made) == len(set(made))
 
 
 @pytest.mark.skipif(not SATURATES, reason="this processor adds products exactly")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import numpy as np
@@ -307,6 +307,12 @@ def test_an_openvino_that_is_missing_stops_the_gate_before_any_work(lab, monkeyp
     assert "qdeploy[openvino]" in said
 
 
-def test_all_runtimes_are_told_apart():
-    spec = RuntimeSpec(provider="openvino")
-    assert replace(Arm("result", spec.label), variant="fp32").runtime == "openvino"
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_have_no_difference(test_images, wrong):  # noqa: F811
+    other = Arm("result", "broken")
+    broken = Turned(opened("cpu", brightness_net()))
+    broken.logits = lambda batch: np.full((len(batch), 3), wrong, np.float32)  # type: ignore[method-assign]
+    sessions = {RESULT: opened("cpu", brightness_net()), other: broken}
+    found = predict(sessions, test_images, []).compared[other]
+    assert found.difference is None
+    assert not found.same.any()

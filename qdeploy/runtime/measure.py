@@ -174,7 +174,9 @@ class _Beside:
             asked = same != UNASKED
             span = float(np.max(answers[self.key(self.first, SPAN)], initial=0))
             largest = float(np.max(answers[self.key(arm, DIFFERENCE)][asked], initial=0))
-            found[arm] = Compared(same[asked] == 1, 100 * largest / span if span else 0.0)
+            known = np.isfinite([span, largest]).all()
+            difference = (100 * largest / span if span else 0.0) if known else None
+            found[arm] = Compared(same[asked] == 1, difference)
         return found
 
 

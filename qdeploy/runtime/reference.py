@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from qdeploy.runtime.interfaces import FLOAT, End, classifier_interface, in_batc
 from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import Interface
 
+LONGEST_RUN_SECONDS = 120  # of one batch
 AT_A_TIME = 8  # images; its convolutions unfold what they read
 
 
@@ -47,6 +49,7 @@ class ReferenceRunner:
         return classifier_interface(self.inputs, outputs, self.logits, where=where)
 
     def _run(self, batch: np.ndarray) -> np.ndarray:
+        started = time.monotonic()
         try:
             with np.errstate(all="ignore"), foreign_reader("the model"):
                 outputs = self.evaluator.run(None, {self.inputs[0].name: batch})
@@ -54,6 +57,8 @@ class ReferenceRunner:
             raise ProviderError(
                 f"the reference evaluator cannot run the model: {first_line(error)}"
             ) from error
+        if time.monotonic() - started > LONGEST_RUN_SECONDS:  # it cannot be stopped on its way
+            raise InputError(f"the model takes more than {LONGEST_RUN_SECONDS} s for one batch")
         return np.asarray(next(iter(outputs)))
 
 

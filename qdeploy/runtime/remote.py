@@ -159,7 +159,10 @@ class RemoteRunner:
         if said.get("shape") != [len(batch), classes] or odd or not classes or len(data) % 4:
             raise ProviderError(f"device {self.connection.host}: answers no logits")
         logits = values.reshape(len(batch), classes).astype(np.float32)
-        return logits, float(said.get("seconds", math.nan))
+        seconds = said.get("seconds")
+        if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+            raise ProviderError(f"device {self.connection.host}: does not say how long it took")
+        return logits, float(seconds)
 
 
 def opened(connection: Connection, model: bytes, spec: RuntimeSpec) -> RemoteRunner:
@@ -175,7 +178,7 @@ def opened(connection: Connection, model: bytes, spec: RuntimeSpec) -> RemoteRun
         "open", b"" if there.get("have") else model, sha256=digest,
         optimizations=spec.optimizations,
     )  # fmt: skip
-    return RemoteRunner(connection, digest, _inputs(said), int(said["outputs"]))
+    return RemoteRunner(connection, digest, *_ends(said))
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,12 +245,14 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts) if all(p.isdigit() for p in parts) else (0,)
 
 
-def _inputs(said: Mapping[str, Any]) -> tuple[End, ...]:
+def _ends(said: Mapping[str, Any]) -> tuple[tuple[End, ...], int]:
+    """The inputs of a file, and how many outputs it has."""
     try:
-        return tuple(
+        inputs = tuple(
             End(str(one["name"]), tuple(one["shape"]),
                 FLOAT if one["type"] == "tensor(float)" else str(one["type"]))
             for one in said["inputs"]
         )  # fmt: skip
-    except (KeyError, TypeError) as error:
+        return inputs, int(said["outputs"])
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError("the device does not say what the file takes") from error

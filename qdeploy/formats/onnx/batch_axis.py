@@ -68,6 +68,7 @@ STAYS_FIRST = frozenset({
 })  # fmt: skip
 MIXES_ELSEWHERE = frozenset({"GlobalAveragePool", "GlobalMaxPool", "InstanceNormalization"})
 SCALES = frozenset({"QuantizeLinear", "DequantizeLinear"})
+MOST_COMPUTED = 32  # indexes whose values are looked at, of a graph: each takes milliseconds
 Handler = Callable[[onnx.NodeProto, State], Answer]
 
 
@@ -216,6 +217,9 @@ def _gather(node: onnx.NodeProto, state: State) -> Answer:
 
 def _picked(node: onnx.NodeProto, state: State, given: Data) -> Answer:
     """A Gather along the images by an index that is computed from their number (as_strided)."""
+    state.computed.add(node.input[1])
+    if len(state.computed) > MOST_COMPUTED:
+        return LOST, ""
     found = set[tuple[int, int] | None]()
     for batch in (3, 5):
         index = size_values(state.graph, node.input[1], batch)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,7 @@ class State:
 
     graph: Outline
     flows: dict[str, Flow]
+    computed: set[str] = field(default_factory=set)  # indexes whose values were looked at
 
     def flow(self, node: onnx.NodeProto, index: int = 0) -> Flow:
         return self.flows.get(node.input[index]) if index < len(node.input) else None

@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from qdeploy.errors import foreign_reader
+from qdeploy.formats.onnx.codes import PASSED_OVER
 from qdeploy.formats.onnx.nodes import constant_tensors, place
 from qdeploy.formats.onnx.standard import in_standard_operators
 from qdeploy.formats.onnx.tensors import values
@@ -24,7 +25,6 @@ from qdeploy.formats.onnx.versions import for_reference
 
 LARGEST_CODE = 255
 LOW, HIGH = -(1 << 15), (1 << 15) - 1
-PASSED_OVER = frozenset({"Relu", "Clip"})  # between a product and its QuantizeLinear
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -203,6 +203,7 @@ def with_losses(data: bytes, where: str) -> tuple[onnx.ModelProto, tuple[Product
         proto = for_reference(_standard(data, where))
     found = tuple(one for one in products(proto) if one.saturable.any())
     by_output = {one.output: i for i, one in enumerate(found)}
+    taken = {name for node in proto.graph.node for name in (*node.input, *node.output)}
     nodes = []
     for node in proto.graph.node:
         nodes.append(node)
@@ -210,9 +211,13 @@ def with_losses(data: bytes, where: str) -> tuple[onnx.ModelProto, tuple[Product
         if name not in by_output or node.op_type not in {"Conv", "Gemm", "MatMul"}:
             continue
         index = by_output[name]
-        node.output[0] = f"{name}.exact"
+        exact = f"{name}.exact"
+        while exact in taken:  # the file's author chooses its names
+            exact += "_"
+        taken.add(exact)
+        node.output[0] = exact
         behind = onnx.NodeProto(op_type=LOSS, domain=EMULATION, output=[name])
-        behind.input.extend([f"{name}.exact", found[index].codes])
+        behind.input.extend([exact, found[index].codes])
         behind.attribute.add(name="product", i=index, type=onnx.AttributeProto.INT)
         nodes.append(behind)
     del proto.graph.node[:]

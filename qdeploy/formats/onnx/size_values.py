@@ -16,8 +16,8 @@ from onnx.reference import ReferenceEvaluator
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.formats.onnx.outline import PROBE, Outline
 
-LONGEST = 256  # nodes that lead to one tensor
-LARGEST = 1 << 22  # values of one tensor
+LONGEST = 64  # nodes that lead to one tensor
+LARGEST = 1 << 18  # values of one tensor
 ARITHMETIC = frozenset({
     "Add", "Sub", "Mul", "Div", "Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape", "Concat",
     "Gather", "Slice",
