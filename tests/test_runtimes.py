@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -122,6 +124,33 @@ def test_openvino_tells_which_of_its_kernels_compute_on_integers(int8_file):
     assert any(name.startswith("Convolution") for name in on_integers)
     floats = RUNTIMES["openvino"].kernels(residual_net())
     assert not any(name.endswith((" u8", " i8")) for name in floats)
+
+
+INTERRUPTED_AFTER_OPENVINO = """
+import signal, sys, threading
+from qdeploy.graph.io import identity
+from qdeploy.runtime.known import RUNTIMES
+from qdeploy.settings.device import RuntimeSpec
+
+kept = [RUNTIMES["openvino"].open(identity(), RuntimeSpec(provider="openvino"))]
+last = threading.Thread(target=kept.clear)
+last.start()
+last.join()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.skipif("openvino" not in HERE, reason="openvino is not installed")
+def test_who_interrupts_after_openvino_ran_is_heard():
+    """The plugin's signal stack outlives the runner, whichever thread lets that go."""
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_AFTER_OPENVINO],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (0, "interrupted\n")
 
 
 def test_openvino_that_is_not_installed_is_an_error_with_a_hint(monkeypatch):

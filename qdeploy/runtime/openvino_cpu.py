@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -105,14 +106,24 @@ class OpenVino:
 def _compiled(model: bytes) -> Any:
     if find_spec("openvino") is None:
         raise ProviderError("openvino is not installed", hint="pip install 'qdeploy[openvino]'")
-    import openvino
-
-    core = openvino.Core()
+    core = _core()
     threads = {"INFERENCE_NUM_THREADS": cores()}
     try:
         return core.compile_model(core.read_model(model, b""), "CPU", {**SETTINGS, **threads})
     except RuntimeError as error:
         raise InputError(f"openvino cannot load the model: {_reason(error)}") from error
+
+
+@cache
+def _core() -> Any:
+    """The one of this process, which no thread but the last lets go.
+
+    Its CPU plugin sets an alternate signal stack for the thread that loads it, and frees that stack
+    where the last core goes: if another thread does that, the next signal (Ctrl-C) is a crash.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _reason(error: RuntimeError) -> str:
