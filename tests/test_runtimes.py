@@ -127,12 +127,13 @@ def test_openvino_tells_which_of_its_kernels_compute_on_integers(int8_file):
 
 
 INTERRUPTED_AFTER_OPENVINO = """
-import signal, sys, threading
+import signal, threading
 from qdeploy.graph.io import identity
 from qdeploy.runtime.known import RUNTIMES
 from qdeploy.settings.device import RuntimeSpec
 
 kept = [RUNTIMES["openvino"].open(identity(), RuntimeSpec(provider="openvino"))]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
 last = threading.Thread(target=kept.clear)
 last.start()
 last.join()
