@@ -12,6 +12,7 @@ from qdeploy import __version__
 from qdeploy.disk.printable import printable_tree
 from qdeploy.formats.static import RULES
 from qdeploy.judging.verdict import describe, missing
+from qdeploy.report.taxa import TAXONOMIES, references, taxonomies
 from qdeploy.report.values import Report
 from qdeploy.settings.checks import ROWS
 from qdeploy.values import Finding
@@ -35,10 +36,14 @@ def sarif(
     driver = {
         "name": "qdeploy",
         "version": __version__,
-        "rules": [{"id": name, "shortDescription": {"text": text}} for name, text in rules.items()],
+        "rules": [_rule(name, text) for name, text in rules.items()],
+        "supportedTaxonomies": [
+            {"name": one.name, "index": place} for place, one in enumerate(TAXONOMIES)
+        ],
     }
     run = {
         "tool": {"driver": driver},
+        "taxonomies": taxonomies(),
         "results": [_result(finding, uri) for finding, uri in results],
         "properties": properties,
     }
@@ -51,12 +56,21 @@ def sarif_uri(path: str) -> str:
     return quote(Path(path).as_posix().lstrip("/"))
 
 
+def _rule(name: str, text: str) -> dict[str, Any]:
+    rule: dict[str, Any] = {"id": name, "shortDescription": {"text": text}}
+    targets = references(name)
+    if targets:
+        rule["relationships"] = [{"target": one, "kinds": ["relevant"]} for one in targets]
+    return rule
+
+
 def _result(finding: Finding, uri: str) -> dict[str, Any]:
     text = f"{finding.where}: {finding.message}" if finding.where else finding.message
     return {
         "ruleId": finding.rule,
         "level": finding.level,
         "message": {"text": text},
+        "taxa": references(finding.rule),
         "locations": [{"physicalLocation": {"artifactLocation": {"uri": uri}}}],
     }
 
