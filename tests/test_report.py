@@ -15,6 +15,8 @@ from xml.etree import ElementTree as ET
 import jsonschema
 import numpy as np
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 from qdeploy.cli import console, main
 from qdeploy.core.crowding import Crowding
@@ -30,6 +32,9 @@ from qdeploy.provenance.trace import LayerTrace, Provenance
 from qdeploy.report.document import DOCUMENTS, WrittenReport, json_schema
 from qdeploy.report.kept import read_report
 from qdeploy.report.render import FORMATS, check_format, render
+from qdeploy.report.scans import OF_WEIGHTS
+from qdeploy.report.taxa import RULES_OF, TAXA_OF, TAXONOMIES
+from qdeploy.report.to_cyclonedx import to_cyclonedx
 from qdeploy.report.to_html import to_html
 from qdeploy.report.to_json import to_json, written
 from qdeploy.report.to_junit import to_junit
@@ -283,6 +288,61 @@ def test_sarif_has_a_result_for_everything_that_stands_against_the_file(report):
     assert not CHECKS.keys() & set(RULES)
     uri = run["results"][0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
     assert uri == "m.rejected.onnx"
+
+
+def test_sarif_says_what_a_rule_is_called_in_the_taxonomies_of_others(report):
+    (run,) = json.loads(to_sarif(report))["runs"]
+    for number, taxonomy in enumerate(run["taxonomies"]):
+        listed = run["tool"]["driver"]["supportedTaxonomies"][number]
+        assert listed == {"name": taxonomy["name"], "index": number}
+    attack = next(r for r in run["results"] if r["ruleId"] == "attack_success")
+    called = [
+        run["taxonomies"][one["toolComponent"]["index"]]["taxa"][one["index"]]["name"]
+        for one in attack["taxa"]
+    ]
+    assert [one["id"] for one in attack["taxa"]] == [
+        "AML.T0018.000",
+        "AML.T0043.004",
+        "NISTAML.023",
+    ]
+    assert called[2] == "Backdoor Poisoning"
+    (rule,) = (r for r in run["tool"]["driver"]["rules"] if r["id"] == "attack_success")
+    assert [r["target"] for r in rule["relationships"]] == attack["taxa"]
+
+
+def test_taxa_are_of_rules_that_there_are():
+    assert TAXA_OF.keys() <= CHECKS.keys() | set(RULES) | set(OF_WEIGHTS)
+    known = {key for taxonomy in TAXONOMIES for key in taxonomy.taxa}
+    assert {taxon for taxa in TAXA_OF.values() for taxon in taxa} == known
+    assert len(TAXA_OF) == sum(map(len, RULES_OF.values()))  # no rule twice
+
+
+def test_the_bill_of_materials_is_what_its_schema_says(report):
+    hostile = replace(report.data[0], name='x"\n\x1b[31m', sha256=None, images=None)
+    unmeasured = tuple(
+        replace(rates, accuracy=Estimate(math.nan, math.nan, math.nan, 0)) for rates in report.rates
+    )
+    odd = replace(report, data=(hostile,), rates=unmeasured, files=(), policy={}, device={})
+    for one in (report, of_a_foreign_file(report), with_samples(report), odd):
+        wrong = JsonStrictValidator(SchemaVersion.V1_6).validate_str(to_cyclonedx(one).decode())
+        assert wrong is None, wrong
+
+
+def test_the_bill_of_materials_says_what_was_measured_with_its_intervals(report):
+    document = json.loads(to_cyclonedx(report))
+    judged = document["metadata"]["component"]
+    assert (judged["name"], judged["hashes"][0]["content"]) == ("m.rejected.onnx", "2" * 64)
+    assert judged["pedigree"]["ancestors"][0]["hashes"][0]["content"] == "0" * 64
+    metrics = judged["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    assert {
+        "type": "attack success of patch, %", "slice": "this file, cpu", "value": "90",
+        "confidenceInterval": {"lowerBound": "88", "upperBound": "92"},
+    } in metrics  # fmt: skip
+    (data,) = document["components"]
+    assert judged["modelCard"]["modelParameters"]["datasets"] == [{"ref": data["bom-ref"]}]
+    said = {one["name"]: one["value"] for one in judged["properties"]}
+    assert said["qdeploy:outcome"] == "REJECT"
+    assert said["qdeploy:check:attack_success (patch, cpu)"] == "off: 90 %, limit <= 10"
 
 
 def test_the_summary_fits_a_pull_request(report):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from qdeploy.errors import UsageError
+from qdeploy.report.to_cyclonedx import to_cyclonedx
 from qdeploy.report.to_html import to_html
 from qdeploy.report.to_json import to_json
 from qdeploy.report.to_junit import to_junit
@@ -13,7 +14,9 @@ from qdeploy.report.to_markdown import to_markdown
 from qdeploy.report.to_sarif import to_sarif
 from qdeploy.report.values import Report
 
-FORMATS: Mapping[str, Callable[[Report], bytes]] = {
+Writer = Callable[[Report], bytes]
+FORMATS: Mapping[str, Writer] = {
+    ".cdx.json": to_cyclonedx,  # before .json, which it ends in too
     ".json": to_json,
     ".html": to_html,
     ".xml": to_junit,
@@ -24,7 +27,7 @@ FORMATS: Mapping[str, Callable[[Report], bytes]] = {
 
 def render(report: Report, path: Path) -> bytes:
     """The report as `path` wants it by its suffix."""
-    return FORMATS[path.suffix.lower()](report)
+    return _writer(path)(report)
 
 
 def check_format(path: Path) -> None:
@@ -33,8 +36,14 @@ def check_format(path: Path) -> None:
     Raises:
         UsageError: its suffix is unknown.
     """
-    if path.suffix.lower() not in FORMATS:
-        raise UsageError(
-            f"--report {path}: no format ends in {path.suffix or 'nothing'!r}",
-            hint=f"use one of {', '.join(FORMATS)} (.xml is JUnit)",
-        )
+    _writer(path)
+
+
+def _writer(path: Path) -> Writer:
+    for suffix, writer in FORMATS.items():
+        if path.name.lower().endswith(suffix):
+            return writer
+    raise UsageError(
+        f"--report {path}: no format ends in {path.suffix or 'nothing'!r}",
+        hint=f"use one of {', '.join(FORMATS)} (.xml is JUnit, .cdx.json CycloneDX)",
+    )
