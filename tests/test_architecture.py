@@ -48,6 +48,7 @@ LIBRARIES = {
     "fickling": {"formats"},
     "cryptography": {"attest"},
     "securesystemslib": {"attest"},
+    "model_signing": {"attest"},
     "mlflow": {"tracking"},
 }  # fmt: skip
 

@@ -29,6 +29,10 @@ class SaidCheck(Protocol):
     @property
     def unit(self) -> str: ...
     @property
+    def runtime(self) -> str | None: ...
+    @property
+    def subject(self) -> str | None: ...
+    @property
     def samples(self) -> int | None: ...
     @property
     def needed_samples(self) -> int: ...
@@ -51,21 +55,21 @@ def contradictions(
         yield f"{unknown[0]!r} is no check of this program"
         return
     for check in said:
-        state = _again(check).state
+        state = again(check).state
         if (state == "within") is not check.holds:
             says = "within its limit" if check.holds else "not within its limit"
             yield f"{check.name} is said to be {says}, and by its own numbers it is {state}"
-    follows = judge((_again(check) for check in said), required).value
+    follows = judge((again(check) for check in said), required).value
     if follows != outcome:
         yield f"the outcome is said to be {outcome}, and from its checks follows {follows}"
     if outcome == "ACCEPT" and not required:
         yield "nothing was required, so that ACCEPT says nothing"
 
 
-def _again(said: SaidCheck) -> Check:
+def again(said: SaidCheck) -> Check:
     """The check, made anew from its numbers."""
     return Check(
         said.name, math.nan if said.value is None else said.value, said.relation, said.limit,
-        said.unit, samples=said.samples, needed_samples=said.needed_samples,
+        said.unit, said.runtime, said.subject, said.samples, said.needed_samples,
         low=said.low, high=said.high, decided_by=said.decided_by,
     )  # fmt: skip

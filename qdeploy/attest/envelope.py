@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from securesystemslib.dsse import Envelope
-from securesystemslib.exceptions import VerificationError
-from securesystemslib.signer import CryptoSigner, SSlibKey
-
+from qdeploy.attest import libraries_of
 from qdeploy.disk.files import read_bounded
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.report.kept import parse_object
+
+with libraries_of("attest"):
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.exceptions import VerificationError
+    from securesystemslib.signer import CryptoSigner, SSlibKey
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 LARGEST_ENVELOPE_BYTES = 16 << 20

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from qdeploy.attest import libraries_of
 from qdeploy.disk.files import read_bounded
 from qdeploy.errors import InputError, UsageError, foreign_reader
 
-try:
+with libraries_of("attest"):
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
     from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
     from cryptography.hazmat.primitives.serialization import (
@@ -15,44 +17,56 @@ try:
         load_pem_public_key,
     )
     from securesystemslib.signer import CryptoSigner, SSlibKey
-except ImportError as missing:
-    raise UsageError(
-        "attestations need securesystemslib and cryptography, which are not installed",
-        hint="pip install 'qdeploy[attest]'",
-    ) from missing
 
 LARGEST_KEY_BYTES = 64 << 10
 SMALLEST_RSA_BITS = 2048
 PASSWORD_VARIABLE = "QDEPLOY_KEY_PASSWORD"  # noqa: S105
 
 
-def load_signer(path: Path, password: str | None) -> CryptoSigner:
-    """What signs by the private key at `path`.
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What to sign by."""
 
-    Args:
-        password: Opens the key if it is encrypted; not looked at otherwise.
+    path: Path | None  # PEM; None: by an identity that is shown to sigstore, without a key
+    password: str | None = None  # opens the key if it is encrypted; not looked at otherwise
+
+
+def load_signer(key: Key) -> CryptoSigner:
+    """What signs by a private key.
 
     Raises:
         InputError: it is not a private key of a known kind, or the password is missing or wrong.
+        UsageError: there is none.
     """
+    path = key.path
+    if path is None:
+        raise UsageError("without a key only --as model-signing is signed", hint="give --key")
     pem = _read(path)
     if b"PRIVATE KEY-----" not in pem:
         holds = "a public key" if b"PUBLIC KEY-----" in pem else "no key in PEM format"
         raise InputError(f"key {path}: holds {holds}; to attest, the private one is needed")
-    secret = None
-    if b"ENCRYPTED" in pem:
-        if not password:
-            raise InputError(
-                f"key {path}: protected by a password",
-                hint=f"give it in the environment variable {PASSWORD_VARIABLE}",
-            )
-        secret = password.encode()
     with foreign_reader(f"key {path}"):
-        private = load_pem_private_key(pem, secret)
+        private = load_pem_private_key(pem, secret_of(pem, key))
         public = private.public_key()
     _require_strength(path, public)
     with foreign_reader(f"key {path}"):
         return CryptoSigner(private)
+
+
+def secret_of(pem: bytes, key: Key) -> bytes | None:
+    """What opens the private key in `pem`; None if it needs nothing.
+
+    Raises:
+        InputError: it is encrypted, and there is no password.
+    """
+    if b"ENCRYPTED" not in pem:
+        return None
+    if not key.password:
+        raise InputError(
+            f"key {key.path}: protected by a password",
+            hint=f"give it in the environment variable {PASSWORD_VARIABLE}",
+        )
+    return key.password.encode()
 
 
 def load_public_key(path: Path) -> SSlibKey:

@@ -139,13 +139,15 @@ def _waived_until(policy: Mapping[str, Any] | None) -> Iterator[date]:
         yield validate(waiver, Waiver, where="report: policy.gate.waivers").until
 
 
-def make_statement(name: str, sha256: str, predicate: Predicate) -> bytes:
-    """The statement that `predicate` was passed on the file with this digest, as UTF-8 JSON."""
+def make_statement(
+    name: str, sha256: str, predicate_type: str, predicate: Mapping[str, Any]
+) -> bytes:
+    """The statement that `predicate` holds of the file with this digest, as UTF-8 JSON."""
     document = {
         "_type": STATEMENT_TYPE,
         "subject": [{"name": name, "digest": {"sha256": sha256}}],
-        "predicateType": PREDICATE_TYPE,
-        "predicate": predicate.model_dump(mode="json"),
+        "predicateType": predicate_type,
+        "predicate": predicate,
     }
     return json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
 

@@ -10,14 +10,20 @@ from qdeploy.cli.console import OUTCOME_STYLES, out, show_pairs
 from qdeploy.disk.printable import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qdeploy.attest.sign import Attestation
     from qdeploy.attest.verify import Verification
 
 
-def show_attestation(made: Attestation) -> None:
-    outcome = made.predicate.outcome
-    out().print(Text.assemble((outcome, OUTCOME_STYLES[outcome]), f"  {printable(made.path)}"))
-    show_pairs([("file sha256", made.sha256), ("signed by key", made.keyid)])
+def show_attestations(made: Sequence[Attestation]) -> None:
+    """Where they lie, and of what and by whom they are."""
+    for one in made:
+        outcome = one.predicate.outcome
+        line = Text.assemble((outcome, OUTCOME_STYLES[outcome]), f"  {printable(one.path)}")
+        out().print(line, soft_wrap=True)
+    keys = ", ".join(dict.fromkeys(one.keyid for one in made))
+    show_pairs([("file sha256", made[0].sha256), ("signed by key", keys)])
 
 
 def show_verification(verification: Verification) -> None:

@@ -13,6 +13,7 @@ from qdeploy.cli.options import (
     File,
     option,
 )
+from qdeploy.errors import UsageError
 
 
 def attest(
@@ -21,13 +22,21 @@ def attest(
         Path, option("--report", "The report.json of the run that judged it.", "Attestation")
     ],
     key: Annotated[
-        Path,
+        Path | None,
         option(
             "--key",
             "Private key (PEM); its password, if any, in QDEPLOY_KEY_PASSWORD.",
             "Attestation",
         ),
-    ],
+    ] = None,
+    keyless: Annotated[
+        bool,
+        option("--keyless", "By an identity shown to sigstore: --as model-signing.", "Attestation"),
+    ] = False,
+    forms: Annotated[
+        list[str] | None,
+        option("--as", "verdict, test-result, svr or model-signing; repeatable.", "Attestation"),
+    ] = None,
     out: Annotated[
         Path | None,
         option("--out", "Where it goes; else FILE.intoto.json beside the file.", "Attestation"),
@@ -40,19 +49,24 @@ def attest(
     """Sign what the report says of a file: an in-toto statement in a DSSE envelope."""
     from datetime import UTC, datetime, timedelta
 
-    from qdeploy.attest.keys import PASSWORD_VARIABLE
+    from qdeploy.attest.forms import OWN
+    from qdeploy.attest.keys import PASSWORD_VARIABLE, Key
     from qdeploy.attest.sign import attest as attest_file
-    from qdeploy.cli.vouched import show_attestation
+    from qdeploy.cli.vouched import show_attestations
 
+    if (key is None) is not keyless:
+        raise UsageError(
+            "--keyless goes without --key" if keyless else "nothing to sign by", hint="give --key"
+        )
     made = attest_file(
         file,
         report,
-        key,
+        Key(key, os.environ.get(PASSWORD_VARIABLE)),
         out,
-        password=os.environ.get(PASSWORD_VARIABLE),
+        forms=forms or [OWN],
         expires=datetime.now(UTC).date() + timedelta(days=days),
     )
-    show_attestation(made)
+    show_attestations(made)
 
 
 def verify(
