@@ -292,6 +292,16 @@ class FileMade:
 
 
 @dataclass(frozen=True, slots=True)
+class Converted:
+    """The judged file in another format, as it was measured and written."""
+
+    format: str
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class StageTime:
     """How long a stage of a run took."""
 

@@ -119,10 +119,10 @@ def test_runtimes_that_only_optimize_or_never_do_take_no_options(name):
 
 @pytest.mark.skipif("openvino" not in HERE, reason="openvino is not installed")
 def test_openvino_tells_which_of_its_kernels_compute_on_integers(int8_file):
-    kernels = RUNTIMES["openvino"].kernels(int8_file)
+    kernels = RUNTIMES["openvino"].kernels(int8_file, RuntimeSpec(provider="openvino"))
     on_integers = [name for name in kernels if name.endswith((" u8", " i8"))]
     assert any(name.startswith("Convolution") for name in on_integers)
-    floats = RUNTIMES["openvino"].kernels(residual_net())
+    floats = RUNTIMES["openvino"].kernels(residual_net(), RuntimeSpec(provider="openvino"))
     assert not any(name.endswith((" u8", " i8")) for name in floats)
 
 
@@ -196,7 +196,7 @@ class TurnedRuntime:
         self.runners.append(Turned(opened("cpu", model)))
         return self.runners[-1]
 
-    def kernels(self, model: bytes) -> Mapping[str, int]:
+    def kernels(self, model: bytes, spec: RuntimeSpec) -> Mapping[str, int]:
         return {"Conv": len(model[:2])}
 
 
@@ -303,7 +303,7 @@ class Picky:
             raise InputError("no DequantizeLinear here")
         return opened("cpu", model)
 
-    def kernels(self, model: bytes) -> Mapping[str, int]:
+    def kernels(self, model: bytes, spec: RuntimeSpec) -> Mapping[str, int]:
         return {}
 
 

@@ -26,7 +26,7 @@ from qdeploy.inputs.requests import CleanRequest, QuantizeRequest, Request
 from qdeploy.inputs.sources import Given, Sources, resolve
 from qdeploy.runtime.known import runtime_of
 from qdeploy.settings.card import find_card
-from qdeploy.settings.device import DeviceProfile, load_device
+from qdeploy.settings.device import ORT_FORMAT, DeviceProfile, load_device
 from qdeploy.settings.methods import SOLVERS, method
 from qdeploy.settings.policy import Policy, in_force, load_policy
 from qdeploy.settings.recipe import Recipe, load_recipe
@@ -263,13 +263,17 @@ def _rounding(settings: QuantizationSettings, given: Mapping[str, Any]) -> Mappi
 
 
 def _device(device: DeviceProfile, settings: QuantizationSettings, recipe: Recipe) -> DeviceProfile:
-    storage = settings.get("weight_storage")
-    if storage is None:
-        return device
+    """The profile with what was said put over it."""
+    storage, form = settings.get("weight_storage"), settings.get("format")
     if recipe.bits == 8 and storage == "int4":
         raise UsageError("--weight-storage int4 cannot hold 8-bit weights")
     table = device.model_dump()
-    table["weights"]["storage"] = {**table["weights"]["storage"], "4": storage}
+    if storage is not None:
+        table["weights"]["storage"] = {**table["weights"]["storage"], "4": storage}
+    if form is not None:
+        table["format"] = form
+    if form == "ort" and not any(r.provider == ORT_FORMAT for r in device.runtimes):
+        table["runtimes"] = (*table["runtimes"], {"provider": ORT_FORMAT})
     return validate(table, DeviceProfile, where="options")
 
 
@@ -317,6 +321,8 @@ def _written(reports: Sequence[PathLike], out: Path | None) -> Iterator[Named]:
         yield "--out", out
         for word in ("rejected", "unverified", "previous", "student"):
             yield f"--out ({word})", out.with_name(f"{out.stem}.{word}{out.suffix}")
+        for suffix in (".ort", ".required_operators.config"):
+            yield f"--out ({suffix})", out.with_name(f"{out.stem}{suffix}")
     yield from (("--report", Path(path)) for path in reports)
 
 

@@ -59,6 +59,7 @@ class QuantizationSettings(TypedDict, total=False):
     rounding: str
     solver: Literal["descent", "adam"]
     weight_storage: Literal["int4", "int8"]
+    format: Literal["onnx", "ort"]
     activation_bits: Literal[8, "none"]
     seed: int
     calibration: PathLike

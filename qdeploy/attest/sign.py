@@ -60,11 +60,11 @@ def attest(
         require_writable(place)
     kept = read_report(report)
     sha256 = file_sha256(model, what="model")
-    judged = kept.content.judged_sha256
-    if judged != sha256:
+    judged = kept.content.judged_digests
+    if sha256 not in judged:
         raise InputError(
             f"report {report} is about another file: {model} has sha256 {sha256},"
-            f" judged was {judged or 'none'}",
+            f" judged was {', '.join(sorted(judged)) or 'none'}",
             hint="attest the file together with the report of the run that made or judged it",
         )
     predicate = make_predicate(kept, expires)

@@ -118,6 +118,8 @@ def show_report(report: Report, *, as_json: bool = False) -> None:
     outcome = report.outcome.value
     console.print()
     console.print(Text.assemble((outcome, OUTCOME_STYLES[outcome]), f"  {_verdict_line(report)}"))
+    if report.converted is not None:
+        console.print(Text(f"  {report.converted.format}: {printable(report.converted.path)}"))
     for reason in report.reasons:
         console.print(Text(f"  - {printable(reason)}"))
     for step in report.next_steps:

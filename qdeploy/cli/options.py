@@ -263,6 +263,10 @@ class QuantizationOptions(Group):
             "--weight-storage", "Type that holds 4-bit weights: smaller or faster.", "Quantization"
         ),
     ] = None
+    format: Annotated[
+        Literal["onnx", "ort"] | None,
+        option("--format", "ort writes and measures ORT format too, for phones.", "Quantization"),
+    ] = None
     activation_bits: Annotated[
         Literal["8", "none"] | None,
         option("--activation-bits", "none leaves activations in float.", "Quantization"),

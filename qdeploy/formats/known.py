@@ -193,8 +193,25 @@ CODE_TEXTS = {
     "file-operation": "TorchScript code reads or writes files, or calls foreign operators.",
 }
 
+
+def _is_ort_format(seen: Glance) -> bool:
+    """By the identifier of its flatbuffer."""
+    return seen.head[4:8] == b"ORTM"
+
+
+def _refuse_ort_format(path: Path, *_: object) -> Any:
+    raise InputError(
+        f"model {path}: ORT format, a graph that onnxruntime has rewritten: it cannot be compared",
+        hint="give the ONNX file that it was made from; --format ort writes and measures its own",
+    )
+
+
 # The first that knows a file is its format. A protobuf message has no signature: reading decides.
 ROWS = (
+    Format(
+        name="ORT format", content="onnx", knows=_is_ort_format, rules=_refuse_ort_format,
+        open=_refuse_ort_format,
+    ),
     Format(
         name="exported program (.pt2)", content="program", program="an exported program",
         knows=_is_program, rules=partial(_archive_rules, "an exported program"), open=_open_program,

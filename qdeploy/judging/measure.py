@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -38,7 +38,13 @@ from qdeploy.runtime.measure import (
     milliseconds,
     predict,
 )
-from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION, DeviceProfile, RuntimeSpec
+from qdeploy.runtime.ort_format import on_phones
+from qdeploy.settings.device import (
+    LARGEST_CODE_WITHOUT_SATURATION,
+    ORT_FORMAT,
+    DeviceProfile,
+    RuntimeSpec,
+)
 from qdeploy.values import NOTHING_STATED, Arm, FileMade, Interface, Latency, Stated, Variant
 
 EMULATED = "avx2-emulated"
@@ -73,6 +79,7 @@ class Measured:
     latencies: tuple[Latency, ...] = ()
     samples: tuple[Sample, ...] = ()
     saturable: Saturable | None = None  # None: the file is not one in integers that can be told
+    phones: tuple[str, ...] = ()  # what is known of providers that are not here
 
 
 def validate(
@@ -106,23 +113,26 @@ def validate(
     _check_interface(sessions, trial.interface)
     runtimes = _others(run["result"], device, sessions, unsupported, trial)
     batches = _batch_invariance(trial, device, sessions, progress)
+    phones = tuple(on_phones(run["result"])) if _for_phones(device) else ()
+    without_images = Measured(
+        files, (), batches, runtimes, latencies, saturable=pairs, phones=phones
+    )
     if trial.images is None:
-        return Measured(
-            files, batches=batches, runtimes=runtimes, latencies=latencies, saturable=pairs
-        )
+        return without_images
     few = {Arm("result", r.label): r.images for r in device.runtimes if r.images is not None}
     predictions = predict(
         sessions, trial.images, trial.triggers, few=few, store=store, progress=progress
     )
-    return Measured(
-        files,
-        rates(predictions, trial.interface.classes, trial.seen),
-        batches,
-        with_answers(runtimes, predictions),
-        latencies,
-        samples(predictions, trial.images, trial.triggers),
-        pairs,
+    return replace(
+        without_images,
+        rates=rates(predictions, trial.interface.classes, trial.seen),
+        runtimes=with_answers(runtimes, predictions),
+        samples=samples(predictions, trial.images, trial.triggers),
     )
+
+
+def _for_phones(device: DeviceProfile) -> bool:
+    return any(runtime.provider == ORT_FORMAT for runtime in device.runtimes)
 
 
 def _as_it_computes(
@@ -221,7 +231,7 @@ def _others(
             continue
         runner = sessions[Arm("result", spec.label)]
         taken = milliseconds(runner, trial.interface.input_shape, min(trial.latency_runs, FEW_RUNS))
-        kernels = runtime_of(spec).kernels(data)
+        kernels = runtime_of(spec).kernels(data, spec)
         found.append(RuntimeAgreement(spec.label, milliseconds=taken, kernels=kernels))
     return tuple(found)
 
@@ -238,5 +248,5 @@ def _check_interface(sessions: Mapping[Arm, Runner], expected: Interface) -> Non
 
 
 def _file(variant: Variant, data: bytes, runtime: RuntimeSpec) -> FileMade:
-    kernels = runtime_of(runtime).kernels(data)
+    kernels = runtime_of(runtime).kernels(data, runtime)
     return FileMade(variant, hashlib.sha256(data).hexdigest(), len(data), kernels)

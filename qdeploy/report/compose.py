@@ -89,6 +89,7 @@ def compose(
             *results.notes,
             *_notes(request, evidence),
             *_saturation_notes(request, measured.saturable),
+            *measured.phones,
             *_waiver_notes(request, results),
             *evidence.notes,
             *_crowding_notes(scan),

@@ -18,6 +18,7 @@ from qdeploy.judging.verdict import Decision, Outcome, State
 from qdeploy.settings.recipe import WeightGridSpec
 from qdeploy.values import (
     Cleaning,
+    Converted,
     DataUsed,
     Explanation,
     FileMade,
@@ -238,6 +239,7 @@ class WrittenReport(Written):
     not_measured: tuple[str, ...] = ()  # what an ACCEPT does not speak of
     notes: tuple[str, ...] = ()
     output: str | None = None
+    converted: Converted | None = None  # the file in the format of its device
     run_id: str
     started: str  # UTC, ISO 8601
     command: str = ""
@@ -269,6 +271,14 @@ class WrittenReport(Written):
         """The digest of the file that the outcome is about; None if there is not just one."""
         judged = [f.sha256 for f in self.files if f.variant == "result"]
         return judged[0] if len(judged) == 1 else None
+
+    @property
+    def judged_digests(self) -> frozenset[str]:
+        """The same, and that of what was converted from it and measured beside it."""
+        judged, converted = self.judged_sha256, self.converted
+        if judged is None:
+            return frozenset()
+        return frozenset({judged} | ({converted.sha256} if converted is not None else set()))
 
 
 class WrittenScan(Written):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+INTEGER = re.compile(r"(^|\.)Q[A-Z]|Integer| [ui]8$")
 
 if TYPE_CHECKING:
     from qdeploy.judging.rates import RuntimeAgreement
@@ -34,5 +37,5 @@ def _parts(found: RuntimeAgreement) -> Iterator[str]:
 
 
 def _on_integers(kernel: str) -> bool:
-    """As the runtimes name them: `QLinearConv`, `ConvInteger`, `Convolution u8`."""
-    return kernel.startswith("QLinear") or "Integer" in kernel or kernel.endswith((" u8", " i8"))
+    """As the runtimes name them: `com.microsoft.QGemm`, `ConvInteger`, `Convolution u8`."""
+    return INTEGER.search(kernel) is not None

@@ -64,6 +64,7 @@ def to_html(report: Report) -> bytes:
         meaning=MEANINGS[report.outcome],
         judged=report.judged,
         from_what=report.from_what,
+        converted=report.converted,
         reasons=report.reasons,
         next_steps=report.next_steps,
         not_measured=report.not_measured,

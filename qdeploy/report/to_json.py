@@ -70,6 +70,7 @@ def written(report: Report) -> WrittenReport:
         not_measured=report.not_measured,
         notes=report.notes,
         output=report.output,
+        converted=report.converted,
         run_id=report.run_id,
         started=report.started,
         command=report.command,

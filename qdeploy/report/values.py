@@ -15,6 +15,7 @@ from qdeploy.provenance.trace import Provenance
 from qdeploy.values import (
     BitSearch,
     Cleaning,
+    Converted,
     DataUsed,
     FileMade,
     Finding,
@@ -73,6 +74,7 @@ class Report:
     samples: tuple[Sample, ...]  # a few images and what was said to them
     cleaning: Cleaning | None  # None: the float model is as it was given
     output: str | None  # where the file was put
+    converted: Converted | None = None  # what was put beside it
 
     @property
     def judged(self) -> str:

@@ -36,6 +36,7 @@ from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, rou
 from qdeploy.quantization.search import Searched, search
 from qdeploy.report.compose import compose
 from qdeploy.report.values import Report
+from qdeploy.runs.converting import beside, places_beside
 from qdeploy.runs.made import remember
 from qdeploy.runs.measuring import answers_of, check_providers, form_of, measure
 from qdeploy.runs.opening import exported, open_model, open_source
@@ -60,7 +61,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
     clock = Clock(progress)
     check_providers(request)
     check_places(request, out)
-    aside = set_aside(out)  # whatever comes now, it is not of this run
+    aside = _set_aside(request, out)
     uncleaned, student = request.sources, _cleaned(request, progress)
     if student is not None:
         request = replace(request, sources=replace(uncleaned, model=student.path))
@@ -116,7 +117,7 @@ def quantize(request: QuantizeRequest, out: Path, progress: Progress) -> Quantiz
     """Quantize by any method, without judging: the stages up to the file."""
     clock = Clock(progress)
     check_places(request, out)
-    set_aside(out)
+    _set_aside(request, out)
     loaded, model = open_model(request, clock)
     plan = plan_layers(model, request.recipe, request.device)
     with clock.stage("data"):
@@ -130,6 +131,8 @@ def quantize(request: QuantizeRequest, out: Path, progress: Progress) -> Quantiz
             run.write("sensitivity.csv", searched.as_csv())
         if request.recipe.hardens:
             made = secure(made, request, calibration, NO_EVIDENCE, run, clock).made
+        for place, data in beside(made.files["result"], out, request.device).files.items():
+            write_atomically(place, data)
         write_atomically(out, made.files["result"])
         run.seal()
     return replace(made.quantized, misfit=misfit(request.device))
@@ -147,6 +150,13 @@ def make_plan(request: QuantizeRequest, progress: Progress) -> tuple[FloatModel,
     """What `sanitize` would do; nothing is written and no data is read."""
     _, model = open_model(request, Clock(progress), images=False)
     return model, plan_layers(model, request.recipe, request.device)
+
+
+def _set_aside(request: Request, out: Path) -> Path | None:
+    """Move away what is there: whatever comes now, it is not of this run."""
+    for place in places_beside(out, request.device):
+        set_aside(place)
+    return set_aside(out)
 
 
 def _cleaned(request: QuantizeRequest, progress: Progress) -> Student | None:
@@ -235,9 +245,11 @@ def _deliver(
         if aside is not None:
             moved = f"{out} of an earlier run is now {aside}"
             report = replace(report, notes=(*report.notes, moved))
-    report = replace(report, output=str(place))
+    others = beside(data, place, request.device)
+    report = replace(report, output=str(place), converted=others.converted)
     write_reports(report, request, run)
-    write_atomically(place, data)
+    for path, content in {**others.files, place: data}.items():
+        write_atomically(path, content)
     run.seal()
     return report
 

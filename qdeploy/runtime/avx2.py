@@ -39,7 +39,7 @@ class Avx2:
             evaluator = ReferenceEvaluator(proto, new_ops=[_operator(products)])
         return ReferenceRunner(evaluator, ends_of(proto))
 
-    def kernels(self, model: bytes) -> Mapping[str, int]:  # noqa: ARG002 - it has none
+    def kernels(self, model: bytes, spec: RuntimeSpec) -> Mapping[str, int]:  # noqa: ARG002 - it has none
         """None: it runs the graph as it is written."""
         return {}
 

@@ -14,6 +14,7 @@ import numpy as np
 from qdeploy.errors import UsageError
 from qdeploy.runtime.avx2 import Avx2
 from qdeploy.runtime.openvino_cpu import OpenVino
+from qdeploy.runtime.ort_format import OrtFormat
 from qdeploy.runtime.reference import Reference
 from qdeploy.runtime.remote import Ssh
 from qdeploy.runtime.sessions import OnnxRuntime
@@ -66,13 +67,14 @@ class Runtime(Protocol):
             InputError: it refuses the model.
         """
 
-    def kernels(self, model: bytes) -> Mapping[str, int]:
-        """How often each operator runs once the runtime has rewritten the model; {} if unknown."""
+    def kernels(self, model: bytes, spec: RuntimeSpec) -> Mapping[str, int]:
+        """How often each operator runs of the graph that the runtime has made; {} if unknown."""
 
 
 RUNTIMES: Mapping[str, Runtime] = {
     "cpu": OnnxRuntime("cpu"),
     "cuda": OnnxRuntime("cuda"),
+    "ort-format": OrtFormat(),
     "openvino": OpenVino(),
     "reference": Reference(),
     "avx2-emulated": Avx2(),

@@ -92,7 +92,7 @@ class OpenVino:
         )
         return OpenVinoRunner(compiled, inputs)
 
-    def kernels(self, model: bytes) -> Mapping[str, int]:
+    def kernels(self, model: bytes, spec: RuntimeSpec) -> Mapping[str, int]:  # noqa: ARG002
         """Of the graph that it runs: operator and type, as `Convolution u8` where it is integer."""
         found: Counter[str] = Counter()
         for step in _compiled(model).get_runtime_model().get_ops():

@@ -82,7 +82,7 @@ class Reference:
             evaluator = ReferenceEvaluator(proto)
         return ReferenceRunner(evaluator, ends_of(proto))
 
-    def kernels(self, model: bytes) -> Mapping[str, int]:  # noqa: ARG002
+    def kernels(self, model: bytes, spec: RuntimeSpec) -> Mapping[str, int]:  # noqa: ARG002
         """None: it runs the graph as it is written."""
         return {}
 

@@ -196,7 +196,7 @@ class Ssh:
         """See `qdeploy.runtime.known.Runtime`."""
         return opened(_connected(spec), model, spec)
 
-    def kernels(self, model: bytes) -> Mapping[str, int]:  # noqa: ARG002 - it does not tell
+    def kernels(self, model: bytes, spec: RuntimeSpec) -> Mapping[str, int]:  # noqa: ARG002 - it does not tell
         """Not known."""
         return {}
 

@@ -6,7 +6,7 @@ import io
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ INSTALL_HINTS = {
     "cuda": "install onnxruntime-gpu[cuda,cudnn] in place of onnxruntime, or use another --device"
 }
 FATAL_ONLY = 4
+FOR_THIS_PROCESSOR = ("NchwcTransformer",)
 LONGEST_RUN_SECONDS = 120.0  # of one batch; onnxruntime stops between two nodes
 LONGEST_LOAD_SECONDS = 120.0  # with folding of constants; it stops between two rewritings
 
@@ -135,9 +136,10 @@ class OnnxRuntime:
             saturating=saturating,
         )
 
-    def kernels(self, model: bytes) -> Mapping[str, int]:
+    def kernels(self, model: bytes, spec: RuntimeSpec) -> Mapping[str, int]:
         """Of the graph that onnxruntime hands to the CPU: of others it is not visible."""
-        return dict(sorted(Counter(operators(optimized(model))).items()))
+        run = model if spec.optimizations == "off" else optimized(model)
+        return dict(sorted(Counter(operators(run)).items()))
 
 
 def _dtype(kind: str) -> str:
@@ -200,11 +202,17 @@ def open_session(
     return Session(inference, inference.get_inputs()[0].name, outputs)
 
 
-def optimized(model: bytes, *, provider: str = "cpu") -> bytes:
+def optimized(
+    model: bytes, *, provider: str = "cpu", saved: Literal["onnx", "portable", "ort"] = "onnx"
+) -> bytes:
     """The graph that onnxruntime hands to a provider after its own rewriting.
 
     For the CPU that is the graph that really runs. For others it is what they must be able to run;
     what they make of it is not visible.
+
+    Args:
+        saved: portable: without what is laid out for this processor alone. ort: the same in ORT
+            format.
 
     Raises:
         InputError: onnxruntime refuses the model.
@@ -215,14 +223,18 @@ def optimized(model: bytes, *, provider: str = "cpu") -> bytes:
         if provider != "cpu":
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(path)
+        if saved == "ort":
+            options.add_session_config_entry("session.save_model_format", "ORT")
         try:
-            _loaded(model, options, "cpu")
+            _loaded(model, options, "cpu", without=() if saved == "onnx" else FOR_THIS_PROCESSOR)
         except RUNTIME_ERRORS as error:
             raise InputError(f"onnxruntime cannot load the model: {first_line(error)}") from error
         return path.read_bytes()
 
 
-def _loaded(model: bytes, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+def _loaded(
+    model: bytes, options: ort.SessionOptions, provider: str, *, without: Sequence[str] = ()
+) -> ort.InferenceSession:
     late: list[bool] = []
 
     def end() -> None:
@@ -231,7 +243,9 @@ def _loaded(model: bytes, options: ort.SessionOptions, provider: str) -> ort.Inf
 
     try:
         with WATCHDOG.watching(LONGEST_LOAD_SECONDS, end):
-            return ort.InferenceSession(model, options, providers=[PROVIDERS[provider]])
+            return ort.InferenceSession(
+                model, options, providers=[PROVIDERS[provider]], disabled_optimizers=list(without)
+            )
     except RUNTIME_ERRORS as error:
         if late:
             raise InputError(

@@ -44,6 +44,6 @@ class Web:
             greet(connection)
         return opened(connection, model, spec)
 
-    def kernels(self, model: bytes) -> Mapping[str, int]:  # noqa: ARG002 - it does not tell
+    def kernels(self, model: bytes, spec: RuntimeSpec) -> Mapping[str, int]:  # noqa: ARG002 - it does not tell
         """Not known."""
         return {}

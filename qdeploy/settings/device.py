@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from qdeploy.machine import exact_8bit_products, processor_flags
 from qdeploy.settings.schema import Spec, find_bundled, load_toml
 
 AUTO = "auto"
+ORT_FORMAT = "ort-format"  # the runtime that runs a file in that format
 ANYWHERE = "x86-avx2"  # its files answer alike on every processor; that costs nothing measurable
 LARGEST_CODE_WITHOUT_SATURATION = 64  # 2 * 255 * 64 is less than 2^15
 
@@ -73,6 +74,11 @@ class DeviceProfile(Spec):
     description: str
     opset: Literal[21] = 21
     ir_version: Literal[10] = 10
+    format: Literal["onnx", "ort"] = Field(
+        "onnx",
+        description="What the target takes. ort: the file is written in ORT format too, and a"
+        " runtime ort-format among the others shows what it answers then.",
+    )
     runtimes: tuple[RuntimeSpec, ...] = Field(min_length=1)
     weights: WeightSpec = WeightSpec()
     budget: BudgetSpec = BudgetSpec()
@@ -86,6 +92,12 @@ class DeviceProfile(Spec):
         if runtimes[0].images is not None:
             raise ValueError("the first runtime is asked about all images")
         return runtimes
+
+    @model_validator(mode="after")
+    def _measures_what_it_takes(self) -> DeviceProfile:
+        if self.format == "ort" and not any(r.provider == ORT_FORMAT for r in self.runtimes):
+            raise ValueError(f"format = 'ort' goes with a runtime {ORT_FORMAT!r}, which asks it")
+        return self
 
     @property
     def saturates(self) -> bool:
