@@ -84,4 +84,7 @@ def test_an_option_that_a_runtime_does_not_have_is_an_error():
 def test_a_runtime_that_nobody_has_written_is_an_error_with_those_there_are():
     with pytest.raises(UsageError, match="there is no runtime 'tpu'") as failed:
         runtime_of(RuntimeSpec(provider="tpu"))
-    assert failed.value.hint == "have cpu, cuda, ort-format, openvino, reference, avx2-emulated, ssh, web"
+    assert (
+        failed.value.hint
+        == "have cpu, cuda, ort-format, openvino, reference, avx2-emulated, ssh, web"
+    )
