@@ -52,8 +52,8 @@ FINALISTS = 2  # classes that are searched in full, by each kind of perturbation
 LEANING = 32  # images by which classes are compared after the screening
 TOGETHER = 10  # classes that are screened at a time
 COMPARED = 4  # perturbations that are compared on all images, of each class searched in full
-# Floating-point operations of the whole search: some ten minutes of two cores, or of one GPU.
-BUDGET = {"cpu": 6e13, "cuda": 5e15}
+# Floating-point operations of the whole search: some five minutes of two cores, or of one GPU.
+BUDGET = {"cpu": 3e13, "cuda": 2.5e15}
 MOST = 2.0  # so many times the budget the least effort may take
 FEWEST_CLASSES = 4
 FEWEST_OTHERS = 20  # images that are not answered by a class already
