@@ -150,6 +150,24 @@ def test_a_run_is_logged_with_all_there_is(server, client, folder):
     assert Path(kept).read_bytes() == MODEL
 
 
+@pytest.mark.filterwarnings("ignore:.*noload.*")  # SQLAlchemy, of MLflow
+@pytest.mark.parametrize("store", ["{}/mlruns", "file://{}/mlruns", "sqlite:///{}/mlflow.db"])
+def test_a_store_on_this_machine_needs_no_server(folder, tmp_path, store, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    uri = store.format(tmp_path)
+    for word in ("new run", "run"):  # found again by the second
+        done = run("track", folder, "--tracking-uri", uri, "--experiment", "edge")
+        assert done.code == 0, done.err
+        assert word in done.out
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("edge")
+    (entry,) = client.search_runs([experiment.experiment_id])
+    assert entry.data.tags["qdeploy.outcome"] == "ACCEPT"
+
+
 def test_logging_again_updates_the_same_run(server, client, folder):
     assert track(folder, server).code == 0
     (before,) = tracked(client, folder)

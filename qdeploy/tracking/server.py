@@ -22,6 +22,7 @@ ENVIRONMENT = {  # unless the user has set them
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # a folder of runs, which it would rather see in a database
 }
 READY_SECONDS = 30  # for a new model version
 LARGEST_BATCH = 500  # metrics; servers take 1000
