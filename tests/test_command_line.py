@@ -661,3 +661,56 @@ def test_a_report_can_go_into_a_pipe_and_files_name_themselves(work, run):
     assert [len(one["findings"]) for one in json.loads(scanned.out)["files"]] == [0, 1]
     assert run("export", "model.pt").code == 0
     assert Path("model.float.onnx").is_file()
+
+
+def test_a_quiet_command_says_its_verdict_and_nothing_else(work, run):
+    run("quantize", work / "model.pt", "--out", work / "n.onnx", "--rounding", "nearest")
+    loud = run("gate", work / "n.onnx", "--reference", work / "model.pt")
+    quiet = run("gate", work / "n.onnx", "--reference", work / "model.pt", "--quiet")
+    assert (quiet.code, quiet.err) == (loud.code, "")
+    assert quiet.code == 3
+    lines = [line for line in loud.out.splitlines() if line]
+    verdict = next(i for i, line in enumerate(lines) if line.startswith("REJECT"))
+    said = [line for line in lines[verdict:] if not line.startswith("  note:")]
+    assert quiet.out.splitlines()[0] == said[0]
+    assert "note:" not in quiet.out
+    assert any("attack_success" in line for line in quiet.out.splitlines())
+
+
+def test_an_error_tells_where_it_comes_from_if_it_is_asked(run, tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"no model" * 50)
+    assert "Traceback" not in run("info", tmp_path / "m.onnx").err
+    told = run("info", tmp_path / "m.onnx", "-v")
+    assert told.code == 2
+    assert told.err.startswith("error: ")
+    assert "Traceback" in told.err
+    assert "Traceback" not in run("info", tmp_path / "m.onnx").err  # it is not kept
+    both = run("info", tmp_path / "m.onnx", "-q", "-v")
+    assert "contradict each other" in both.err
+
+
+@pytest.mark.parametrize("command", [["gate"], ["redteam", "make"], ["doctor"], ["attest"]])
+def test_every_command_can_be_quiet(run, command):
+    said = " ".join(run(*command, "--help").out.split())
+    assert "--quiet" in said
+    assert "--verbose" in said
+
+
+def test_an_interrupt_waits_until_a_module_is_imported(tmp_path):
+    """In the middle of it, libraries in C++ would abort."""
+    (tmp_path / "half.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.2)\n"
+        "print('imported', flush=True)\n"
+    )
+    code = (
+        "import qdeploy.runs.info, time\n"
+        "def facts(_):\n    import half\n    time.sleep(60)\n    return ()\n"
+        "qdeploy.runs.info.facts = facts\n"
+        "from qdeploy.cli import main\nmain(['info', 'm.onnx'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=50,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (130, "imported\n"), done.stderr
+    assert "interrupted" in done.stderr

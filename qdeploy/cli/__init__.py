@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Timer
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -14,12 +17,15 @@ from qdeploy.api.settings import ARTIFACTS
 from qdeploy.cli.bundled import devices, policies, recipes, schema
 from qdeploy.cli.comparing import compare
 from qdeploy.cli.leaving import leave_by
+from qdeploy.cli.loudness import with_loudness
 from qdeploy.cli.options import Model
 from qdeploy.cli.redteam import redteam
 from qdeploy.cli.verbs import clean, export, gate, init, quantize, sanitize, scan
 from qdeploy.cli.vouching import attest, track, verify
 from qdeploy.errors import EXIT_INTERRUPTED, NO_MEMORY, QdeployError
 from qdeploy.machine import require_torch
+
+LATER_SECONDS = 0.05  # until an interrupt is tried again
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,11 +53,12 @@ for command in (
     policies,
     schema,
 ):
-    app.command()(command)
-app.command("distill", hidden=True, deprecated=True)(clean)
+    app.command()(with_loudness(command))
+app.command("distill", hidden=True, deprecated=True)(with_loudness(clean))
 
 
 @app.command()
+@with_loudness
 def info(model: Model) -> None:
     """Say what a model file is: format, ends, weights, operators. Nothing of it is run."""
     from qdeploy.cli import console
@@ -61,6 +68,7 @@ def info(model: Model) -> None:
 
 
 @app.command()
+@with_loudness
 def doctor() -> None:
     """Say what this machine can do."""
     from qdeploy.cli import console
@@ -73,6 +81,7 @@ app.add_typer(redteam, name="redteam")
 
 
 @app.command()
+@with_loudness
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for model, data and report.")] = (
         ARTIFACTS / "demo"
@@ -93,13 +102,8 @@ def demo(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
     received: list[int] = []  # signals; a library may turn the interrupt into an error of its own
-
-    def interrupt(number: int, _frame: object) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
     signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, interrupt) for number in signals}
+    previous = {number: signal.signal(number, _interrupt(received)) for number in signals}
     try:
         app(args=arguments)
     except KeyboardInterrupt:
@@ -115,6 +119,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _interrupt(received: list[int]) -> Callable[[int, FrameType | None], None]:
+    """What is done at a signal: it is kept, and interrupts what runs, if not an import."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if _importing(frame):
+            Timer(LATER_SECONDS, os.kill, (os.getpid(), number)).start()
+            return
+        raise KeyboardInterrupt
+
+    return interrupt
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: in the middle of that, libraries in C++ abort."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _leave_with(error: QdeployError | MemoryError) -> NoReturn:

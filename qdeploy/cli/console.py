@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from qdeploy.cli.loudness import Loudness, loudness
 from qdeploy.disk.printable import printable
 from qdeploy.report.runtime_rows import runtime_text
 
@@ -59,6 +61,9 @@ class TerminalProgress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        if loudness() is Loudness.QUIET:
+            yield
+            return
         began = time.perf_counter()
         if self._console.is_terminal:
             with Bars(*BAR_COLUMNS, console=self._console, transient=True) as self._bars:
@@ -82,7 +87,8 @@ class TerminalProgress:
                 self._bars.remove_task(task)
 
     def note(self, text: str) -> None:
-        self._console.print(Text(f"  {printable(text)}", style="dim"))
+        if loudness() is not Loudness.QUIET:
+            self._console.print(Text(f"  {printable(text)}", style="dim"))
 
 
 def show_error(error: QdeployError) -> None:
@@ -92,6 +98,10 @@ def show_error(error: QdeployError) -> None:
     if error.hint:
         hint = "\n".join(printable(line) for line in error.hint.split("\n"))  # examples have lines
         console.print(Text.assemble(("hint: ", "bold"), hint))
+    if loudness() is Loudness.VERBOSE:
+        console.print(
+            Text("\n".join(map(printable, "".join(traceback.format_exception(error)).splitlines())))
+        )
 
 
 def show_interrupted() -> None:
@@ -110,13 +120,11 @@ def show_report(report: Report, *, as_json: bool = False) -> None:
 
         show_json(to_json(report))
         return
-    console = out()
-    _show_measured(report, console)
-    for found in report.findings:
-        if found.level != "note":
-            console.print(Text(f"  {found.level}: {printable(_finding_line(found))}"))
+    console, quiet = out(), loudness() is Loudness.QUIET
+    if not quiet:
+        _show_measured(report, console)
+        console.print()
     outcome = report.outcome.value
-    console.print()
     console.print(Text.assemble((outcome, OUTCOME_STYLES[outcome]), f"  {_verdict_line(report)}"))
     if report.converted is not None:
         console.print(Text(f"  {report.converted.format}: {printable(report.converted.path)}"))
@@ -124,7 +132,7 @@ def show_report(report: Report, *, as_json: bool = False) -> None:
         console.print(Text(f"  - {printable(reason)}"))
     for step in report.next_steps:
         console.print(Text(f"  next: {printable(step)}"))
-    for note in report.notes:
+    for note in () if quiet else report.notes:
         console.print(Text(f"  note: {printable(note)}", style="dim"))
 
 
@@ -139,6 +147,9 @@ def _show_measured(report: Report, console: Console) -> None:
         console.print(f"  {printable(_layers_line(report))}")
     if report.provenance is not None and not report.layers:
         console.print(f"  {printable(_traced_line(report.provenance))}")
+    for found in report.findings:
+        if found.level != "note":
+            console.print(Text(f"  {found.level}: {printable(_finding_line(found))}"))
 
 
 def show_scan(one: FileScan) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from qdeploy.api.settings import ARTIFACTS
 from qdeploy.cli.bundled import BundledName, show_bundled
+from qdeploy.cli.loudness import with_loudness
 from qdeploy.cli.options import ArchArgs, Artifacts, Out, Seed, TestImages, option
 from qdeploy.machine import require_torch
 
@@ -37,6 +38,7 @@ redteam = typer.Typer(
 
 
 @redteam.command("attacks")
+@with_loudness
 def attacks(name: BundledName = None) -> None:
     """List the attacks, or show one."""
     from qdeploy.redteam.recipe import KIND, load_attack
@@ -45,6 +47,7 @@ def attacks(name: BundledName = None) -> None:
 
 
 @redteam.command("make")
+@with_loudness
 def make(
     attack: Annotated[
         str, option("--attack", "Name (see qdeploy redteam attacks) or TOML file.", "Attack")
@@ -88,6 +91,7 @@ def make(
 
 
 @redteam.command("suites")
+@with_loudness
 def suites(name: BundledName = None) -> None:
     """List the suites, or show one."""
     from qdeploy.redteam.suite import KIND, load_suite
@@ -96,6 +100,7 @@ def suites(name: BundledName = None) -> None:
 
 
 @redteam.command("suite")
+@with_loudness
 def suite(
     suite: Annotated[str, typer.Argument(help="Name (see qdeploy redteam suites) or TOML file.")],
     data: TrainingImages,
@@ -124,6 +129,7 @@ def suite(
 
 
 @redteam.command("table")
+@with_loudness
 def table(
     folders: Annotated[list[Path], typer.Argument(help="Folders that `redteam make` filled.")],
     artifacts: Annotated[Path, typer.Option("--artifacts", help="Run directories.")] = ARTIFACTS,
