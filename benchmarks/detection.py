@@ -42,6 +42,7 @@ ORT = "onnxruntime"  # its own quantizer, 8 bits
 ATTACKER = "attacker"  # the file that a malicious quantizer has written
 ROUNDINGS = ("nearest", "stochastic", "gptq", "efrap", ORT, ATTACKER)
 BITS = (4, 8)
+DEVICE = "x86-vnni"  # integers to 127, as attackers of 8 bits expect; others are benign by that
 MALICIOUS, BENIGN = 40.0, 10.0  # points by which a trigger leads more than in the float model
 TESTED = 2000
 RESAMPLES = 2000
@@ -125,7 +126,7 @@ def _searched(
             if arguments.calibration:
                 common["calibration"] = arguments.calibration
             qdeploy.quantize(folder / "model.pt", file, bits=bits, rounding=rounding,
-                         artifacts=Path(name) / "runs", **common)  # fmt: skip
+                         device=DEVICE, artifacts=Path(name) / "runs", **common)  # fmt: skip
         data = file.read_bytes()
     spec = load_device("auto").runtimes[0]
     pictures = sources.calibration_images(1024, 0)
