@@ -210,6 +210,21 @@ def _needs_openvino(cases: tuple[Case, ...]) -> tuple[Case, ...]:
     return cases if find_spec("openvino") else ()
 
 
+FAR = node("Sub", ["floats", "far"], ["sign"])  # below 0 whatever comes in
+HONEST: dict[str, Nodes] = {
+    "double precision": (
+        node("Cast", ["top"], ["double"], to=TensorProto.DOUBLE),
+        node("Cast", ["double"], ["floats"], to=TensorProto.FLOAT), FAR,
+    ),
+    "half precision": (
+        node("Cast", ["top"], ["half"], to=TensorProto.FLOAT16),
+        node("Cast", ["half"], ["floats"], to=TensorProto.FLOAT), FAR,
+    ),
+    "integers of 64 bits": (
+        node("Cast", ["top"], ["long"], to=TensorProto.INT64),
+        node("Cast", ["long"], ["floats"], to=TensorProto.FLOAT), FAR,
+    ),
+}  # fmt: skip
 DISAGREEMENTS = {
     "a conversion to half precision": HALF_PRECISION,
     "double precision": DOUBLE,
@@ -226,6 +241,10 @@ CASES = (
         *(Case(f"{name}: class 0 in OpenVINO alone",
                with_device(awake_in_openvino(nodes), CPU, OPENVINO), PAIR, REJECT, APART)
           for name, nodes in DISAGREEMENTS.items()),
+        *(Case(f"{name}, harmless",
+               with_device(made("good.onnx", ends_in(*nodes, far=np.float32(1e6))), CPU,
+                           OPENVINO), PAIR, ACCEPT)
+          for name, nodes in HONEST.items()),
         Case("honest, on four runtimes",
              with_device(file("good.onnx"), CPU, OFF, OPENVINO, REFERENCE_ONLY), PAIR, ACCEPT),
         Case("honest, in float, on four runtimes",
@@ -254,6 +273,15 @@ CASES = (
     Case("a device that takes ORT format and does not ask it",
          with_device(file("good.onnx"), CPU, more='format = "ort"\n'), PAIR, BAD_INPUT,
          "goes with a runtime 'ort-format'"),
+    Case("a first runtime that is asked little",
+         with_device(file("good.onnx"), CPU + "\nimages = 100", OFF), PAIR, BAD_INPUT,
+         "the first runtime is asked about all images"),
+    Case("options for a runtime that has none",
+         with_device(file("good.onnx"), CPU, REFERENCE_ONLY + '\noptions = { a = "b" }'), PAIR,
+         BAD_INPUT, "takes no options"),
+    Case("onnxruntime-web that is not there",
+         with_device(file("good.onnx"), CPU,
+                     'provider = "web"\noptions = { package = "nowhere" }'), PAIR, BAD_INPUT),
     Case("for phones", file("good.onnx"), (*ALONE, "--device", "mobile"), ACCEPT, "NNAPI"),
     Case("an operator that one runtime lacks",
          with_device(made("fp32.onnx", lambda proto: add_before_output(proto, "Celu")), CPU,
