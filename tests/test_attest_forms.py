@@ -83,8 +83,8 @@ def test_the_test_result_says_which_checks_passed(work, outcome, result, passed,
 
 def test_a_check_on_too_few_images_that_nothing_requires_is_a_warning(work):
     few = report_about(MODEL)["checks"][0] | {
-        "name": "class_drop", "relation": "<=", "value": 1.0, "samples": 5, "needed_samples": 50,
-        "state": "few", "within": False,
+        "name": "class_drop", "relation": "<=", "value": 1.0, "unit": "points",
+        "samples": 5, "needed_samples": 50, "state": "few", "within": False,
     }  # fmt: skip
     judged_as(work, "ACCEPT", checks=[*report_about(MODEL)["checks"], few])
     assert run(*ATTEST, "key.pem", "--as", "test-result").code == 0
@@ -189,3 +189,51 @@ def test_without_model_signing_one_line_says_what_to_install(work):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "hint: pip install 'qdeploy[model-signing]'" in done.stderr
+
+
+def waived_until(day: str) -> dict:
+    waiver = {"kind": "finding", "pattern": "a*", "owner": "o", "reason": "r", "until": day}
+    return {"name": "own", "gate": {"waivers": [waiver]}}
+
+
+@pytest.mark.parametrize("form", [name for name, form in FORMS.items() if form.accepted_only])
+def test_what_ends_is_not_said_where_readers_know_no_end(work, form):
+    judged_as(work, "ACCEPT", policy=waived_until("2026-02-01"))
+    done = run(*ATTEST, "ec.pem", "--as", form)
+    assert (done.code, "ends on 2026-02-01" in done.error) == (2, True)
+    assert not list(work.glob("model.onnx.*"))
+    judged_as(work, "ACCEPT", policy=waived_until("2999-01-01"))
+    assert run(*ATTEST, "ec.pem", "--as", form).code == 0
+
+
+@pytest.mark.parametrize(
+    "lie", [{"relation": "<=", "value": 1.0}, {"unit": "points"}], ids=["relation", "unit"]
+)
+def test_a_check_is_held_as_this_program_holds_it(work, lie):
+    judged_as(work, "ACCEPT", checks=[report_about(MODEL)["checks"][0] | lie])
+    done = run(*ATTEST, "key.pem")
+    assert (done.code, "agreement is said to be held" in done.error) == (2, True)
+
+
+def test_a_time_that_is_none_is_refused(work):
+    judged_as(work, "ACCEPT", started="yesterday, maybe")
+    assert "is no time" in run(*ATTEST, "key.pem", "--as", "svr").error
+
+
+def test_odd_names_and_terms_are_one_line(work):
+    assert "--days" in run(*ATTEST, "key.pem", "--days", "99999999999").err
+    rest = ("--report", "report.json", "--key", "key.pem")
+    assert "is a folder" in run("attest", ".", *rest).error
+    long = work / ("m" * 250)
+    long.write_bytes(MODEL)
+    assert "cannot write" in run("attest", long, *rest).error
+    odd = Path("m\udcff.onnx")
+    odd.write_bytes(MODEL)
+    assert "not UTF-8" in run("attest", odd, *rest).error
+
+
+def test_a_link_is_signed_as_what_it_leads_to(work):
+    (work / "link.onnx").symlink_to("model.onnx")
+    done = run("attest", "link.onnx", "--report", "report.json", "--key", "ec.pem", "--as",
+               "model-signing")  # fmt: skip
+    assert done.code == 0, done.err

@@ -149,6 +149,19 @@ def test_what_an_earlier_run_left_in_the_format_is_not_taken_for_this_ones(lab, 
     assert (tmp_path / "out.ort").read_bytes()[4:8] == b"ORTM"
 
 
+def test_no_file_of_another_format_stays_beside_a_new_one(lab, tmp_path):
+    (tmp_path / "out.ort").write_bytes(b"of the last run")
+    assert run("quantize", lab / "model.pt", "--bits", 4, "--out", "out.onnx", "--seed", 0) == 0
+    assert not (tmp_path / "out.ort").exists()
+    assert (tmp_path / "out.previous.ort").exists()
+
+
+def test_a_scan_of_a_folder_names_them(shipped, tmp_path, capsys):
+    shutil.copy(shipped / "out.ort", tmp_path / "theirs.ort")
+    assert run("scan", tmp_path) == 2
+    assert "ORT format" in capsys.readouterr().err
+
+
 def test_a_rejected_file_is_so_called_in_both_formats(lab, tmp_path):
     (lab / "strict.toml").write_text(
         'schema_version = 1\nname = "strict-size"\ndescription = "d"\n[budget]\nfile_bytes = 100\n'

@@ -55,6 +55,12 @@ def contradictions(
         yield f"{unknown[0]!r} is no check of this program"
         return
     for check in said:
+        row = CHECKS[check.name]
+        if check.relation != row.relation or (check.unit != row.unit and not row.of_budget):
+            yield (
+                f"{check.name} is said to be held to {check.relation} in {check.unit}, and it is"
+                f" {row.relation} in {row.unit}"
+            )
         state = again(check).state
         if (state == "within") is not check.holds:
             says = "within its limit" if check.holds else "not within its limit"

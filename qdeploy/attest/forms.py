@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from qdeploy.attest.envelope import seal
 from qdeploy.attest.keys import Key, load_signer
 from qdeploy.attest.model_signing import sign_file
 from qdeploy.attest.statement import PREDICATE_TYPE, Predicate, make_statement
+from qdeploy.errors import InputError
 from qdeploy.judging.verdict import missing
 
 TEST_RESULT_TYPE = "https://in-toto.io/attestation/test-result/v0.1"
@@ -88,7 +90,15 @@ class ModelSigning:
 
     def sign(self, judged: Judged, key: Key) -> Signed:
         """See `Form`."""
-        keyid = KEYLESS if key.path is None else load_signer(key).public_key.keyid
+        keyid = KEYLESS
+        if key.path is not None:
+            public = load_signer(key).public_key
+            if public.keytype != "ecdsa":
+                raise InputError(
+                    f"key {key.path}: {public.keytype}; --as model-signing takes elliptic curves",
+                    hint="openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256",
+                )
+            keyid = public.keyid
         return Signed(sign_file(judged.model, judged.sha256, key), keyid)
 
 
@@ -130,10 +140,19 @@ def simple_verification_result(verdict: Predicate) -> dict[str, Any]:
         verifier["policy"] = _descriptor(verdict.policy.name or "policy", verdict.policy.sha256)
     return {
         "verifier": verifier,
-        "timeCreated": verdict.started.replace("+00:00", "Z"),
+        "timeCreated": _timestamp(verdict.started),
         "properties": ["QDEPLOY_ACCEPT", *(f"QDEPLOY_{name.upper()}" for name in held)],
         "expires": str(verdict.expires),  # ours: the form has no end
     }
+
+
+def _timestamp(started: str) -> str:
+    """As RFC 3339 has it, in UTC."""
+    try:
+        moment = datetime.fromisoformat(started).astimezone(UTC)
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"report: started {started[:50]!r} is no time") from error
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _configuration(verdict: Predicate) -> Iterator[dict[str, Any]]:

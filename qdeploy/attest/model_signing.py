@@ -36,7 +36,7 @@ def sign_file(model: Path, sha256: str, key: Key) -> bytes:
             else:
                 secret = secret_of(key.path.read_bytes(), key)
                 config.use_elliptic_key_signer(private_key=key.path, password=secret)
-            config.sign(model, place)
+            config.sign(model.resolve(), place)  # it takes no links
         except QdeployError:
             raise
         except Exception as error:

@@ -52,6 +52,8 @@ def attest(
         UsageError: the signature would replace one of the files it is made from, there is no such
             form, or it cannot say what the outcome is.
     """
+    if model.is_dir():
+        raise InputError(f"model {model}: is a folder, and one file is attested")
     wanted = _wanted(forms, out)
     places = {name: out or beside(model, form) for name, form in wanted.items()}
     for place in places.values():
@@ -72,7 +74,7 @@ def attest(
         predicate.outcome, kept.content.checks, frozenset(predicate.required)
     ):
         raise InputError(f"report {report} contradicts itself: {contradiction}")
-    _refuse_unspoken(wanted, predicate)
+    _refuse_unspoken(wanted, predicate, expires)
     file = Judged(model, sha256, predicate)
     signed = {name: form.sign(file, key) for name, form in wanted.items()}
     for name, one in signed.items():
@@ -92,8 +94,14 @@ def _wanted(names: Sequence[str], out: Path | None) -> Mapping[str, Form]:
     return wanted
 
 
-def _refuse_unspoken(wanted: Mapping[str, Form], predicate: Predicate) -> None:
+def _refuse_unspoken(wanted: Mapping[str, Form], predicate: Predicate, expires: date) -> None:
     for name, form in wanted.items():
+        if form.accepted_only and predicate.expires is not None and predicate.expires < expires:
+            raise UsageError(
+                f"--as {name}: its readers know no end, and a waiver that this verdict rests on"
+                f" ends on {predicate.expires}",
+                hint=f"--as {OWN} has an end",
+            )
         if form.accepted_only and predicate.outcome != "ACCEPT":
             raise UsageError(
                 f"--as {name}: it says that a file was verified, and this one is"

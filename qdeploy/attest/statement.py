@@ -149,7 +149,10 @@ def make_statement(
         "predicateType": predicate_type,
         "predicate": predicate,
     }
-    return json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
+    try:
+        return json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"model {name!r}: a name that is not UTF-8 cannot be attested") from error
 
 
 def read_statement(payload: bytes) -> Statement:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Timer
+from threading import Event, Thread, main_thread
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -25,7 +26,7 @@ from qdeploy.cli.vouching import attest, track, verify
 from qdeploy.errors import EXIT_INTERRUPTED, NO_MEMORY, QdeployError
 from qdeploy.machine import require_torch
 
-LATER_SECONDS = 0.05  # until an interrupt is tried again
+LATER_SECONDS, LONGEST_WAITS = 0.05, 200  # until an interrupt is tried again
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -102,8 +103,9 @@ def demo(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
     received: list[int] = []  # signals; a library may turn the interrupt into an error of its own
+    left = Event()
     signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, _interrupt(received)) for number in signals}
+    previous = {number: signal.signal(number, _interrupt(received, left)) for number in signals}
     try:
         app(args=arguments)
     except KeyboardInterrupt:
@@ -117,21 +119,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _leave_interrupted()
         raise
     finally:
+        left.set()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _interrupt(received: list[int]) -> Callable[[int, FrameType | None], None]:
-    """What is done at a signal: it is kept, and interrupts what runs, if not an import."""
+def _interrupt(received: list[int], left: Event) -> Callable[[int, FrameType | None], None]:
+    """What is done at a signal: it is kept, and interrupts what runs, if not an import.
+
+    A second one does not wait, and neither does the first beyond a bounded time.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        first = not received
         received.append(number)
-        if _importing(frame):
-            Timer(LATER_SECONDS, os.kill, (os.getpid(), number)).start()
+        if first and _importing(frame):
+            Thread(target=_again, args=(number, left), daemon=True).start()
             return
         raise KeyboardInterrupt
 
     return interrupt
+
+
+def _again(number: int, left: Event) -> None:
+    """Send a signal once more, as soon as nothing is imported."""
+    for _ in range(LONGEST_WAITS):
+        if left.wait(LATER_SECONDS):
+            return
+        if not _importing(sys._current_frames().get(main_thread().ident or 0)):
+            break
+    os.kill(os.getpid(), number)
 
 
 def _importing(frame: FrameType | None) -> bool:

@@ -19,9 +19,18 @@ from qdeploy.errors import UsageError
 Settings = dict[str, Any]  # keywords of a verb
 
 
-def option(flag: str, help_text: str, panel: str, *, at_least: int | None = None) -> Any:
+def option(
+    flag: str,
+    help_text: str,
+    panel: str,
+    *,
+    at_least: int | None = None,
+    at_most: int | None = None,
+) -> Any:
     """One option of typer; `flag` may name several, separated by spaces."""
-    return typer.Option(*flag.split(), help=help_text, rich_help_panel=panel, min=at_least)
+    return typer.Option(
+        *flag.split(), help=help_text, rich_help_panel=panel, min=at_least, max=at_most
+    )
 
 
 Model = Annotated[

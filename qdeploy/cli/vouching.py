@@ -43,7 +43,13 @@ def attest(
     ] = None,
     days: Annotated[
         int,
-        option("--days", "How long it is to be relied on, from today.", "Attestation", at_least=1),
+        option(
+            "--days",
+            "How long it is to be relied on, from today.",
+            "Attestation",
+            at_least=1,
+            at_most=3650,
+        ),
     ] = 90,
 ) -> None:
     """Sign what the report says of a file: an in-toto statement in a DSSE envelope."""

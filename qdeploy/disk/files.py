@@ -46,11 +46,12 @@ def require_writable(path: Path) -> None:
         OutputError: `path` is a folder, or its folder is missing or not writable.
     """
     folder = path.parent
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: is a folder")
-    if not folder.is_dir():
-        raise OutputError(f"cannot write {path}: folder {folder} does not exist")
     try:
+        if path.is_dir():
+            raise OutputError(f"cannot write {path}: is a folder")
+        if not folder.is_dir():
+            raise OutputError(f"cannot write {path}: folder {folder} does not exist")
+        path.exists()  # its name may be too long
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".qdeploy-"):
             pass
     except OSError as error:

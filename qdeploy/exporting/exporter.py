@@ -18,7 +18,7 @@ from qdeploy.values import NOTHING_STATED, SHAPE_HINT, FloatModel, Loaded, State
 
 CHECKED_BATCHES = (2, 1, 5)
 TOLERANCE = 1e-3  # of the largest logit
-STRENGTHS = (1.0, 0.3, 0.1)  # of the contrast of random images
+COARSE = 4  # squares along each side of an image without fine structure
 LAST_DIGIT = np.array([1 - 2**-23, 1 + 2**-23], np.float32)
 MAGNIFIED = 4  # times what a change of the last digit does: roundings within add to it
 NARROW_TOLERANCE = 3e-2  # the same where the file computes in 16 bits
@@ -147,8 +147,8 @@ class _Compared:
 def _compare(pair: _Compared) -> None:
     """Run both on random images; the reference in batches it can take.
 
-    A model may magnify the last digit of such images until it shows: untrained ones do. There is
-    nothing to be seen then, and fainter images are taken.
+    A model may magnify the last digit of noise until it shows: untrained ones do. There is nothing
+    to be seen then, and they are compared on images without fine structure, of the same contrast.
 
     Raises:
         InputError: they differ by more than float32 noise, or the export needs a fixed batch.
@@ -156,16 +156,16 @@ def _compare(pair: _Compared) -> None:
     generator = np.random.default_rng(0)
     for size in CHECKED_BATCHES:
         batch = _inputs(generator, (size, *pair.shape), pair.pixels)
-        if not any(_same(pair, _fainter(batch, by, pair.pixels)) for by in STRENGTHS):
-            raise InputError(
-                f"model {pair.where}: its logits change by as much when its inputs change in the"
-                " last digit as when it is exported: that they are the same cannot be seen",
-                hint="the weights may be untrained, or the input range another",
-            )
+        if not _same(pair, batch, excused=pair.pixels != PIXEL_RANGE):
+            _same(pair, _coarse(batch), excused=False)
 
 
-def _same(pair: _Compared, batch: np.ndarray) -> bool:
-    """Whether both answer these images alike; False if nobody could tell."""
+def _same(pair: _Compared, batch: np.ndarray, *, excused: bool) -> bool:
+    """Whether both answer these images alike; False if nobody could tell.
+
+    Args:
+        excused: A model whose answers change as much with the last digit of its inputs.
+    """
     try:
         got = pair.got(batch)
     except ProviderError as error:
@@ -187,7 +187,7 @@ def _same(pair: _Compared, batch: np.ndarray) -> bool:
         steady = np.array_equal(_wanted(pair, batch), want)  # it draws no numbers
         signs = np.random.default_rng(1).choice(LAST_DIGIT, batch.shape)
         restless = float(np.abs(_wanted(pair, batch * signs) - want).max())
-    if steady and difference <= MAGNIFIED * restless:
+    if excused and steady and np.isfinite(restless) and difference <= MAGNIFIED * restless:
         return False
     raise InputError(
         f"model {pair.where}: logits change by {difference:.3g} when it is exported"
@@ -205,11 +205,13 @@ def _wanted(pair: _Compared, batch: np.ndarray) -> np.ndarray:
     )
 
 
-def _fainter(batch: np.ndarray, by: float, pixels: tuple[float, float] | None) -> np.ndarray:
-    """Images of less contrast, pixels still whole numbers."""
-    if pixels == PIXEL_RANGE:
-        return np.rint(128 + by * (batch - 128)).astype(np.float32)
-    return (by * batch).astype(np.float32)
+def _coarse(batch: np.ndarray) -> np.ndarray:
+    """The same in squares of one color."""
+    rows, columns = (
+        np.arange(size) // max(1, size // COARSE) * max(1, size // COARSE)
+        for size in batch.shape[2:]
+    )
+    return np.ascontiguousarray(batch[:, :, rows][:, :, :, columns])
 
 
 def _inputs(

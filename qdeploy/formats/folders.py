@@ -12,7 +12,7 @@ from qdeploy.formats.safetensors_index import ENDING, LARGEST_INDEX_BYTES, shard
 
 SUFFIXES = frozenset({
     ".onnx", ".pt", ".pth", ".pt2", ".ckpt", ".bin", ".pkl", ".pickle", ".safetensors",
-    ".torchscript",
+    ".torchscript", ".ort",
 })  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def to_cyclonedx(report: Report) -> bytes:
             },
             "component": _judged(report),
         },
-        "components": [_data(place, one) for place, one in enumerate(report.data)],
+        "components": [*_converted(report), *(_data(i, one) for i, one in enumerate(report.data))],
     }
     return (json.dumps(printable_tree(document), indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -67,6 +67,19 @@ def _judged(report: Report) -> dict[str, Any]:
         }
         component["pedigree"] = {"ancestors": [ancestor]}
     return component
+
+
+def _converted(report: Report) -> Iterator[dict[str, Any]]:
+    """The judged file in the format of its device."""
+    one = report.converted
+    if one is not None:
+        yield {
+            "type": "machine-learning-model",
+            "bom-ref": "converted-file",
+            "name": PurePath(one.path).name,
+            "description": f"the judged file in {one.format}",
+            "hashes": _hashes(one.sha256),
+        }
 
 
 def _sha256(report: Report) -> str:
@@ -95,7 +108,7 @@ def _card(report: Report) -> dict[str, Any]:
 
 def _metrics(report: Report) -> Iterator[Metric]:
     """What was measured; a rate of no images is none."""
-    return (metric for metric in _all_metrics(report) if metric["value"] != "nan")
+    return (metric for metric in _all_metrics(report) if math.isfinite(float(metric["value"])))
 
 
 def _all_metrics(report: Report) -> Iterator[Metric]:

@@ -23,10 +23,8 @@ class Beside:
     converted: Converted | None = None
 
 
-def places_beside(place: Path, device: DeviceProfile) -> tuple[Path, ...]:
-    """Where `beside` would write."""
-    if device.format == "onnx":
-        return ()
+def places_beside(place: Path) -> tuple[Path, ...]:
+    """Where `beside` may write."""
     return tuple(place.with_name(place.stem + suffix) for suffix in (ORT, CONFIG))
 
 
@@ -35,9 +33,9 @@ def beside(data: bytes, place: Path, device: DeviceProfile) -> Beside:
 
     A file that cannot be converted has been measured as one that does not run there.
     """
-    places = places_beside(place, device)
-    if not places:
+    if device.format == "onnx":
         return Beside()
+    places = places_beside(place)
     try:
         converted = as_ort(data)
     except InputError:

@@ -61,7 +61,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
     clock = Clock(progress)
     check_providers(request)
     check_places(request, out)
-    aside = _set_aside(request, out)
+    aside = _set_aside(out)
     uncleaned, student = request.sources, _cleaned(request, progress)
     if student is not None:
         request = replace(request, sources=replace(uncleaned, model=student.path))
@@ -117,7 +117,7 @@ def quantize(request: QuantizeRequest, out: Path, progress: Progress) -> Quantiz
     """Quantize by any method, without judging: the stages up to the file."""
     clock = Clock(progress)
     check_places(request, out)
-    _set_aside(request, out)
+    _set_aside(out)
     loaded, model = open_model(request, clock)
     plan = plan_layers(model, request.recipe, request.device)
     with clock.stage("data"):
@@ -152,9 +152,9 @@ def make_plan(request: QuantizeRequest, progress: Progress) -> tuple[FloatModel,
     return model, plan_layers(model, request.recipe, request.device)
 
 
-def _set_aside(request: Request, out: Path) -> Path | None:
-    """Move away what is there: whatever comes now, it is not of this run."""
-    for place in places_beside(out, request.device):
+def _set_aside(out: Path) -> Path | None:
+    """Move away what is there, in whatever format: it is not of this run."""
+    for place in places_beside(out):
         set_aside(place)
     return set_aside(out)
 
