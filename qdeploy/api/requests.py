@@ -24,6 +24,7 @@ from qdeploy.disk.state import private_number
 from qdeploy.errors import UsageError
 from qdeploy.inputs.requests import CleanRequest, QuantizeRequest, Request
 from qdeploy.inputs.sources import Given, Sources, resolve
+from qdeploy.runs.converting import places_beside
 from qdeploy.runtime.known import runtime_of
 from qdeploy.settings.card import find_card
 from qdeploy.settings.device import ORT_FORMAT, DeviceProfile, load_device
@@ -321,8 +322,7 @@ def _written(reports: Sequence[PathLike], out: Path | None) -> Iterator[Named]:
         yield "--out", out
         for word in ("rejected", "unverified", "previous", "student"):
             yield f"--out ({word})", out.with_name(f"{out.stem}.{word}{out.suffix}")
-        for suffix in (".ort", ".required_operators.config"):
-            yield f"--out ({suffix})", out.with_name(f"{out.stem}{suffix}")
+        yield from (("--out (in another format)", place) for place in places_beside(out))
     yield from (("--report", Path(path)) for path in reports)
 
 

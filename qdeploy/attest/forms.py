@@ -19,9 +19,7 @@ from qdeploy.judging.verdict import missing
 TEST_RESULT_TYPE = "https://in-toto.io/attestation/test-result/v0.1"
 SVR_TYPE = "https://in-toto.io/attestation/svr/v0.1"
 KEYLESS = "an identity that was shown to sigstore"
-VERIFIER = (
-    f"urn:qdeploy:gate:v{RULES_VERSION}"  # a name; another one when the checks' meaning changes
-)
+VERIFIER = f"urn:qdeploy:gate:v{RULES_VERSION}"  # a name, of these rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +110,12 @@ def test_result(verdict: Predicate) -> dict[str, Any]:
     required = frozenset(verdict.required)
     checks = [again(said) for said in verdict.checks]
     for check in checks:
-        name = f"{check.name} ({check.where})" if check.where else check.name
         if check.state == "within":
-            passed.append(name)
+            passed.append(check.label)
         elif check.state == "few" and check.name not in required:
-            warned.append(name)
+            warned.append(check.label)
         else:
-            failed.append(name)
+            failed.append(check.label)
     made = {check.name for check in checks}
     failed += [name for name in missing(checks, required) if name not in made]
     accepted = "WARNED" if warned else "PASSED"

@@ -65,6 +65,11 @@ class Check:
         """Subject and runtime, for people."""
         return ", ".join(part for part in (self.subject, self.runtime) if part)
 
+    @property
+    def label(self) -> str:
+        """Its name, and of what and where it is."""
+        return f"{self.name} ({self.where})" if self.where else self.name
+
     def _span(self) -> tuple[float, float]:
         """The most and the least favourable end of what the value may be."""
         if self.decided_by == "value" or self.low is None or self.high is None:
@@ -149,7 +154,7 @@ def explain(
 
 def describe(check: Check) -> str:
     """One line: what was measured, and how it stands to the limit."""
-    head = f"{check.name}{f' ({check.where})' if check.where else ''}: "
+    head = f"{check.label}: "
     value = f"{check.value:.4g} {check.unit}"
     if check.state == "off":
         side = "above" if check.relation == "<=" else "below"

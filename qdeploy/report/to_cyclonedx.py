@@ -108,23 +108,26 @@ def _card(report: Report) -> dict[str, Any]:
 
 def _metrics(report: Report) -> Iterator[Metric]:
     """What was measured; a rate of no images is none."""
-    return (metric for metric in _all_metrics(report) if math.isfinite(float(metric["value"])))
+    return (
+        _metric(kind, estimate, where)
+        for kind, estimate, where in _estimates(report)
+        if math.isfinite(estimate.value)
+    )
 
 
-def _all_metrics(report: Report) -> Iterator[Metric]:
+def _estimates(report: Report) -> Iterator[tuple[str, Estimate, str]]:
     for rates in report.rates:
         where = f"{VARIANT_NAMES[rates.arm.variant]}, {rates.arm.runtime}"
         for kind, estimate in _measured(rates):
-            yield _metric(kind, estimate, where)
+            yield kind, estimate, where
     for other in report.runtimes:
         if other.agreement is not None:
             where = f"{VARIANT_NAMES['result']}, {other.runtime}"
-            yield _metric("agreement with the first runtime, %", other.agreement, where)
+            yield "agreement with the first runtime, %", other.agreement, where
     for latency in report.latencies:
         where = f"{VARIANT_NAMES[latency.variant]}, batch of {latency.batch}"
         low, high = 1000 * latency.low, 1000 * latency.high
-        value = 1000 * latency.seconds
-        yield _metric("latency, ms", Estimate(value, low, high, latency.runs), where)
+        yield "latency, ms", Estimate(1000 * latency.seconds, low, high, latency.runs), where
 
 
 def _measured(rates: ArmRates) -> Iterator[tuple[str, Estimate]]:
@@ -154,9 +157,8 @@ def _properties(report: Report) -> Iterator[tuple[str, str]]:
 
 def _checks(checks: Iterable[Check]) -> Iterator[tuple[str, str]]:
     for check in checks:
-        name = f"check:{check.name}{f' ({check.where})' if check.where else ''}"
         held = f"{check.value:.6g} {check.unit}, limit {check.relation} {check.limit:g}"
-        yield name, f"{check.state}: {held}"
+        yield f"check:{check.label}", f"{check.state}: {held}"
 
 
 def _reference(place: int) -> str:

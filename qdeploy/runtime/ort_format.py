@@ -38,12 +38,12 @@ class OrtFormat:
         return dict(sorted(Counter(operators(optimized(model, saved="portable"))).items()))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)  # of a run: cleaned, float, rounded to nearest, and the result
 def as_ort(model: bytes) -> bytes:
     """The model in ORT format, its graph rewritten for no processor in particular.
 
-    Two conversions are the same graph, and not the same bytes: so the last is kept, and what is
-    measured is what is written.
+    Two conversions are the same graph, and not the same bytes: so the last are kept, and what
+    is measured is what is written.
 
     Raises:
         InputError: onnxruntime refuses the model.
