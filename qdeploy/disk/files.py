@@ -17,7 +17,7 @@ from qdeploy.errors import InputError, OutputError
 TEMPORARY = ".qdeploy-tmp-"  # how the names of half-written files begin
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Put `data` at `path`: a reader sees the old file or the whole new one, whatever happens.
 
     Raises:

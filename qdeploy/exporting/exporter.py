@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qdeploy.errors import InputError, ProviderError, UsageError
+from qdeploy.formats.onnx.encoded import encode
 from qdeploy.formats.onnx.fused_operators import standard
 from qdeploy.formats.onnx.reading import ModelProto, check, refuse_quantized
 from qdeploy.graph.ends import PIXEL_RANGE, as_classifier, seen_ends
@@ -122,7 +123,7 @@ def _onnx_reference(proto: ModelProto) -> Reference:
     source = ModelProto()
     source.CopyFrom(proto)
     source.ir_version = min(source.ir_version, 10)
-    return open_session(source.SerializeToString(), optimizations="off").logits
+    return open_session(encode(source), optimizations="off").logits
 
 
 def _fixed_batch(proto: ModelProto) -> int | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError, UsageError, first_line
+from qdeploy.formats.onnx.external import load_external
 from qdeploy.formats.onnx.reading import ModelProto, parse_proto
 from qdeploy.values import Loaded
 
@@ -165,7 +166,9 @@ def _export_script(module: nn.Module, example: torch.Tensor) -> ModelProto:
             input_names=[INPUT],
             output_names=[LOGITS],
         )
-        return parse_proto(path.read_bytes(), "exported TorchScript")
+        proto = parse_proto(path.read_bytes(), "exported TorchScript")
+        load_external(proto, path)  # of a model that no single file holds
+        return proto
 
 
 @contextmanager

@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qdeploy.disk.files import read_bounded
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.formats import archives, pickles, safetensors_header, safetensors_index
 from qdeploy.formats.onnx import rules as onnx_rules
-from qdeploy.formats.onnx.external import external_data, load_external
+from qdeploy.formats.onnx.encoded import encode
+from qdeploy.formats.onnx.external import external_bytes, external_data, load_external
 from qdeploy.formats.onnx.reading import (
     LARGEST_MODEL_BYTES,
     keeps_tensors_elsewhere,
@@ -59,6 +61,7 @@ class Format:
     texts: Mapping[str, str] = field(default_factory=dict)  # of its rules
     program: str | None = None  # what kind, where to load a file is to run it
     elsewhere: Callable[[Path, bytes], bytes | None] | None = None  # see `Opened.whole`
+    held_elsewhere: Callable[[Path], int] | None = None  # bytes of the model in other files
     tensors_alone: bool = False  # so that an architecture must be known
 
 
@@ -77,11 +80,16 @@ def _onnx_rules(path: Path) -> Iterator[Finding]:
 def _open_onnx(path: Path, data: bytes, _: Architecture | None, _run: bool) -> Opened:
     proto = read_untrusted(path, data)
     elsewhere = keeps_tensors_elsewhere(data)
-    return Opened(proto, proto.SerializeToString(deterministic=True) if elsewhere else None)
+    return Opened(proto, encode(proto) if elsewhere else None)
 
 
 def _external_data(path: Path, data: bytes) -> bytes | None:
     return _open_onnx(path, data, None, False).whole
+
+
+def _bytes_of_external_data(path: Path) -> int:
+    proto = parse_proto(read_bounded(path, LARGEST_MODEL_BYTES, what="model"), str(path))
+    return external_bytes(proto, path)
 
 
 def _pickle_rules(path: Path) -> Iterator[Finding]:
@@ -232,7 +240,7 @@ ROWS = (
     Format(
         name="safetensors in parts", content="module", tensors_alone=True, knows=_is_index,
         rules=safetensors_index.findings, open=_open_index, texts=safetensors_index.RULES,
-        elsewhere=safetensors_index.digests,
+        elsewhere=safetensors_index.digests, held_elsewhere=safetensors_index.held_elsewhere,
     ),
     Format(
         name="torch checkpoint", content="module", tensors_alone=True, knows=_is_pickle,
@@ -241,6 +249,7 @@ ROWS = (
     Format(
         name="ONNX", content="onnx", knows=lambda seen: seen.members is None, rules=_onnx_rules,
         open=_open_onnx, texts=onnx_rules.RULES, elsewhere=_external_data,
+        held_elsewhere=_bytes_of_external_data,
     ),
 )  # fmt: skip
 

@@ -60,6 +60,15 @@ def sniff(path: Path) -> Format:
         return format_of(file, path)
 
 
+def bytes_elsewhere(path: Path) -> int:
+    """How many bytes of the model lie in other files; 0 of one that cannot be told."""
+    try:
+        row = sniff(path)
+        return row.held_elsewhere(path) if row.held_elsewhere is not None else 0
+    except InputError:
+        return 0
+
+
 def sha256(path: Path) -> str:
     return file_sha256(path, what="model")
 

@@ -103,6 +103,12 @@ def digests(path: Path, data: bytes) -> bytes:
     return b"".join(map(bytes.fromhex, parts))
 
 
+def held_elsewhere(path: Path) -> int:
+    """How many bytes the parts have."""
+    data = read_bounded(path, LARGEST_INDEX_BYTES, what="model")
+    return sum(file.stat().st_size for file in shards(path, data))
+
+
 def _is_beside(file: Path, path: Path) -> bool:
     """Links lead within the model's folder, or as in the cache of Hugging Face to its blobs."""
     folder = path.parent.resolve()

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qdeploy.errors import InputError, UsageError, foreign_reader
+from qdeploy.formats.onnx.encoded import decode, encode
 from qdeploy.graph.image_shape import Shape, Sizes, image_shape, likely_layout
 from qdeploy.graph.io import to_ir
 from qdeploy.settings.card import Layout
@@ -68,11 +69,11 @@ def as_classifier(proto: onnx.ModelProto, stated: Stated, *, where: str) -> onnx
 
 def as_classifier_bytes(data: bytes, stated: Stated, *, where: str) -> bytes:
     """The same of a file that is to be judged; `data` itself if nothing is to be done."""
-    proto = onnx.ModelProto.FromString(data)
+    proto = decode(data)
     if len(proto.graph.output) == 1:  # what is stated is stated of its float model
         stated = replace(stated, output=None)
     found = as_classifier(proto, stated, where=where)
-    return data if found is proto else found.SerializeToString()
+    return data if found is proto else encode(found)
 
 
 class _Ends:

@@ -9,6 +9,8 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from qdeploy.formats.onnx.encoded import decode, encode
+
 PRODUCER = "qdeploy"
 
 
@@ -18,13 +20,12 @@ def to_ir(proto: onnx.ModelProto) -> ir.Model:
 
 def parse(data: bytes) -> ir.Model:
     """A model that this program wrote or has already checked."""
-    return ir.serde.deserialize_model(onnx.ModelProto.FromString(data))
+    return ir.serde.deserialize_model(decode(data))
 
 
 def serialize(model: ir.Model) -> bytes:
     """The model's bytes; equal models give equal bytes."""
-    proto = ir.serde.serialize_model(model)
-    return proto.SerializeToString(deterministic=True)
+    return encode(ir.serde.serialize_model(model))
 
 
 def cut_to(data: bytes, outputs: Iterable[str]) -> bytes:
@@ -44,6 +45,12 @@ def initializers(data: bytes) -> dict[str, np.ndarray]:
         for name, value in model.graph.initializers.items()
         if value.const_value is not None
     }
+
+
+def constant_bytes(model: ir.Model) -> int:
+    """How many bytes the constant tensors of the model take."""
+    held = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
 def identity() -> bytes:

@@ -14,10 +14,9 @@ from jaxtyping import Float32
 
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.formats.onnx.integer_operators import PAIR
-from qdeploy.formats.onnx.reading import QUANTIZATION_OPS, parse_proto
+from qdeploy.formats.onnx.reading import QUANTIZATION_OPS
 from qdeploy.formats.onnx.standard import in_standard_operators
 from qdeploy.formats.onnx.tensors import constant
-from qdeploy.graph.io import serialize
 from qdeploy.graph.prepare import folded_batchnorm, prepare
 from qdeploy.graph.sites import WEIGHTED
 from qdeploy.provenance.clips import RANGE_OP, Range, nonnegative, range_mark
@@ -77,8 +76,7 @@ def unquantize(data: bytes, *, opset: int, ir_version: int, where: str) -> Unqua
     _name_constants(graph)
     for domain in set(graph.opset_imports) - STANDARD_DOMAINS:
         del graph.opset_imports[domain]
-    floats = parse_proto(serialize(model), where)
-    twin = prepare(floats, opset=opset, ir_version=ir_version, where=where)
+    twin = prepare(ir.serde.serialize_model(model), opset=opset, ir_version=ir_version, where=where)
     return Unquantized(twin, tensors, norms)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qdeploy.errors import InputError
+from qdeploy.formats.onnx.encoded import LARGEST_MESSAGE_BYTES
 from qdeploy.graph.assemble import assemble
-from qdeploy.graph.io import check_written, initializers, serialize
+from qdeploy.graph.io import check_written, constant_bytes, initializers, serialize
 from qdeploy.graph.qdq import stored_codes
 from qdeploy.values import FloatModel, Grids, QuantizedModel, QuantPlan, RoundedLayer
 
@@ -17,8 +19,16 @@ def emit(
 
     Raises:
         PlanError: a bias does not fit into int32.
+        InputError: the model does not fit into one file, which alone can be judged.
     """
     graph = assemble(model, plan, grids, {layer.name: layer for layer in rounded})
+    held = constant_bytes(graph)
+    if held > LARGEST_MESSAGE_BYTES:
+        raise InputError(
+            f"model {model.origin.path}: {held:,} bytes when it is quantized, and an ONNX file ends"
+            f" at {LARGEST_MESSAGE_BYTES:,}",
+            hint="use fewer bits, or let fewer layers stay float",
+        )
     check_written(graph)
     return QuantizedModel(serialize(graph), tuple(rounded), plan.left_float)
 

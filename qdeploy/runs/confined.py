@@ -147,6 +147,17 @@ def _answer(work: Callable[[A], B], subject: A, limits: Limits) -> _Done[B] | _F
         _limit(resource.RLIMIT_CPU, resource.RLIM_INFINITY)
 
 
+def allow(more: Limits) -> None:
+    """Let the work that asks take more than it was begun with; without limits, nothing happens."""
+    for which, amount in (
+        (resource.RLIMIT_AS, more.memory_bytes),
+        (resource.RLIMIT_CPU, more.seconds),
+    ):
+        now = resource.getrlimit(which)[0]
+        if now != resource.RLIM_INFINITY:
+            _limit(which, now + amount)
+
+
 def _limit(which: int, most: int) -> None:
     hard = resource.getrlimit(which)[1]
     bounded = most if hard == resource.RLIM_INFINITY else min(most, hard) if most >= 0 else hard

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from qdeploy.errors import InputError
 from qdeploy.formats.known import Format
-from qdeploy.formats.onnx.reading import read_untrusted
+from qdeploy.formats.onnx.encoded import encode
+from qdeploy.formats.onnx.reading import holds_integers, read_untrusted
 from qdeploy.formats.onnx.saturation import saturable
 from qdeploy.formats.onnx.summary import Fact, summary
 from qdeploy.formats.opening import sha256, sniff
@@ -33,8 +34,10 @@ def facts(path: Path) -> Iterator[Fact]:
     if row.content == "onnx":
         proto = read_untrusted(path)
         yield from summary(proto)
+        if not holds_integers(proto):
+            return
         with suppress(InputError):  # then it is not one of integers that can be told
-            found = saturable(proto.SerializeToString(), str(path))
+            found = saturable(encode(proto), str(path))
             if found.of:
                 yield "x86 without VNNI saturates", found.text
     else:

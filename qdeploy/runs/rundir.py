@@ -36,7 +36,7 @@ class RunDir:
     path: Path
     written: set[str] = field(default_factory=set)
 
-    def write(self, name: str, data: bytes) -> Path:
+    def write(self, name: str, data: bytes | memoryview) -> Path:
         """Put a file into the directory; it is in the manifest once `seal` is called."""
         target = self.path / name
         write_atomically(target, data)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from qdeploy.disk.files import require_writable, set_aside, write_atomically
 from qdeploy.errors import UsageError
+from qdeploy.formats.onnx.encoded import files_of
 from qdeploy.formats.static import findings_in
 from qdeploy.inputs.opened import (
     NO_EVIDENCE,
@@ -142,7 +143,8 @@ def export_file(request: Request, out: Path, progress: Progress) -> FloatModel:
     """Write the prepared float model."""
     require_writable(out)
     _, model = open_model(request, Clock(progress), images=False)
-    write_atomically(out, model.onnx)
+    for name, part in files_of(model.onnx, out.name).items():
+        write_atomically(out.with_name(name), part)
     return model
 
 

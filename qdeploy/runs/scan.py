@@ -11,7 +11,7 @@ from qdeploy.disk.files import write_atomically
 from qdeploy.errors import NO_MEMORY, InputError, QdeployError
 from qdeploy.exporting.exporter import export_unproved
 from qdeploy.formats.onnx.reading import is_quantized, read_single_file
-from qdeploy.formats.opening import sha256, sniff
+from qdeploy.formats.opening import bytes_elsewhere, sha256, sniff
 from qdeploy.formats.static import findings_in
 from qdeploy.graph.ends import as_classifier_bytes
 from qdeploy.inputs.requests import Request
@@ -19,7 +19,7 @@ from qdeploy.machine import has_torch
 from qdeploy.progress import Progress
 from qdeploy.provenance.trace import FEW, Provenance, trace
 from qdeploy.report.scans import FORMATS, FileScan
-from qdeploy.runs.confined import Confined, Limits
+from qdeploy.runs.confined import Confined, Limits, allow
 from qdeploy.runs.opening import open_scanned, open_source
 from qdeploy.values import Finding, FloatModel, Loaded
 
@@ -68,13 +68,20 @@ _CONFINED = Confined(scan_one)
 
 
 def _limits(sight: ScanRequest) -> Limits:
-    """Large files may take more, in proportion."""
+    """Large files may take more."""
     held = sum(p.stat().st_size for p in (sight.path, sight.reference) if p and p.is_file())
-    return Limits(CPU_SECONDS + held // BYTES_PER_SECOND, MEMORY_BYTES + MEMORY_FACTOR * held)
+    more = _in_proportion(held)
+    return Limits(CPU_SECONDS + more.seconds, MEMORY_BYTES + more.memory_bytes)
+
+
+def _in_proportion(held: int) -> Limits:
+    return Limits(held // BYTES_PER_SECOND, MEMORY_FACTOR * held)
 
 
 def _steps(sight: ScanRequest) -> Iterator[FileScan]:
     """What is known of a file after each step of looking at it."""
+    for named in filter(None, (sight.path, sight.reference)):
+        allow(_in_proportion(bytes_elsewhere(named)))
     path, request = sight.path, sight.request_of(sight.path)
     digest, findings = sha256(path), findings_in(path)
     seen = FileScan(path, digest, findings, None, _why_not(request, findings))

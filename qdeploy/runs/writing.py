@@ -12,6 +12,7 @@ import numpy as np
 import tomlkit
 
 from qdeploy.disk.files import require_writable, write_atomically
+from qdeploy.formats.onnx.encoded import files_of, from_files
 from qdeploy.inputs.requests import Request
 from qdeploy.report.render import check_format, render
 from qdeploy.report.to_html import to_html
@@ -64,8 +65,15 @@ def write_found(report: Report, run: RunDir) -> None:
 def keep(run: RunDir, files: Mapping[Variant, bytes]) -> dict[Variant, bytes]:
     """The files as they are read back from the run's directory."""
     for variant, data in files.items():
-        run.write(f"{variant}.onnx", data)
-    return {variant: run.read(f"{variant}.onnx") for variant in files}
+        for name, part in files_of(data, f"{variant}.onnx").items():
+            run.write(name, part)
+    return {variant: _kept(run, f"{variant}.onnx", data) for variant, data in files.items()}
+
+
+def _kept(run: RunDir, name: str, data: bytes) -> bytes:
+    """A model as it is read back."""
+    parts = [run.read(part) for part in files_of(data, name)]
+    return parts[0] if len(parts) == 1 else from_files(*reversed(parts))
 
 
 def as_json(value: Any) -> bytes:

@@ -17,6 +17,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from qdeploy.errors import InputError, ProviderError, UsageError, first_line
+from qdeploy.formats.onnx.encoded import BLOCK, in_two
 from qdeploy.formats.onnx.nodes import operators
 from qdeploy.machine import cores, exact_8bit_products, processor_flags
 from qdeploy.runtime.interfaces import FLOAT, End, classifier_interface, in_batches_of, timed
@@ -32,6 +33,7 @@ INSTALL_HINTS = {
     "cuda": "install onnxruntime-gpu[cuda,cudnn] in place of onnxruntime, or use another --device"
 }
 FATAL_ONLY = 4
+VALUES_BESIDE = "session.optimized_model_external_initializers_file_name"
 FOR_THIS_PROCESSOR = ("NchwcTransformer",)
 LONGEST_RUN_SECONDS = 120.0  # of one batch; onnxruntime stops between two nodes
 LONGEST_LOAD_SECONDS = 120.0  # with folding of constants; it stops between two rewritings
@@ -223,6 +225,8 @@ def optimized(
         if provider != "cpu":
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(path)
+        if in_two(model) is not None:  # nobody reads more of it than its nodes
+            options.add_session_config_entry(VALUES_BESIDE, "values")
         if saved == "ort":
             options.add_session_config_entry("session.save_model_format", "ORT")
         try:
@@ -241,6 +245,10 @@ def _loaded(
         late.append(True)
         options.set_load_cancellation_flag(True)
 
+    apart = in_two(model)
+    if apart is not None:
+        model, block = apart.message, apart.block
+        options.add_external_initializers_from_files_in_memory([BLOCK], [block], [len(block)])
     try:
         with WATCHDOG.watching(LONGEST_LOAD_SECONDS, end):
             return ort.InferenceSession(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from qdeploy.formats.onnx.encoded import decode
 from qdeploy.formats.onnx.nodes import constant_tensors, place
 from qdeploy.formats.onnx.tensors import all_nodes, all_tensors, values
 from qdeploy.values import ROUNDED_AT_LOAD, STANDARD_DOMAINS, Finding
@@ -86,7 +87,7 @@ def products_fit(data: bytes, largest: int) -> bool:
     makes, and DequantizeLinear alone reads them. Of all else it is not known, and False: of codes
     that are computed, cast, or rounded when the file is loaded.
     """
-    proto = onnx.ModelProto.FromString(data)
+    proto = decode(data)
     constants = constant_tensors(proto)
     nodes = list(all_nodes(proto))
     if next(_rounded_when_loaded(nodes), None) is not None:

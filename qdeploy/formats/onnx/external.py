@@ -19,7 +19,7 @@ RULES = {
     "external-range": "External data claims bytes that its file does not have, or far too many.",
     "external-overlap": "Several tensors share bytes of external data.",
 }
-LARGEST_TOTAL_BYTES = (1 << 31) - 1  # as much as a model in one file can hold
+LARGEST_TOTAL_BYTES = 16 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,15 @@ def external_data(proto: onnx.ModelProto, path: Path) -> Iterator[Finding]:
                 "external-overlap", "warning", other.tensor,
                 f"tensor {other.tensor!r} shares bytes of {other.location!r} with {one.tensor!r}",
             )  # fmt: skip
+
+
+def external_bytes(proto: onnx.ModelProto, path: Path) -> int:
+    """How many bytes of other files are the model's; 0 if one of them is not where it should be."""
+    folder = path.resolve().parent
+    ranges = [_range(tensor, folder) for tensor in all_tensors(proto) if is_external(tensor)]
+    found = [r.end - r.start for r in ranges if isinstance(r, _Range)]
+    total = sum(found)
+    return total if len(found) == len(ranges) and total <= LARGEST_TOTAL_BYTES else 0
 
 
 def load_external(proto: onnx.ModelProto, path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import onnx
 
+from qdeploy.formats.onnx.encoded import decode
 from qdeploy.formats.onnx.fused_operators import is_fused
 from qdeploy.formats.onnx.integer_operators import MICROSOFT, OPERATORS
 from qdeploy.formats.onnx.tensors import all_nodes, attached, values
@@ -157,5 +158,5 @@ def operators(data: bytes) -> tuple[str, ...]:
     """The operator of each node of a well-formed model; those outside of the standard in full."""
     return tuple(
         node.op_type if node.domain in STANDARD_DOMAINS else f"{node.domain}.{node.op_type}"
-        for node in onnx.ModelProto.FromString(data).graph.node
+        for node in decode(data).graph.node
     )

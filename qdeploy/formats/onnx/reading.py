@@ -115,10 +115,15 @@ def check(proto: onnx.ModelProto, where: str, *, allow: Sequence[str] = ()) -> N
 def is_quantized(data: bytes) -> bool:
     """Whether a model, well-formed or not, holds quantization operators."""
     try:
-        nodes = onnx.ModelProto.FromString(data).graph.node
+        return holds_integers(onnx.ModelProto.FromString(data))
     except DecodeError:
         return False
-    return any(node.op_type.startswith(("QLinear", *QUANTIZATION_OPS)) for node in nodes)
+
+
+def holds_integers(proto: onnx.ModelProto) -> bool:
+    """Whether a model holds quantization operators."""
+    prefixes = ("QLinear", *QUANTIZATION_OPS)
+    return any(node.op_type.startswith(prefixes) for node in proto.graph.node)
 
 
 def refuse_quantized(proto: onnx.ModelProto, where: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import onnx
 
-from qdeploy.formats.onnx.reading import is_quantized
+from qdeploy.formats.onnx.reading import holds_integers
 from qdeploy.formats.onnx.tensors import all_nodes, size, weights
 
 SHOWN_OPERATORS = 12
@@ -29,7 +29,7 @@ def summary(proto: onnx.ModelProto) -> Iterator[Fact]:
     for tensor in weights(proto):
         held[onnx.TensorProto.DataType.Name(tensor.data_type).lower()] += size(tensor)
     yield "weights", ", ".join(f"{n:,} {kind}" for kind, n in held.most_common()) or "none"
-    yield "quantized", "yes" if is_quantized(proto.SerializeToString()) else "no"
+    yield "quantized", "yes" if holds_integers(proto) else "no"
     counts = Counter(node.op_type for node in all_nodes(proto)).most_common()
     shown = ", ".join(f"{name} {count:,}" for name, count in counts[:SHOWN_OPERATORS])
     more = f" and {len(counts) - SHOWN_OPERATORS} others" if len(counts) > SHOWN_OPERATORS else ""
