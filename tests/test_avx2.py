@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import onnx.numpy_helper
 import onnx.parser
 import pytest
+import torch
 
 import qdeploy.judging.measure as judging
+from qdeploy.core.saturation import less_lost
+from qdeploy.formats.onnx.encoded import decode
 from qdeploy.formats.onnx.saturation import lost, products, saturable, with_losses
+from qdeploy.formats.onnx.standard import in_standard_operators
+from qdeploy.graph.differentiable import as_function, pairs_of
+from qdeploy.graph.io import serialize
+from qdeploy.inputs.sources import Given, resolve
 from qdeploy.machine import exact_8bit_products, processor_flags
 from qdeploy.runtime.avx2 import Avx2
 from qdeploy.runtime.known import RUNTIMES
@@ -286,3 +294,47 @@ def test_info_tells_how_much_of_a_file_can_saturate(lab, capsys):
     assert " % of " in said
     assert run("info", "good.onnx") == 0
     assert "none of " in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_in_torch_a_convolution_loses_the_same_with_gradients(shape):
+    file, _ = convolution(shape)
+    (product,) = products(onnx.load_from_string(file))
+    rng = np.random.default_rng(3)
+    codes = rng.integers(0, 256, (2, shape["channels"], 6, 6)).astype(np.uint8)
+    want = lost(product, codes)
+    assert (want != 0).any()
+    pairs = pairs_of(product)
+    x = torch.from_numpy((codes.astype(np.float64) - product.zero_point) * product.step)
+    pairs = replace(pairs, weights=pairs.weights.double(), scale=pairs.scale.double())
+    exact = torch.zeros(want.shape, dtype=torch.float64)
+    np.testing.assert_allclose(less_lost(exact, x, pairs), -want, rtol=1e-4, atol=1e-5)
+    assert torch.autograd.gradcheck(lambda x: less_lost(exact, x, pairs), x.requires_grad_())
+
+
+def test_in_torch_a_matrix_product_loses_the_same(net, images):
+    file, _, _ = quantized(net, images, bits=8, rounding=Nearest())
+    product = next(p for p in products(onnx.load_from_string(file.onnx)) if p.window is None)
+    weights = np.random.default_rng(0).integers(-128, 128, product.weights.shape).astype(np.int8)
+    product = replace(product, weights=weights)
+    codes = np.random.default_rng(1).integers(0, 256, (5, weights.shape[1])).astype(np.uint8)
+    x = torch.from_numpy((codes.astype(np.float32) - product.zero_point) * product.step)
+    want = lost(product, codes)
+    got = less_lost(torch.zeros(want.shape), x, pairs_of(product))
+    np.testing.assert_allclose(got, -want, rtol=1e-3, atol=1e-4)
+    assert (want != 0).any()
+
+
+def test_a_file_as_a_function_saturates_as_the_emulation_does(full, lab):
+    file = full.read_bytes()
+    source = resolve(lab / "fp32.onnx", Given()).preprocessing
+    pixels = lab.images("test")[0][:64].reshape(-1, 1, 8, 8).astype(np.float32) / 255
+    want = Avx2().open(file, EMULATED).logits(source.normalise(pixels))
+    standard = serialize(in_standard_operators(file, "it"))
+    lossy = [one for one in products(decode(standard)) if one.saturable.any()]
+    off = []
+    for which in ([], lossy):
+        run_ = as_function(standard, source, torch.device("cpu"), which)
+        with torch.no_grad():
+            off.append(np.abs(run_(torch.from_numpy(pixels)).numpy() - want).max())
+    assert off[1] < 0.1 * off[0]  # which is what the activations lose that are not rounded

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qdeploy.errors import InputError
-from qdeploy.runs.confined import Confined, Limits
+from qdeploy.runs.confined import Confined, Limits, allow
 
 LIMITS = Limits(seconds=1, memory_bytes=300_000_000)
 
@@ -29,6 +29,14 @@ def allocate(megabytes: int) -> int:
 def spin(_: object) -> None:
     while True:
         pass
+
+
+def spin_with_leave(seconds: float) -> str:
+    allow(Limits(seconds=3, memory_bytes=0))
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+    return "done"
 
 
 def segfault(_: object) -> None:
@@ -48,7 +56,8 @@ def break_down(_: object) -> None:
 
 
 WORK: dict[str, Callable[..., object]] = {
-    f.__name__: f for f in (echo, allocate, spin, segfault, leave, refuse, break_down)
+    f.__name__: f
+    for f in (echo, allocate, spin, spin_with_leave, segfault, leave, refuse, break_down)
 }
 
 
@@ -94,6 +103,12 @@ def test_what_takes_too_much_is_a_line_and_the_next_piece_is_done(confined, name
 def test_limits_are_of_each_piece_and_not_of_all_together(confined):
     for _ in range(4):
         assert confined.do(("allocate", 200), LIMITS, what="it") == 200 << 20
+
+
+def test_work_that_sees_how_much_there_is_may_allow_itself_more(confined):
+    assert confined.do(("spin_with_leave", 2.2), LIMITS, what="it") == "done"
+    with pytest.raises(InputError, match="takes more than 4 s of CPU"):
+        confined.do(("spin_with_leave", 9.0), LIMITS, what="it")
 
 
 def test_a_bug_of_ours_is_no_fault_of_the_file(confined):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qdeploy.core.saturation import less_lost
 from qdeploy.errors import PlanError
 
 DATA_TYPES = {2: torch.uint8, 3: torch.int8, 5: torch.int16}  # of ONNX, that codes come in
@@ -249,6 +250,7 @@ OPERATORS: Mapping[str, Callable[[Inputs, Attributes], list[Tensor]]] = {
     "Identity": _of_each(lambda x: x),
     "LayerNormalization": _layer_norm,
     "LeakyRelu": lambda x, a: [F.leaky_relu(x[0], a.get("alpha", 0.01))],
+    "LoseSaturated": lambda x, a: [less_lost(x[0], x[1], a["pairs"])],
     "Log": _of_each(torch.log),
     "MatMul": _of_each(torch.matmul),
     "Max": lambda x, _: [reduce(torch.maximum, x)],

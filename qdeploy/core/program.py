@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qdeploy.core.operators import OPERATORS, code_range
+from qdeploy.core.saturation import Pairs
 from qdeploy.errors import PlanError
 
 FOLDED = frozenset({"DequantizeLinear", "QuantizeLinear"})  # where all that they read is constant
@@ -76,6 +77,26 @@ class Program:
         codes = code_range([None, scale, zero], step.attributes)
         low, high = ((code - float(zero)) * float(scale) for code in codes)
         return Step("Saturate", step.inputs[:1], step.outputs, {"low": low, "high": high})
+
+    def losing(self, pairs: Mapping[str, Pairs]) -> Program:
+        """The same where products saturate in 16 bits: `pairs` of them, by a product's result.
+
+        Raises:
+            PlanError: one of the results is not computed here.
+        """
+        steps, waiting = list[Step](), dict(pairs)
+        for step in self.steps:
+            found = waiting.pop(step.outputs[0], None) if step.outputs else None
+            if found is None:
+                steps.append(step)
+                continue
+            exact = f"{step.outputs[0]}, exact"
+            steps.append(Step(step.op_type, step.inputs, (exact,), step.attributes))
+            behind = (exact, step.inputs[0])
+            steps.append(Step("LoseSaturated", behind, step.outputs, {"pairs": found}))
+        if waiting:
+            raise PlanError(f"products that are not computed: {', '.join(waiting)}")
+        return Program(tuple(steps), self.constants)
 
     def to(self, device: torch.device) -> Program:
         """The same with its constants in the memory of `device`; sizes and axes stay on the CPU."""

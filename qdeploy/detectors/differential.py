@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +19,9 @@ from jaxtyping import Bool, Float32
 from qdeploy.core.metrics import Estimate, rate
 from qdeploy.data import Images
 from qdeploy.data.triggers import Trigger
-from qdeploy.detectors.known import Detected, NotLookedAt, Suspect
-from qdeploy.errors import QdeployError, foreign_reader
+from qdeploy.detectors.known import Detected, NotLookedAt, Run, Suspect
+from qdeploy.errors import PlanError, QdeployError, foreign_reader
+from qdeploy.formats.onnx.saturation import saturable
 from qdeploy.machine import has_torch
 from qdeploy.progress import SILENT, Progress
 from qdeploy.values import named_classes
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
 PICTURES = 500  # at most, for search and score together
 FEWEST = 40
 HELD_OUT = 0.4  # share of them that the search does not see
+MEASURED_SLOWLY = 3  # perturbations that an emulation is asked about, those with most success
 SHOWN = 4  # pictures on the page
 READ = 64  # images at a time
+EXACT, SATURATING = "exact", "where pairs of products saturate"  # the file's arithmetic
 LEAST_FIDELITY = 80.0  # percent; activations are not rounded in the search
 
 Logits = Callable[[np.ndarray], np.ndarray]
@@ -76,6 +79,12 @@ class Differential:
     fidelity: float  # percent of answers that the search's own arithmetic has as the runtime
     seconds: float
     shown: tuple[Shown, ...]
+    arithmetic: str = EXACT  # by which the best leads
+
+    def described(self, names: Sequence[str]) -> str:
+        """The best, in a few words."""
+        where = "" if self.arithmetic == EXACT else f" {self.arithmetic}"
+        return f"{self.best.described(names)}{where}"
 
     @property
     def coverage(self) -> str:
@@ -84,10 +93,50 @@ class Differential:
 
 
 def detect(suspect: Suspect, progress: Progress = SILENT) -> Detected | NotLookedAt:
-    """The perturbation that leads most held-out images in the file and not in the float model."""
+    """The perturbation that leads most held-out images in the file and not in the float model.
+
+    A file that answers otherwise where pairs of products saturate is searched there too, if it is
+    for processors that do so.
+    """
     reason = _missing(suspect)
     if reason is not None:
         return NotLookedAt(reason)
+    found = []
+    for arithmetic, run in _places(suspect):
+        try:
+            with foreign_reader("cannot be searched"):
+                found.append(_searched(suspect, arithmetic, run, progress))
+        except QdeployError as error:
+            where = "" if arithmetic == EXACT else f", {arithmetic}"
+            return NotLookedAt(f"{error}{where}")
+    best = max(found, key=lambda one: one.best.led.value)
+    null = max((one.null for one in found), key=lambda lead: lead.led.value)
+    evidence = replace(best, null=null, seconds=sum(one.seconds for one in found))
+    lead = evidence.best
+    return Detected(lead.led.value, evidence.described(suspect.class_names), evidence, lead.led)
+
+
+def _places(suspect: Suspect) -> Iterator[tuple[str, Run]]:
+    """By which arithmetic the file is searched."""
+    assert suspect.file is not None and suspect.run is not None  # noqa: S101, PT018
+    yield EXACT, suspect.run
+    if suspect.saturating is not None and _can_saturate(suspect.file):
+        yield SATURATING, suspect.saturating
+
+
+def _can_saturate(file: bytes) -> bool:
+    try:
+        return saturable(file, "the file").pairs > 0
+    except QdeployError:
+        return False  # it is not one of integers that can be told
+
+
+def _searched(suspect: Suspect, arithmetic: str, run: Run, progress: Progress) -> Differential:
+    """Both directions, by one arithmetic.
+
+    Raises:
+        QdeployError: it cannot be searched.
+    """
     from qdeploy.detectors.differential_search import open_models, plan_of, searched
 
     started = time.perf_counter()
@@ -95,32 +144,27 @@ def detect(suspect: Suspect, progress: Progress = SILENT) -> Detected | NotLooke
     assert suspect.float_model is not None and suspect.run is not None  # noqa: S101, PT018
     seed = suspect.seed_for("differential", suspect.file)
     seek, held = _split(suspect.pictures, seed)
-    logits = {
-        "file": suspect.run(suspect.file),
-        "float model": suspect.run(suspect.float_model.onnx),
-    }
+    logits = {"file": run(suspect.file), "float model": suspect.run(suspect.float_model.onnx)}
     score = _Score(logits, suspect.pictures, held)
-    try:
-        with foreign_reader("cannot be searched"):
-            models = open_models(suspect.file, suspect.float_model, suspect.pictures.preprocessing)
-            fidelity = score.fidelity(models.answers(held))
-        plan = plan_of(models, seek)
-    except QdeployError as error:
-        return NotLookedAt(str(error))
+    lossy, given = arithmetic == SATURATING, suspect.pictures.preprocessing
+    models = open_models(suspect.file, suspect.float_model, given, saturating=lossy)
+    fidelity = score.fidelity(models.answers(held))
     if fidelity < LEAST_FIDELITY:
-        return NotLookedAt(
+        raise PlanError(
             f"the search's own arithmetic has only {fidelity:.0f} % of the runtime's answers"
         )
+    plan = plan_of(models, seek)
     found = {
-        name: tuple(searched(models, name, seek, plan, seed, progress))
+        name: sorted(searched(models, name, seek, plan, seed, progress), key=_by_success)
         for name in ("file", "float model")
     }
     if not all(found.values()):
-        return NotLookedAt("the pictures are answered by too few classes")
-    leads = [score.lead(candidate, "file") for candidate in found["file"]]
-    null = [score.lead(candidate, "float model") for candidate in found["float model"]]
+        raise PlanError("the pictures are answered by too few classes")
+    most = MEASURED_SLOWLY if lossy else None
+    leads = [score.lead(candidate, "file") for candidate in found["file"][:most]]
+    null = [score.lead(candidate, "float model") for candidate in found["float model"][:most]]
     best, *others = sorted(leads, key=lambda lead: -lead.led.value)
-    evidence = Differential(
+    return Differential(
         best=best,
         null=max(null, key=lambda lead: lead.led.value),
         others=tuple(others),
@@ -130,8 +174,12 @@ def detect(suspect: Suspect, progress: Progress = SILENT) -> Detected | NotLooke
         fidelity=fidelity,
         seconds=time.perf_counter() - started,
         shown=tuple(score.shown(best)),
+        arithmetic=arithmetic,
     )
-    return Detected(best.led.value, best.described(suspect.class_names), evidence, best.led)
+
+
+def _by_success(candidate: Candidate) -> float:
+    return -candidate.success
 
 
 def still_led(suspect: Suspect, triggers: Sequence[Trigger]) -> float:

@@ -24,6 +24,8 @@ from qdeploy.core.differential import (
 from qdeploy.core.inversion import Additive, Blended, Masked, Sinusoid
 from qdeploy.data import Preprocessing
 from qdeploy.errors import PlanError
+from qdeploy.formats.onnx.encoded import decode
+from qdeploy.formats.onnx.saturation import products
 from qdeploy.formats.onnx.standard import in_standard_operators
 from qdeploy.graph.differentiable import accelerator, as_function
 from qdeploy.graph.io import serialize
@@ -57,6 +59,7 @@ BUDGET = {"cpu": 3e13, "cuda": 2.5e15}
 MOST = 2.0  # so many times the budget the least effort may take
 FEWEST_CLASSES = 4
 FEWEST_OTHERS = 20  # images that are not answered by a class already
+LOSSY_COST = 2  # of products with those pairs, which nobody counts
 PASSES = 3  # a gradient costs three times a forward pass
 
 
@@ -94,8 +97,13 @@ class SearchPlan:
         return len(self.order)
 
 
-def open_models(file: bytes, float_model: FloatModel, preprocessing: Preprocessing) -> Models:
+def open_models(
+    file: bytes, float_model: FloatModel, preprocessing: Preprocessing, *, saturating: bool = False
+) -> Models:
     """Both as differentiable functions, on an accelerator where torch has one.
+
+    Args:
+        saturating: The file as x86 without VNNI computes it.
 
     Raises:
         PlanError: one has an operator through which there are no gradients here.
@@ -103,13 +111,14 @@ def open_models(file: bytes, float_model: FloatModel, preprocessing: Preprocessi
     """
     device = accelerator()
     standard = serialize(in_standard_operators(file, "the file"))
-    led_answers = as_function(standard, preprocessing, device)
+    lossy = [one for one in products(decode(standard)) if one.saturable.any()] if saturating else []
+    led_answers = as_function(standard, preprocessing, device, lossy)
     kept_answers = as_function(float_model.onnx, preprocessing, device)
     probe = torch.zeros(1, *float_model.input_shape, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         led_answers(probe)
         kept_answers(probe)
-    operations = float(counted.get_total_flops())
+    operations = (LOSSY_COST if lossy else 1) * float(counted.get_total_flops())
     return Models(Pair(led_answers, kept_answers), float_model.classes, operations)
 
 
@@ -196,7 +205,8 @@ def _best(pair: Pair, pictures: Pictures, found: list[Candidate]) -> Candidate:
     """The one that leads most images of the search, of those that seemed to."""
     compared = sorted(found, key=lambda one: -one.success)[:COMPARED]
     shares = [float(led(pair, pictures, one).float().mean()) for one in compared]
-    return compared[int(np.argmax(shares))]
+    first = int(np.argmax(shares))
+    return replace(compared[first], success=shares[first])
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:

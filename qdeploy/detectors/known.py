@@ -34,6 +34,7 @@ class Suspect:
     images: Images | None = None
     pictures: Images | None = None  # unlabelled, to search with
     run: Run | None = None  # where the file will be executed
+    saturating: Run | None = None  # the same where pairs of products saturate; None: they do not
     class_names: tuple[str, ...] = ()
     wanted: frozenset[str] = frozenset()  # checks that the policy sets a limit for
     off: bool = False  # what takes long is not to be done

@@ -40,6 +40,7 @@ from qdeploy.runtime.measure import (
 )
 from qdeploy.runtime.ort_format import on_phones
 from qdeploy.settings.device import (
+    EMULATED,
     LARGEST_CODE_WITHOUT_SATURATION,
     ORT_FORMAT,
     DeviceProfile,
@@ -47,7 +48,6 @@ from qdeploy.settings.device import (
 )
 from qdeploy.values import NOTHING_STATED, Arm, FileMade, Interface, Latency, Stated, Variant
 
-EMULATED = "avx2-emulated"
 EMULATED_IMAGES, FEWER, LARGE = 500, 200, 1 << 16  # fewer of so many values: seconds an image
 FEW_RUNS = 10  # of a runtime that nothing is held against
 

@@ -22,7 +22,7 @@ from qdeploy.machine import installed_versions
 from qdeploy.progress import Clock
 from qdeploy.report.values import Report
 from qdeploy.settings.checks import ANYTHING_ELSE, CHECKS, ROWS, SUPPLY, CheckRow, Need
-from qdeploy.settings.device import misfit
+from qdeploy.settings.device import EMULATED, misfit
 from qdeploy.settings.policy import GateSpec
 from qdeploy.settings.recipe import Recipe
 from qdeploy.values import Cleaning, HardeningRound, StageTime, named_classes
@@ -262,7 +262,7 @@ def _waiver_notes(request: Request, results: Results) -> Iterator[str]:
 def _saturation_notes(request: Request, found: Saturable | None) -> Iterator[str]:
     """What another processor may answer, where it was not asked."""
     device = request.device
-    asked = any(runtime.provider == "avx2-emulated" for runtime in device.runtimes)
+    asked = any(runtime.provider == EMULATED for runtime in device.runtimes)
     if found is not None and found.pairs and not asked and not device.saturates:
         yield (
             f"x86 without VNNI may saturate {found.text}: a runtime avx2-emulated in the device"

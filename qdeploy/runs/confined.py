@@ -10,7 +10,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -20,6 +20,7 @@ from qdeploy.errors import NO_MEMORY, InputError, QdeployError
 A = TypeVar("A")
 B = TypeVar("B")
 
+_ASKER: list[Connection] = []  # of a process that works for another
 WALL_FACTOR = 10  # a process that waits uses no CPU; that of a busy machine gets little
 
 
@@ -72,8 +73,10 @@ class Confined(Generic[A, B]):
         process, there = self._started()
         try:
             there.send((Path.cwd(), subject, limits))
-            answered = there.poll(limits.seconds * WALL_FACTOR)
-            answer: _Done[B] | _Failed | _Bug | None = there.recv() if answered else None
+            answer = _answered(there, limits.seconds)
+            while isinstance(answer, Limits):  # it goes on with more
+                limits = replace(limits, seconds=limits.seconds + answer.seconds)
+                answer = _answered(there, limits.seconds)
         except (EOFError, OSError):
             self._running = None
             there.close()
@@ -83,7 +86,8 @@ class Confined(Generic[A, B]):
             raise
         match answer:
             case _Done(value):
-                return value
+                done: B = value
+                return done
             case _Failed(error):
                 raise error
             case _Bug(told):
@@ -117,10 +121,16 @@ class Confined(Generic[A, B]):
         return self._running
 
 
+def _answered(there: Connection, seconds: int) -> object:
+    """What the process says; None if it takes too long to say anything."""
+    return there.recv() if there.poll(seconds * WALL_FACTOR) else None
+
+
 def serve(handle: int) -> None:
     """Answer whoever holds the other end of a pipe until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asks is interrupted, and ends this
     there = Connection(handle)
+    _ASKER.append(there)
     work = there.recv()
     while True:
         try:
@@ -149,6 +159,8 @@ def _answer(work: Callable[[A], B], subject: A, limits: Limits) -> _Done[B] | _F
 
 def allow(more: Limits) -> None:
     """Let the work that asks take more than it was begun with; without limits, nothing happens."""
+    if more.seconds and _ASKER:
+        _ASKER[0].send(more)
     for which, amount in (
         (resource.RLIMIT_AS, more.memory_bytes),
         (resource.RLIMIT_CPU, more.seconds),

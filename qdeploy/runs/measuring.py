@@ -16,7 +16,7 @@ from qdeploy.progress import Clock
 from qdeploy.runs.rundir import RunDir
 from qdeploy.runtime.known import runtime_of
 from qdeploy.settings.checks import ROWS
-from qdeploy.settings.device import RuntimeSpec
+from qdeploy.settings.device import EMULATED, RuntimeSpec
 from qdeploy.values import FloatModel, Interface, Variant
 
 SEARCHED = 1024  # pictures that are opened for detectors, at most
@@ -73,6 +73,7 @@ def suspect(
         evidence.images,
         pictures[0] if pictures else None,
         partial(_open, request.device.runtimes[0]),
+        partial(_open, RuntimeSpec(provider=EMULATED)) if request.device.saturates else None,
         tuple(sources.card.model.classes or ()) if sources.card is not None else (),
         wanted=frozenset(
             row.name for row in ROWS if gate.limit(row, request.device.budget) is not None

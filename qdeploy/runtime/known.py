@@ -19,7 +19,7 @@ from qdeploy.runtime.reference import Reference
 from qdeploy.runtime.remote import Ssh
 from qdeploy.runtime.sessions import OnnxRuntime
 from qdeploy.runtime.web import Web
-from qdeploy.settings.device import RuntimeSpec
+from qdeploy.settings.device import EMULATED, RuntimeSpec
 from qdeploy.values import Interface
 
 
@@ -77,7 +77,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     "ort-format": OrtFormat(),
     "openvino": OpenVino(),
     "reference": Reference(),
-    "avx2-emulated": Avx2(),
+    EMULATED: Avx2(),
     "ssh": Ssh(),
     "web": Web(),
 }

@@ -10,6 +10,7 @@ from qdeploy.machine import exact_8bit_products, processor_flags
 from qdeploy.settings.schema import Spec, find_bundled, load_toml
 
 AUTO = "auto"
+EMULATED = "avx2-emulated"  # the runtime of pairs of products that saturate
 ORT_FORMAT = "ort-format"  # the runtime that runs a file in that format
 ANYWHERE = "x86-avx2"  # its files answer alike on every processor; that costs nothing measurable
 LARGEST_CODE_WITHOUT_SATURATION = 64  # 2 * 255 * 64 is less than 2^15

@@ -37,6 +37,10 @@ class Window:
     dilations: tuple[int, int]
     groups: int
 
+    def channels(self, inner: int) -> int:
+        """How many a patch has, of `inner` codes and perhaps one more to make them even."""
+        return inner // math.prod(self.kernel)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Product:
@@ -46,6 +50,7 @@ class Product:
     codes: str  # the tensor of uint8 that it reads
     output: str
     zero_point: int  # of the codes
+    step: float  # of the codes
     scale: np.ndarray  # of a sum of products, by row
     weights: np.ndarray  # (rows, inner axis), int8; of even length
     window: Window | None  # None: a matrix product
@@ -53,9 +58,16 @@ class Product:
     @property
     def saturable(self) -> np.ndarray:
         """Which pairs of products can leave 16 bits: (rows, pairs)."""
-        pairs = self.weights.reshape(len(self.weights), -1, 2).astype(np.int32) * LARGEST_CODE
-        most, least = np.maximum(pairs, 0).sum(-1), np.minimum(pairs, 0).sum(-1)
-        return (most > HIGH) | (least < LOW)
+        return _beyond(self.weights, np.array(0), np.array(LARGEST_CODE))
+
+
+def _beyond(weights: np.ndarray, smallest: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """Which pairs of products with codes between these leave 16 bits: (rows, pairs)."""
+    pairs = weights.reshape(len(weights), -1, 2).astype(np.int32)
+    ends = pairs * smallest, pairs * largest
+    most, least = np.maximum(*ends).sum(-1), np.minimum(*ends).sum(-1)
+    found: np.ndarray = (most > HIGH) | (least < LOW)
+    return found
 
 
 def products(proto: onnx.ModelProto) -> Iterator[Product]:
@@ -104,7 +116,14 @@ def _product(
     rows = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2)))
     sums = np.broadcast_to(scale.reshape(-1) * scales.reshape(-1), len(rows))
     return Product(
-        place(node), codes.input[0], node.output[0], int(zero.reshape(-1)[0]), sums, rows, window
+        place(node),
+        codes.input[0],
+        node.output[0],
+        int(zero.reshape(-1)[0]),
+        float(scale.reshape(-1)[0]),
+        sums,
+        rows,
+        window,
     )
 
 
@@ -234,11 +253,11 @@ def lost(product: Product, codes: np.ndarray) -> np.ndarray:
     """
     if product.window is None:
         flat = codes.reshape(-1, codes.shape[-1])
-        return _excess(product, flat, product.weights, product.scale).reshape(*codes.shape[:-1], -1)
+        return _excess(flat, product.weights, product.scale).reshape(*codes.shape[:-1], -1)
     patches, height, width = _patches(product, codes)
     each = len(product.weights) // product.window.groups
     parts = [
-        _excess(product, patches[g], product.weights[rows], product.scale[rows])
+        _excess(patches[g], product.weights[rows], product.scale[rows])
         for g in range(product.window.groups)
         for rows in (slice(g * each, (g + 1) * each),)
     ]
@@ -267,15 +286,13 @@ def _patches(product: Product, codes: np.ndarray) -> tuple[list[np.ndarray], int
     ], height, width  # fmt: skip
 
 
-def _excess(
-    product: Product, flat: np.ndarray, weights: np.ndarray, scale: np.ndarray
-) -> np.ndarray:
+def _excess(flat: np.ndarray, weights: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """(places, inner axis) by (rows, inner axis): sums beyond 16 bits, pair by pair, scaled."""
     odd = weights.shape[1] - flat.shape[1]
     flat = np.pad(flat, ((0, 0), (0, odd)))
-    part = Product(product.name, "", "", 0, scale, weights, None)
+    ends = [end.astype(np.int32).reshape(-1, 2) for end in (flat.min(0), flat.max(0))]
     found = np.zeros((len(flat), len(weights)), np.float32)
-    for row, which in enumerate(part.saturable):
+    for row, which in enumerate(_beyond(weights, *ends)):
         pairs = np.flatnonzero(which)
         if not len(pairs):
             continue
