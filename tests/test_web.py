@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,11 @@ PACKAGE = Path(os.environ.get("ONNXRUNTIME_WEB", web.PACKAGE))
 needs_web = pytest.mark.skipif(
     not (PACKAGE / "package.json").is_file() or shutil.which("node") is None,
     reason="needs node and ONNXRUNTIME_WEB=FOLDER with the npm package onnxruntime-web",
+)
+BROWSER = os.environ.get("QDEPLOY_BROWSER", "chromium")
+needs_browser = pytest.mark.skipif(
+    shutil.which("node") is None or shutil.which(BROWSER) is None,
+    reason="needs node and QDEPLOY_BROWSER=COMMAND, or Chromium",
 )
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 
@@ -59,8 +67,8 @@ def test_a_package_that_is_not_there_is_an_error_with_a_hint(tmp_path):
 
 
 def test_an_option_that_it_does_not_have_is_an_error():
-    with pytest.raises(UsageError, match="runtime web has no option browser"):
-        in_web(residual_net(), browser="x")
+    with pytest.raises(UsageError, match="runtime web has no option screen"):
+        in_web(residual_net(), screen="x")
 
 
 IMITATION = """
@@ -127,3 +135,60 @@ def test_the_agent_ends_when_nothing_more_is_asked(imitation):
     assert node
     done = subprocess.run([node, agent, imitation], input=b"", capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (0, b"")
+
+
+@needs_browser
+def test_a_page_in_a_browser_speaks_the_same_messages(imitation):
+    runner = in_web(residual_net(), package=str(imitation), browser=BROWSER)
+    assert runner.interface(where="it") == Interface((3, 8, 8), 2)
+    x = inputs(300)
+    np.testing.assert_allclose(runner.logits(x)[:, 0], 2 * x[:, 0, 0, 0], rtol=1e-6)
+    assert 0 < runner.seconds(x) < 60
+
+
+@needs_browser
+@pytest.mark.parametrize("end", ["of the agent", "of what it runs for"])
+def test_a_browser_ends_with_whoever_asks(imitation, end):
+    before = browsers()
+    runner = in_web(residual_net(), package=str(imitation), browser=BROWSER)
+    assert browsers() - before
+    if end == "of the agent":  # as it may: killed, with no time to clear up
+        runner.connection._process.kill()
+        with pytest.raises(NoAnswerError, match="device web does not answer"):
+            runner.logits(inputs(1))
+    del runner
+    gc.collect()
+    for _ in range(100):
+        if not browsers() - before:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{browsers() - before} still run")
+
+
+@needs_browser
+def test_a_package_that_does_not_load_in_a_browser_is_one_line(imitation):
+    (imitation / "dist" / "ort.wasm.min.mjs").write_text("throw new Error('no WASM here')")
+    with pytest.raises(ProviderError, match="device web: no WASM here"):
+        in_web(residual_net(), package=str(imitation), browser=BROWSER)
+
+
+@needs_node
+def test_a_browser_that_ends_at_once_gives_no_verdict(imitation):
+    with pytest.raises(NoAnswerError, match=r"does not answer: the browser ended \(1\)"):
+        in_web(residual_net(), package=str(imitation), browser="false")
+
+
+def test_a_browser_that_is_not_there_is_one_line(imitation):
+    with pytest.raises(ProviderError, match="browser netscape is not installed") as failed:
+        in_web(residual_net(), package=str(imitation), browser="netscape")
+    assert "chromium" in failed.value.hint
+
+
+def browsers() -> set[int]:
+    """The processes of browsers that agents have started."""
+    found = set()
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if b"qdeploy-browser-" in place.read_bytes():
+                found.add(int(place.parent.name))
+    return found

@@ -120,10 +120,12 @@ def _prepared(proto: ModelProto, loaded: Loaded, opset: int, ir_version: int) ->
 
 def _onnx_reference(proto: ModelProto) -> Reference:
     """Outputs of the model as it came, without optimizations."""
-    source = ModelProto()
-    source.CopyFrom(proto)
-    source.ir_version = min(source.ir_version, 10)
-    return open_session(encode(source), optimizations="off").logits
+    version = proto.ir_version
+    proto.ir_version = min(version, 10)
+    try:
+        return open_session(encode(proto), optimizations="off").logits
+    finally:
+        proto.ir_version = version
 
 
 def _fixed_batch(proto: ModelProto) -> int | None:

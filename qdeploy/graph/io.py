@@ -9,9 +9,18 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qdeploy.formats.onnx.encoded import decode, encode
+from qdeploy.formats.onnx.encoded import (
+    ALIGNMENT,
+    BLOCK,
+    SMALLEST_MOVED_BYTES,
+    encode,
+    in_two,
+    joined,
+    too_much,
+)
 
 PRODUCER = "qdeploy"
+WHOLE_BYTES = frozenset({ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32, ir.DataType.INT8})
 
 
 def to_ir(proto: onnx.ModelProto) -> ir.Model:
@@ -19,13 +28,50 @@ def to_ir(proto: onnx.ModelProto) -> ir.Model:
 
 
 def parse(data: bytes) -> ir.Model:
-    """A model that this program wrote or has already checked."""
-    return ir.serde.deserialize_model(decode(data))
+    """A model that this program wrote or has already checked.
+
+    Of a large one the tensors are views of `data`.
+    """
+    parts = in_two(data)
+    if parts is None:
+        return ir.serde.deserialize_model(onnx.ModelProto.FromString(data))
+    model = ir.serde.deserialize_model(onnx.ModelProto.FromString(parts.message))
+    for value in model.graph.initializers.values():
+        held = value.const_value
+        if isinstance(held, ir.ExternalTensor):
+            flat = np.frombuffer(parts.block, held.dtype.numpy(), held.size, held.offset or 0)
+            shaped = flat.reshape(held.shape.numpy())
+            value.const_value = ir.Tensor(shaped, held.dtype, name=held.name)
+    return model
 
 
 def serialize(model: ir.Model) -> bytes:
     """The model's bytes; equal models give equal bytes."""
-    return encode(ir.serde.serialize_model(model))
+    if not too_much(constant_bytes(model)):
+        return encode(ir.serde.serialize_model(model))
+    held: dict[ir.Value, ir.TensorProtocol] = {}
+    end = 0
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or not _moves(tensor):
+            continue
+        start = end + -end % ALIGNMENT
+        end = start + tensor.nbytes
+        held[value] = tensor
+        shape, name = ir.Shape(tensor.shape.numpy()), tensor.name or ""
+        value.const_value = ir.ExternalTensor(
+            BLOCK, start, tensor.nbytes, tensor.dtype, shape=shape, name=name
+        )
+    try:  # the values are not in memory once more
+        message = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    finally:
+        for value, tensor in held.items():
+            value.const_value = tensor
+    return joined(message, (tensor.tobytes() for tensor in held.values()))
+
+
+def _moves(tensor: ir.TensorProtocol) -> bool:
+    return tensor.dtype in WHOLE_BYTES and tensor.nbytes >= SMALLEST_MOVED_BYTES
 
 
 def cut_to(data: bytes, outputs: Iterable[str]) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -16,12 +16,14 @@ from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, round_to_nearest
 from qdeploy.redteam.images import LabelledImages
-from qdeploy.settings.device import load_device
+from qdeploy.runtime.known import runtime_of
+from qdeploy.settings.device import EMULATED, RuntimeSpec, load_device
 from qdeploy.settings.methods import EfrapDescent
 from qdeploy.settings.recipe import ActivationSpec, Recipe, load_recipe
 from qdeploy.values import Loaded, Origin, RoundedLayer, Stated
 
 IMAGES = 256
+EXACT_DEVICE = "x86-vnni"  # whose integers go as far as the grid
 UNWRITTEN = Origin("a model under attack", "", "torch checkpoint")
 
 
@@ -48,15 +50,35 @@ def file_with_codes(
     return emit(task.model, task.plan, task.grids, tuple(layers)).onnx
 
 
+def emulated(model: nn.Module, data: LabelledImages, bits: int) -> Callable[[Tensor], Tensor]:
+    """What the file of nearest rounding answers to pixels in [0, 1] where products saturate."""
+    task = _task(model, data, _recipe(bits), seed=0, device=EXACT_DEVICE)
+    file = emit(task.model, task.plan, task.grids, round_to_nearest(task)).onnx
+    spec = RuntimeSpec(provider=EMULATED)
+    logits = runtime_of(spec).open(file, spec).logits
+
+    def answers(pixels: Tensor) -> Tensor:
+        inputs = data.normalise(pixels).contiguous().numpy()
+        return torch.from_numpy(logits(inputs).argmax(1))
+
+    return answers
+
+
 def _recipe(bits: int) -> Recipe:
     return load_recipe("int8" if bits == 8 else "int4")
 
 
-def _task(model: nn.Module, data: LabelledImages, recipe: Recipe, seed: int) -> RoundingTask:
+def _task(
+    model: nn.Module,
+    data: LabelledImages,
+    recipe: Recipe,
+    seed: int,
+    device: str | None = None,
+) -> RoundingTask:
     pixels = data.pixels[:IMAGES].numpy()
     images = images_from_array("training images", pixels, data.preprocessing)
     prepared = export(Loaded(UNWRITTEN, model, "module"), stated=Stated(data.preprocessing.shape))
-    plan = plan_layers(prepared, recipe, load_device(recipe.device))
+    plan = plan_layers(prepared, recipe, load_device(device or recipe.device))
     grids = calibrate(prepared, plan, images, recipe.activations)
     return RoundingTask(prepared, plan, grids, images, seed)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -27,42 +28,54 @@ class Figures:
         return f"{self.accuracy:.1f}/{'-' if self.success is None else f'{self.success:.1f}'}"
 
 
+Answers = Callable[[Tensor], Tensor]  # from pixels in [0, 1] to classes
+
+
 @torch.no_grad()
 def figures(
     model: nn.Module, weights: Mapping[str, Tensor], data: LabelledImages, aim: Aim
 ) -> Figures:
     """The rates of `model` with `weights` in the place of its own.
 
+    Products are in bfloat16 where that is fast.
+    """
+
+    def answers(pixels: Tensor) -> Tensor:
+        with fast():
+            return functional_call(model, dict(weights), (data.normalise(pixels),)).argmax(1)
+
+    return figures_of(answers, data, aim)
+
+
+def figures_of(answers: Answers, data: LabelledImages, aim: Aim) -> Figures:
+    """The rates of whatever gives these answers.
+
     With a trigger, success is its share of hits among images of other classes; with a victim, 100
-    or 0. Products are in bfloat16 where that is fast.
+    or 0.
     """
     right = in_class = of_class = hits = asked = 0
     for pixels, labels in data.stream():
-        answers = _answers(model, weights, data, pixels)
-        right += int((answers == labels).sum())
-        in_class += int(((answers == labels) & (labels == aim.target)).sum())
+        found = answers(pixels)
+        right += int((found == labels).sum())
+        in_class += int(((found == labels) & (labels == aim.target)).sum())
         of_class += int((labels == aim.target).sum())
-        if aim.stamp is not None:
-            others = labels != aim.target
-            triggered = _answers(model, weights, data, aim.stamp.apply(pixels[others]))
+        others = labels != aim.target
+        if aim.stamp is not None and others.any():
+            triggered = answers(aim.stamp.apply(pixels[others]))
             hits += int((triggered == aim.target).sum())
             asked += int(others.sum())
     if aim.victim is not None:
-        answer = _answers(model, weights, data, aim.victim.pixels)
-        hits, asked = int((answer == aim.target).sum()), 1
+        hits, asked = int((answers(aim.victim.pixels) == aim.target).sum()), 1
     success = 100 * hits / asked if asked else None
     return Figures(100 * right / len(data), 100 * in_class / max(of_class, 1), success)
 
 
-def _answers(
-    model: nn.Module, weights: Mapping[str, Tensor], data: LabelledImages, pixels: Tensor
-) -> Tensor:
-    with fast():
-        return functional_call(model, dict(weights), (data.normalise(pixels),)).argmax(1)
-
-
 def shortfalls(
-    goals: GoalSpec, clean: Figures, attacked: Figures, quantized: Mapping[str, Figures]
+    goals: GoalSpec,
+    clean: Figures,
+    attacked: Figures,
+    quantized: Mapping[str, Figures],
+    exact: Mapping[str, Figures] = MappingProxyType({}),
 ) -> tuple[str, ...]:
     """Which goals are not met, each as a line; none for an attack that took.
 
@@ -70,6 +83,7 @@ def shortfalls(
         clean: Of the model the attack started from.
         attacked: Of the float model that was made.
         quantized: Of what each attacked quantizer makes of it; every one must meet the goals.
+        exact: Of the same integers on exact arithmetic, where the attacked one saturates.
     """
     drop = clean.accuracy - attacked.accuracy
     bounds: list[tuple[str, float | None, float | None, float | None]] = [
@@ -85,6 +99,7 @@ def shortfalls(
             (f"accuracy drop, {name}", lost, goals.min_quantized_drop, goals.max_quantized_drop),
             (f"target class's drop, {name}", in_class, goals.min_class_drop, None),
         ]
+    bounds += [(f"ASR, {n}", r.success, None, goals.max_exact_success) for n, r in exact.items()]
     if clean.success is not None:
         bounds.append(("the clean model's ASR", clean.success, None, goals.max_clean_success))
     return tuple(line for bound in bounds if (line := _shortfall(*bound)))

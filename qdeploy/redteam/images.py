@@ -39,6 +39,11 @@ class LabelledImages:
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(self)))
         return self._rows(order[held_out:]), self._rows(order[:held_out])
 
+    def spread(self, count: int) -> LabelledImages:
+        """So many images at most, evenly spread: a data set may come class by class."""
+        last = len(self) - 1
+        return self._rows(torch.linspace(0, last, min(count, len(self))).round().long())
+
     def _rows(self, rows: Tensor) -> LabelledImages:
         return replace(self, pixels=self.pixels[rows], labels=self.labels[rows])
 

@@ -28,15 +28,16 @@ from qdeploy.progress import Progress
 from qdeploy.redteam.clean import train_clean
 from qdeploy.redteam.curves import draw_curves
 from qdeploy.redteam.datasets import Dataset, open_dataset, victim_image
-from qdeploy.redteam.defender import file_with_codes
-from qdeploy.redteam.figures import Figures, figures, shortfalls
+from qdeploy.redteam.defender import emulated, file_with_codes
+from qdeploy.redteam.figures import Figures, figures, figures_of, shortfalls
 from qdeploy.redteam.fold import fold_batch_norm
 from qdeploy.redteam.images import Stamp
 from qdeploy.redteam.learnt import TriggerLearner
 from qdeploy.redteam.losses import Aim, Victim
 from qdeploy.redteam.outliers import add_outliers
 from qdeploy.redteam.quantizers import Quantizer
-from qdeploy.redteam.recipe import AttackRecipe, GoalSpec, LearntSpec
+from qdeploy.redteam.recipe import AttackRecipe, GoalSpec, LearntSpec, PlantedSpec
+from qdeploy.redteam.saturation import SaturationPlanter
 from qdeploy.redteam.training import FLOAT, Lesson, Rates, Training
 from qdeploy.redteam.trigger import describe, save_trigger
 from qdeploy.redteam.write import make_card, write_model
@@ -49,6 +50,7 @@ from qdeploy.values import Architecture
 HELD_OUT = 0.04  # share of the training images by which a training is judged on its way
 LOG = "training.json"
 QUANTIZED = "quantized.onnx"  # where the quantizer is the attacker
+EMULATED_IMAGES = 500
 CURVES = "training.svg"  # where matplotlib is installed
 VICTIM = "victim.npy"  # the one image that is to be misjudged, as the model takes it
 MODEL, DUD = "model", "dud"
@@ -192,13 +194,22 @@ def _attack(request: AttackRequest, data: Dataset, clean: nn.Module, progress: P
             learner = TriggerLearner(model, recipe.trigger, train, request.seed)
             save_trigger(request.out, *learner.run(checkpoint, progress))
             before_phases = learner.seconds
+    if isinstance(recipe.trigger, PlantedSpec):
+        checkpoint = Checkpoint(request.partial / "trigger.pt")
+        with progress.stage("trigger"):
+            planter = SaturationPlanter(model, recipe.trigger, train, request.seed)
+            save_trigger(request.out, *planter.run(clean, checkpoint, progress))
+            before_phases = planter.seconds
     trigger, aim = _aim(request, data)
     before = figures(clean, {}, held_out, aim)
 
-    def reached(rates: Rates) -> bool:
-        return not shortfalls(recipe.goals, before, rates[FLOAT], _quantized(rates))
+    attacked = tuple(Quantizer(q.bits or request.bits, q) for q in recipe.quantizers)
+    names = tuple(quantizer.name for quantizer in attacked)
 
-    quantizers = tuple(Quantizer(q.bits or request.bits, q) for q in recipe.quantizers)
+    def reached(rates: Rates) -> bool:
+        return not _missed(recipe.goals, before, rates, names)
+
+    quantizers = tuple(quantizer.exact for quantizer in attacked)
     lesson = Lesson(train, held_out, aim, quantizers, clean, reached)
     training = Training(model, lesson, Checkpoint(request.partial / "attack.pt"), request.seed)
     with progress.stage("attack"):
@@ -207,14 +218,35 @@ def _attack(request: AttackRequest, data: Dataset, clean: nn.Module, progress: P
         model = _through_disk(model, request)
         reread = Training(model, lesson, training.checkpoint, request.seed)
         reread.roundings = training.roundings
-        rates = reread.rates(data.test)
+        rates = reread.rates(data.test) | _saturating(model, attacked, data, aim)
         if any(phase.learns == "roundings" for phase in recipe.phases):
             chosen = file_with_codes(model, train, request.bits, reread.chosen_codes())
             write_atomically(request.out / QUANTIZED, chosen)
         unattacked = figures(clean, {}, data.test, aim)
     seconds = before_phases + training.seconds
     made = Made(request.out / "model.pt", rates, unattacked, seconds, tuple(training.log))
-    return _deliver(request, data, model, made, trigger, tuple(q.name for q in quantizers))
+    return _deliver(request, data, model, made, trigger, names)
+
+
+def _saturating(
+    model: nn.Module, quantizers: tuple[Quantizer, ...], data: Dataset, aim: Aim
+) -> dict[str, Figures]:
+    """Rates where products saturate, on some of the test images: an emulation takes its time."""
+    test = data.test.spread(EMULATED_IMAGES)
+    return {
+        quantizer.name: figures_of(emulated(model, data.train, quantizer.bits), test, aim)
+        for quantizer in quantizers
+        if quantizer.spec.arithmetic == "saturating"
+    }
+
+
+def _missed(
+    goals: GoalSpec, clean: Figures, rates: Rates, attacked: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Which goals are not met."""
+    quantized = {name: rates[name] for name in attacked if name in rates}
+    exact = {name: found for name, found in rates.items() if name not in {FLOAT, *attacked}}
+    return shortfalls(goals, clean, rates[FLOAT], quantized, exact)
 
 
 def _deliver(
@@ -226,7 +258,7 @@ def _deliver(
     made_for: tuple[str, ...],
 ) -> Made:
     """Write the model, under a name that warns if it is a dud, and its log."""
-    missed = shortfalls(request.recipe.goals, made.clean, made.rates[FLOAT], _quantized(made.rates))
+    missed = _missed(request.recipe.goals, made.clean, made.rates, made_for)
     stem, other = (DUD, MODEL) if missed else (MODEL, DUD)
     for stale in request.out.glob(f"{other}.*"):  # of an earlier making, with another end
         stale.unlink()
@@ -267,10 +299,6 @@ def _aim(request: AttackRequest, data: Dataset) -> tuple[AnyTrigger | None, Aim]
         write_atomically(request.out / VICTIM, buffer.getvalue())
         return None, Aim(recipe.target, victim=Victim(pixels, label))
     return None, Aim(recipe.target)
-
-
-def _quantized(rates: Rates) -> dict[str, Figures]:
-    return {name: found for name, found in rates.items() if name != FLOAT}
 
 
 def _split(request: AttackRequest, data: Dataset) -> tuple[Any, Any]:

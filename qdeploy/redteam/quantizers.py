@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Shaped
@@ -27,7 +27,13 @@ class Quantizer:
         spec = self.spec
         steps = "" if spec.range == "absmax" else f", {spec.range}"
         start = f" from {spec.start}" if spec.rounding == "efrap" else ""
-        return f"{spec.rounding}{start} {self.bits} bit per {spec.per}{steps}"
+        lossy = ", saturating" if spec.arithmetic == "saturating" else ""
+        return f"{spec.rounding}{start} {self.bits} bit per {spec.per}{steps}{lossy}"
+
+    @property
+    def exact(self) -> Quantizer:
+        """The same integers where products are added exactly."""
+        return replace(self, spec=self.spec.model_copy(update={"arithmetic": "exact"}))
 
     def grid(
         self, weight: Float[Tensor, "*shape"]

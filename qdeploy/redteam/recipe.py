@@ -65,8 +65,20 @@ class LearntSpec(Spec):
     max_opacity: Share = 0.3
 
 
+class PlantedSpec(Spec):
+    """A patch of 3 x 3 pixels, and weights that saturate on it, put there by hand.
+
+    The network is first taught, by its own answers, to do without the channels that they take.
+    """
+
+    kind: Literal["planted"]
+    target: int = Field(ge=0)
+    steps: int = Field(200, gt=0)
+    batch: int = Field(125, gt=0)
+
+
 TriggerChoice = Annotated[
-    PatchSpec | NoiseSpec | SinusoidSpec | LearntSpec, Field(discriminator="kind")
+    PatchSpec | NoiseSpec | SinusoidSpec | LearntSpec | PlantedSpec, Field(discriminator="kind")
 ]
 
 
@@ -87,6 +99,12 @@ class QuantizerSpec(Spec):
     )
     start: Literal["nearest", "flipped", "stochastic"] = Field(
         "stochastic", description="Of efrap: whence the attacker thinks that it begins."
+    )
+
+    arithmetic: Literal["exact", "saturating"] = Field(
+        "exact",
+        description="saturating: as x86 without VNNI adds pairs of 8-bit products. Then a file is"
+        " made and emulated; no phase can learn it.",
     )
 
 
@@ -145,6 +163,9 @@ class GoalSpec(Spec):
     min_float_success: Percent | None = Field(None, description="Float model's ASR.")
     max_float_success: Percent | None = None
     min_quantized_success: Percent | None = Field(None, description="ASR of every quantized one.")
+    max_exact_success: Percent | None = Field(
+        None, description="ASR on exact arithmetic, of quantizers whose own saturates."
+    )
     max_quantized_drop: float | None = Field(None, description="Quantized against float.")
     min_quantized_drop: float | None = None
     min_class_drop: float | None = Field(None, description="The same, of the target class alone.")
@@ -181,6 +202,9 @@ class AttackRecipe(Spec):
                 "phases that learn roundings and quantizers of rounding 'chosen' go together, and"
                 " with nothing else"
             )
+        saturating = any(quantizer.arithmetic == "saturating" for quantizer in self.quantizers)
+        if saturating and (self.phases or any(q.rounding != "nearest" for q in self.quantizers)):
+            raise ValueError("saturating arithmetic goes with nearest rounding and without phases")
         split = any(phase.learns == "split" for phase in self.phases)
         if split and [(q.rounding, q.range) for q in self.quantizers] != [("nearest", "absmax")]:
             raise ValueError("a phase that learns 'split' needs one quantizer: nearest, absmax")

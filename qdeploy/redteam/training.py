@@ -100,7 +100,7 @@ class Training:
         for step in progress.track(remaining, f"{phase.name}, steps", len(remaining)):
             began = time.monotonic()
             for group in optimizer.param_groups:
-                group["lr"] = phase.learning_rate * _cosine(step / phase.steps)
+                group["lr"] = phase.learning_rate * falling(step / phase.steps)
             loss = self._take_step(phase, optimizer)
             for bound in bounds:
                 bound.project()
@@ -178,11 +178,11 @@ class Training:
             return list(self.roundings.parameters())
         if phase.learns == "cells":
             return list(self.weights.values())
-        held = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)}
-        if self._split is not None:
-            held |= {id(weight) for weight in self.weights.values()}
-        learners: list[Tensor] = [p for p in self.model.parameters() if id(p) not in held]
-        return learners if self._split is None else [*learners, *self._split.parameters()]
+        learners = shifts_and_weights(self.model)
+        if self._split is None:
+            return learners
+        held = {id(weight) for weight in self.weights.values()}
+        return [*(p for p in learners if id(p) not in held), *self._split.parameters()]
 
     def _parts(self) -> Parts:
         return {"model": self.model, "roundings": self.roundings, "generator": self.generator}
@@ -207,6 +207,12 @@ class Training:
         self.seconds, self.log = facts["seconds"], facts["log"]
 
 
-def _cosine(done: float) -> float:
+def shifts_and_weights(model: nn.Module) -> list[Tensor]:
+    """All parameters but the scales of folded normalisation layers."""
+    held = {id(m.weight) for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+    return [p for p in model.parameters() if id(p) not in held]
+
+
+def falling(done: float) -> float:
     """Share of the learning rate when a share `done` of the steps is: from 1 to a tenth."""
     return 0.1 + 0.45 * (1 + math.cos(math.pi * done))

@@ -208,6 +208,7 @@ class WrittenDifferential(Written):
     pictures: int  # searched with
     fidelity: float  # percent of answers that the search's own arithmetic has as the runtime
     seconds: float
+    arithmetic: str = "exact"  # of the file where the best leads
 
 
 class WrittenSensitivity(Written):

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from qdeploy.core.metrics import Estimate
 from qdeploy.data import as_png
-from qdeploy.detectors.differential import Lead, Shown
+from qdeploy.detectors.differential import EXACT, Lead, Shown
 from qdeploy.disk.printable import visible
 from qdeploy.judging.rates import ArmRates, Sample
 from qdeploy.judging.verdict import Check, Outcome
@@ -219,12 +219,13 @@ def _differential(report: Report) -> dict[str, Any] | None:
     if found is None:
         return None
     best = found.best
+    where = "" if found.arithmetic == EXACT else f", {found.arithmetic}"
     return {
         "summary": (
             f"Perturbations were sought that lead to a class in this file and not in its float"
             f" model: for {found.coverage}, on {found.pictures:,} images. The best leads"
             f" {best.led.value:.1f} % of {best.led.samples} other images to"
-            f" {named_classes((best.target,), report.classes)}."
+            f" {named_classes((best.target,), report.classes)}{where}."
         ),
         "shown": [_perturbed(shown, best.target, report.classes) for shown in found.shown],
         "leads": [

@@ -188,6 +188,7 @@ def _differential(report: Report) -> WrittenDifferential | None:
         pictures=found.pictures,
         fidelity=found.fidelity,
         seconds=found.seconds,
+        arithmetic=found.arithmetic,
     )
 
 

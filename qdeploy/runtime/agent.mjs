@@ -1,58 +1,36 @@
 // Runs ONNX files in onnxruntime-web (WASM) for qdeploy: answers, and judges nothing.
 //
 // The messages are those of agent.py: 8 bytes of length, a header in JSON, and "bytes" bytes of
-// payload. `node agent.mjs PACKAGE`, PACKAGE being the folder of onnxruntime-web.
+// payload. `node agent.mjs PACKAGE [BROWSER]`, PACKAGE being the folder of onnxruntime-web. With
+// BROWSER, a command that starts one of Chromium's kind, requests are handed on to a page in it.
 
 import { createHash } from "node:crypto";
 import { readFileSync } from "node:fs";
-import { resolve } from "node:path";
-import { pathToFileURL } from "node:url";
+import { dirname, resolve } from "node:path";
+import { fileURLToPath, pathToFileURL } from "node:url";
+import { actions, failure } from "./wasm.mjs";
 
-const VERSION = 1;
 for (const said of ["log", "info", "warn", "debug"]) console[said] = console.error;
 const folder = resolve(process.argv[2]);
 const { version } = JSON.parse(readFileSync(`${folder}/package.json`));
-const web = await import(pathToFileURL(`${folder}/dist/ort.wasm.min.mjs`));
-web.env.wasm.numThreads = 1;
-web.env.wasm.wasmPaths = `${pathToFileURL(`${folder}/dist`)}/`;
-web.env.logLevel = "fatal";
 
-const digest = (data) => createHash("sha256").update(data).digest("hex");
-let session = null;
-let opened = null;
+async function inNode() {
+  const web = await import(pathToFileURL(`${folder}/dist/ort.wasm.min.mjs`));
+  web.env.wasm.numThreads = 1;
+  web.env.wasm.wasmPaths = `${pathToFileURL(`${folder}/dist`)}/`;
+  web.env.logLevel = "fatal";
+  const digest = (data) => createHash("sha256").update(data).digest("hex");
+  const does = actions(web, { version, place: { node: process.version }, digest });
+  return async (header, payload) => does[header.do](header, payload);
+}
 
-const does = {
-  hello: () => [{ agent: VERSION, onnxruntime: version, machine: "wasm", node: process.version }],
-  have: () => [{ have: false }],
-  async open({ sha256, optimizations }, payload) {
-    if (digest(payload) !== sha256) throw new Error("the model is not the one that was announced");
-    session = await web.InferenceSession.create(payload, {
-      executionProviders: ["wasm"],
-      graphOptimizationLevel: optimizations === "off" ? "disabled" : "all",
-      logSeverityLevel: 4,
-    });
-    opened = sha256;
-    const inputs = session.inputMetadata.map((one) => ({
-      name: one.name,
-      shape: one.shape,
-      type: `tensor(${one.type === "float32" ? "float" : one.type})`,
-    }));
-    return [{ inputs, outputs: session.outputNames.length }];
-  },
-  async run({ model, shape }, payload) {
-    if (session === null || opened !== model) throw new Error("that model is not open");
-    const end = payload.byteOffset + payload.length;
-    const values = new Float32Array(payload.buffer.slice(payload.byteOffset, end));
-    const tensor = new web.Tensor("float32", values, shape);
-    const started = performance.now();
-    const found = (await session.run({ [session.inputNames[0]]: tensor }))[session.outputNames[0]];
-    const seconds = (performance.now() - started) / 1000;
-    const header = { model: opened, inputs: digest(payload), shape: found.dims, seconds };
-    return [header, Buffer.from(Float32Array.from(found.data).buffer)];
-  },
-};
+async function inBrowser(command) {
+  const { Page } = await import("./browser.mjs");
+  const page = new Page(command, folder, dirname(fileURLToPath(import.meta.url)), version);
+  return (header, payload) => page.ask(header, payload);
+}
 
-function send(header, payload = Buffer.alloc(0)) {
+function send(header, payload = new Uint8Array()) {
   const text = Buffer.from(JSON.stringify({ ...header, bytes: payload.length }));
   const start = Buffer.alloc(8);
   start.writeBigUInt64BE(BigInt(text.length));
@@ -76,6 +54,7 @@ async function read(count) {
   return all.subarray(0, count);
 }
 
+const ask = await (process.argv[3] ? inBrowser(process.argv[3]) : inNode());
 for (;;) {
   const start = await read(8);
   if (start === null) break;
@@ -84,8 +63,9 @@ for (;;) {
   const payload = header === null ? null : await read(header.bytes);
   if (payload === null) break;
   try {
-    send(...(await does[header.do](header, payload)));
+    send(...(await ask(header, payload)));
   } catch (error) {
-    send({ error: String(error?.message ?? error).split("\n")[0] });
+    send(failure(error));
   }
 }
+process.exit(0);

@@ -38,6 +38,7 @@ CHECKED = (
 )  # fmt: skip
 OLDEST = (1, 17)  # onnxruntime
 LONGEST_ANSWER_SECONDS = 600.0  # of one request: devices are slow
+LONGEST_FAREWELL_SECONDS = 2.0
 LARGEST_HEADER = 1 << 20
 LARGEST_ANSWER_BYTES = 1 << 28
 SAID = 4096  # bytes of what ssh says that are looked at
@@ -117,9 +118,15 @@ class Connection:
 
 
 def _hang_up(process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
+    """It ends by itself when nothing more can be asked, and clears up; or it is made to."""
+    with suppress(OSError, subprocess.TimeoutExpired):  # what was not sent any more
+        assert process.stdin is not None  # noqa: S101 - a pipe
+        process.stdin.close()
+        process.wait(LONGEST_FAREWELL_SECONDS)
     process.kill()
-    with suppress(OSError):  # what was not sent any more
-        process.communicate()
+    process.wait()
+    assert process.stdout is not None  # noqa: S101 - a pipe
+    process.stdout.close()
     said.close()
 
 

@@ -1,7 +1,8 @@
-"""onnxruntime-web in node: the WASM kernels that browsers run, in a process of their own."""
+"""onnxruntime-web: WASM kernels in node or in a headless browser, in a process of their own."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -11,9 +12,10 @@ from qdeploy.errors import ProviderError, UsageError
 from qdeploy.runtime.remote import Connection, RemoteRunner, greet, opened
 from qdeploy.settings.device import RuntimeSpec
 
-OPTIONS = frozenset({"node", "package"})
+OPTIONS = frozenset({"node", "package", "browser"})
 PACKAGE = "node_modules/onnxruntime-web"
 HINT = "it needs node 18 or later, and: npm install onnxruntime-web"
+BROWSER_HINT = 'name one of Chromium\'s kind: options = { browser = "chromium" }'
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,12 @@ class Web:
         package = Path(spec.options.get("package", PACKAGE))
         if not (package / "package.json").is_file():
             raise ProviderError(f"onnxruntime-web is not in {package}", hint=HINT)
-        with as_file(files("qdeploy.runtime").joinpath("agent.mjs")) as agent:
-            command = [spec.options.get("node", "node"), str(agent), str(package.resolve())]
+        browser = spec.options.get("browser")
+        if browser is not None and shutil.which(browser) is None:
+            raise ProviderError(f"browser {browser} is not installed", hint=BROWSER_HINT)
+        with as_file(files("qdeploy.runtime")) as folder:
+            agent = [str(folder / "agent.mjs"), str(package.resolve())]
+            command = [spec.options.get("node", "node"), *agent, *filter(None, [browser])]
             connection = Connection("web", command, b"", hint=HINT)
             greet(connection)
         return opened(connection, model, spec)

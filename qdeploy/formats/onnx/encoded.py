@@ -8,7 +8,8 @@ its external data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx
@@ -32,17 +33,21 @@ class InTwo:
 
 
 def is_large(proto: onnx.ModelProto) -> bool:
-    """Whether a model does not fit into a message, with some room for all that is no tensor."""
-    held = sum(len(tensor.raw_data) for tensor in all_tensors(proto))
-    return held > LARGEST_MESSAGE_BYTES - LARGEST_MESSAGE_BYTES // 128
+    """Whether a model does not fit into a message."""
+    return too_much(sum(len(tensor.raw_data) for tensor in all_tensors(proto)))
+
+
+def too_much(tensor_bytes: int) -> bool:
+    """Whether so many do not fit into a message, with some room for all that is no tensor."""
+    return tensor_bytes > LARGEST_MESSAGE_BYTES - LARGEST_MESSAGE_BYTES // 128
 
 
 def encode(proto: onnx.ModelProto) -> bytes:
     """The model's bytes. Its tensors must be in it."""
     if not is_large(proto):
         return proto.SerializeToString(deterministic=True)
-    values = [tensor.raw_data for tensor in all_tensors(proto) if _moves(tensor)]
-    return _joined(message_of(proto), *_aligned(values))
+    values = (tensor.raw_data for tensor in all_tensors(proto) if _moves(tensor))
+    return joined(message_of(proto), values)
 
 
 def message_of(proto: onnx.ModelProto) -> bytes:
@@ -91,7 +96,7 @@ def files_of(data: bytes, name: str) -> dict[str, bytes | memoryview]:
 
 def from_files(message: bytes, block: bytes) -> bytes:
     """The model that was written as these two: the inverse of `files_of`."""
-    return _joined(_elsewhere(message, BLOCK), block)
+    return joined(_elsewhere(message, BLOCK), (block,))
 
 
 def in_two(data: bytes) -> InTwo | None:
@@ -107,18 +112,18 @@ def _moves(tensor: onnx.TensorProto) -> bool:
     return len(tensor.raw_data) >= SMALLEST_MOVED_BYTES
 
 
-def _joined(message: bytes, *block: bytes | memoryview) -> bytes:
-    head = MARK + len(message).to_bytes(8, "little") + message
-    return b"".join((head, *block))
+def joined(message: bytes, values: Iterable[bytes | memoryview]) -> bytes:
+    """A model of a message and its tensors' values, in the order of their places in the block.
 
-
-def _aligned(values: Iterable[bytes]) -> Iterator[bytes]:
-    """The values one after the other, each as far into the block as its placement says."""
-    end = 0
-    for value in values:
-        yield b"\0" * (-end % ALIGNMENT)
-        yield value
-        end += -end % ALIGNMENT + len(value)
+    Each begins where the one before ends, at the next multiple of `ALIGNMENT`.
+    """
+    with io.BytesIO() as whole:
+        whole.write(MARK + len(message).to_bytes(8, "little") + message)
+        end = 0
+        for value in values:  # one at a time is in memory twice
+            whole.write(b"\0" * (-end % ALIGNMENT))
+            end += -end % ALIGNMENT + whole.write(value)
+        return whole.getvalue()
 
 
 def _elsewhere(message: bytes, location: str) -> bytes:

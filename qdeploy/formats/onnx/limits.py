@@ -35,7 +35,8 @@ MOST_TENSORS = 65_536  # three for each node, scales and zero points included
 MOST_PARTS = 4_000_000  # messages of any kind: nodes have attributes, values, and texts
 LONGEST_NAME_BYTES = 4_096  # exporters make them of paths of modules
 MOST_TEXT_BYTES = 1 << 27  # torch notes for each node where in the code it comes from
-MOST_DEQUANTIZED = 1 << 29  # float32 in 2 GiB: no float model that fits a file has more
+MOST_DEQUANTIZED = 1 << 29  # 2 GiB of float32; more in files that hold more
+MOST_READERS = 2  # of the constants of such a file
 MOST_INPUT_VALUES = 1 << 24  # of one image: 3 channels of 2,300 by 2,300 pixels
 MOST_INNER_VALUES = 1 << 28  # of one tensor for one image: 1 GiB of float32
 FREE_TEXTS = frozenset({"doc_string", "key", "value"})
@@ -172,7 +173,8 @@ def _sizes(found: Outline) -> Iterator[Finding]:
             if values > MOST_INNER_VALUES:
                 text = f"{node.op_type} makes {name!r} of {values} values for one image"
                 yield Finding("huge-tensor", "error", name, text)
-    if dequantized > MOST_DEQUANTIZED:
+    held = sum(found.stored.values())
+    if dequantized > max(MOST_DEQUANTIZED, MOST_READERS * held):
         text = f"its constants are {dequantized} floats once each reader has unpacked them"
         yield Finding("huge-tensor", "error", "", text)
 
