@@ -163,6 +163,13 @@ def _runtime_agreement(results: Results, _: GateSpec) -> Iterator[Found]:
             yield Found.of(other.agreement, other.runtime)
 
 
+def _boundary_agreement(results: Results, _: GateSpec) -> Iterator[Found]:
+    """What lies between two classes is answered by one of them on every runtime."""
+    for other in results.measured.runtimes:
+        if other.boundary is not None:
+            yield Found.of(other.boundary, other.runtime)
+
+
 def _unsupported_runtimes(results: Results, _: GateSpec) -> Iterator[Found]:
     """The result runs everywhere where it is to run."""
     others = results.measured.runtimes
@@ -295,6 +302,7 @@ MEASURES: Mapping[str, Measure] = {
     "agreement": _beside(lambda found: {None: found.agreement}),
     "attack_success_rise": _beside(lambda found: _by_trigger(found.attack_success_rise)),
     "runtime_agreement": _runtime_agreement,
+    "boundary_agreement": _boundary_agreement,
     "unsupported_runtimes": _unsupported_runtimes,
     "saturable_pairs": _saturable_pairs,
     "batch_invariance": _batch_invariance,

@@ -30,6 +30,7 @@ from qdeploy.judging.rates import (
 from qdeploy.machine import exact_8bit_products, processor_flags
 from qdeploy.progress import SILENT, Progress
 from qdeploy.runtime.batching import probes_of, same_in_any_batch
+from qdeploy.runtime.boundary import FEWER_PAIRS, PAIRS, boundary, one_of_two
 from qdeploy.runtime.known import Runner, runtime_of
 from qdeploy.runtime.measure import (
     FORGETFUL,
@@ -126,7 +127,7 @@ def validate(
     return replace(
         without_images,
         rates=rates(predictions, trial.interface.classes, trial.seen),
-        runtimes=with_answers(runtimes, predictions),
+        runtimes=_at_boundary(with_answers(runtimes, predictions), trial, device, sessions),
         samples=samples(predictions, trial.images, trial.triggers),
     )
 
@@ -234,6 +235,34 @@ def _others(
         kernels = runtime_of(spec).kernels(data, spec)
         found.append(RuntimeAgreement(spec.label, milliseconds=taken, kernels=kernels))
     return tuple(found)
+
+
+def _at_boundary(
+    runtimes: tuple[RuntimeAgreement, ...],
+    trial: Trial,
+    device: DeviceProfile,
+    sessions: Mapping[Arm, Runner],
+) -> tuple[RuntimeAgreement, ...]:
+    """The same with what each answers where, on the first, one class ends and another begins."""
+    slow = {runtime.label for runtime in device.runtimes if runtime.images is not None}
+    asked = {arm.runtime: s for arm, s in sessions.items() if arm.variant == "result"}
+    first = asked[device.runtimes[0].label].logits
+    if trial.images is None or not set(asked) - slow - {device.runtimes[0].label}:
+        return runtimes
+    pairs = FEWER_PAIRS if math.prod(trial.interface.input_shape) > LARGE else PAIRS
+    seed = private_number("boundary", hashlib.sha256(trial.files["result"]).hexdigest())
+    sample = trial.images.sample(2 * pairs, seed)
+    pixels = np.concatenate([batch.pixels for batch in sample.batches(pairs)])
+    order = np.random.default_rng(seed).permutation(len(pixels))
+    found = boundary(first, sample.preprocessing.normalise(pixels[order]), pairs)
+    if not len(found.inputs):
+        return runtimes
+    return tuple(
+        replace(one, boundary=rate(one_of_two(asked[one.runtime].logits, found)))
+        if one.runtime in asked and one.runtime not in slow
+        else one
+        for one in runtimes
+    )
 
 
 def _check_interface(sessions: Mapping[Arm, Runner], expected: Interface) -> None:

@@ -58,6 +58,7 @@ class RuntimeAgreement:
     runtime: str
     agreement: Estimate | None = None  # share of images with the same answer; None: none were asked
     difference: float | None = None  # largest of a logit, percent of their range
+    boundary: Estimate | None = None  # share of inputs between two classes that are given no third
     milliseconds: float | None = None  # of one image, median
     kernels: Mapping[str, int] = field(default_factory=dict)  # {} if unknown
     unsupported: str | None = None  # why it does not run there

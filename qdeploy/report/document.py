@@ -115,6 +115,7 @@ class WrittenAgreement(Written):
     runtime: str
     agreement: WrittenEstimate | None  # null: nothing was asked there
     difference: float | None = None  # the largest of a logit, percent of their range
+    boundary: WrittenEstimate | None = None  # inputs between two classes that are given no third
     milliseconds: float | None = None  # of one image, median
     kernels: Mapping[str, int] = {}  # as the runtime has rewritten the file; {} if unknown
     unsupported: str | None = None  # why the file does not run there

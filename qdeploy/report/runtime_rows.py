@@ -28,6 +28,9 @@ def _parts(found: RuntimeAgreement) -> Iterator[str]:
         )
     if found.difference is not None:
         yield f"logits at most {found.difference:.2g} % of their range apart"
+    if found.boundary is not None and found.boundary.value < 100:
+        share = found.boundary
+        yield f"{100 - share.value:.1f} % of {share.samples} inputs between two classes got a third"
     if found.milliseconds is not None:
         yield f"{found.milliseconds:.2f} ms an image"
     whole = sum(found.kernels.values())

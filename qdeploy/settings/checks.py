@@ -112,6 +112,14 @@ ROWS = (
         then="name the device that will run it (--device): without VNNI products saturate",
     ),
     CheckRow(
+        name="boundary_agreement", relation=">=", by_value=True,
+        needs=("test data", "two runtimes"), key="min_boundary_agreement", default=95.0,
+        meaning="Share of inputs between two classes, found on the first runtime, that another one"
+        " gives no third class.",
+        says="Where two classes meet on one runtime, another one answers a third.",
+        then="do not deploy it: something makes much of little differences of arithmetic",
+    ),
+    CheckRow(
         name="unsupported_runtimes", unit="runtimes", key="max_unsupported_runtimes",
         default=0.0, meaning="Runtimes of the device that may refuse the file.",
         says="A runtime of the device does not run the file.",
