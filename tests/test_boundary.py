@@ -80,7 +80,7 @@ class _Forks:
     def logits(self, batch: np.ndarray) -> np.ndarray:
         found = self._runner.logits(batch).copy()
         best = np.sort(found, axis=1)
-        ties = best[:, -1] - best[:, -2] < 1e-5 * np.ptp(found)
+        ties = best[:, -1] - best[:, -2] < 2e-3 * np.ptp(found)
         found[ties, found[ties].argmin(axis=1)] = 2 * np.abs(found).max()
         return found
 
@@ -107,10 +107,10 @@ def test_the_gate_sees_a_runtime_that_answers_a_third_class(
         report = json.loads((lab / "r.json").read_text())
     (row,) = report["runtime_agreement"]
     failed = {check["name"] for check in report["checks"] if check["state"] != "within"}
-    assert row["agreement"]["value"] >= 99
     if forks:
-        assert (code, failed) == (3, {"boundary_agreement"})
-        assert row["boundary"]["value"] < 50
+        assert code == 3
+        assert "boundary_agreement" in failed
+        assert row["boundary"]["value"] < row["agreement"]["value"] - 10
     else:
         assert (code, failed) == (0, set())
         assert row["boundary"]["value"] == 100

@@ -127,7 +127,7 @@ def trace(data: bytes, model: FloatModel) -> Provenance:
     index = TensorIndex(found.tensors)
     compared = compare(source, found.twin, index.step_of)
     layers: list[LayerTrace] = []
-    chosen: list[tuple[Placed, _Rounding]] = []
+    otherwise: list[tuple[Placed, np.ndarray]] = []
     floats: list[Finding] = []
     for pairs in _by_layer(compared.layers, index):
         pair, placed = pairs[0]
@@ -142,9 +142,10 @@ def trace(data: bytes, model: FloatModel) -> Provenance:
         again = any(layer.name == pair.site.name for layer in layers)
         name = pair.node if again else pair.site.name
         layers.append(_layer(name, placed, rounding, shift))
-        chosen.append((placed, rounding))
+        if rounding.flipped.any():  # all else of a rounding is let go: it is as large as the layer
+            otherwise.append((placed, rounding.nearest))
     differences = (*compared.differences, *floats)
-    nearest = _nearest_file(data, chosen)
+    nearest = _nearest_file(data, otherwise)
     return Provenance(tuple(layers), differences, None, nearest, compared.cut_at_zero)
 
 
@@ -252,14 +253,12 @@ def _layer(name: str, placed: Placed, rounding: _Rounding, shift: float) -> Laye
     )
 
 
-def _nearest_file(data: bytes, chosen: list[tuple[Placed, _Rounding]]) -> bytes | None:
-    """The file with the nearest codes in every layer that has flipped ones; None without any."""
+def _nearest_file(data: bytes, otherwise: list[tuple[Placed, np.ndarray]]) -> bytes | None:
+    """The file with the nearest codes in every layer that has others; None without any."""
     constants: dict[str, np.ndarray] = {}
-    for placed, rounding in chosen:
-        if not rounding.flipped.any():
-            continue
+    for placed, nearest in otherwise:
         tensor = placed.tensor
-        codes = placed.unplace(rounding.nearest)
+        codes = placed.unplace(nearest)
         values = tensor.grid.floats(codes) if tensor.rounded_at_load else codes
         known = constants.setdefault(tensor.name, values)
         if not np.array_equal(known, values):
