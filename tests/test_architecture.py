@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "qdeploy"
 # Lower rooms first; a module may import from its own line and from those above it.
 LEVELS = (
     ("errors", "progress", "machine"),
-    ("disk", "settings", "core", "architectures"),
+    ("disk", "settings", "core", "architectures", "messages"),
     ("values", "data"),
     ("inputs", "formats", "runtime"),
     ("graph", "training"),
@@ -33,7 +33,7 @@ LIBRARIES = {
     "rich": {"cli"},
     "pydantic": {"settings", "redteam", "report"},
     "onnxruntime": {"runtime"},
-    "onnx": {"formats", "graph", "provenance", "runtime"},
+    "onnx": {"formats", "graph", "messages", "provenance", "runtime"},
     "openvino": {"runtime"},
     "onnx_ir": {"formats", "graph", "provenance"},
     "onnxscript": {"graph", "exporting"},

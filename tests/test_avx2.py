@@ -14,10 +14,10 @@ import torch
 
 import qdeploy.judging.measure as judging
 from qdeploy.core.saturation import less_lost
-from qdeploy.formats.onnx.encoded import decode
+from qdeploy.detectors.saturating import pairs_of, saturating_pairs
 from qdeploy.formats.onnx.saturation import lost, products, saturable, with_losses
 from qdeploy.formats.onnx.standard import in_standard_operators
-from qdeploy.graph.differentiable import as_function, pairs_of
+from qdeploy.graph.differentiable import as_function
 from qdeploy.graph.io import serialize
 from qdeploy.inputs.sources import Given, resolve
 from qdeploy.machine import exact_8bit_products, processor_flags
@@ -331,9 +331,8 @@ def test_a_file_as_a_function_saturates_as_the_emulation_does(full, lab):
     pixels = lab.images("test")[0][:64].reshape(-1, 1, 8, 8).astype(np.float32) / 255
     want = Avx2().open(file, EMULATED).logits(source.normalise(pixels))
     standard = serialize(in_standard_operators(file, "it"))
-    lossy = [one for one in products(decode(standard)) if one.saturable.any()]
     off = []
-    for which in ([], lossy):
+    for which in ({}, saturating_pairs(standard)):
         run_ = as_function(standard, source, torch.device("cpu"), which)
         with torch.no_grad():
             off.append(np.abs(run_(torch.from_numpy(pixels)).numpy() - want).max())

@@ -13,12 +13,12 @@ from onnxscript.rewriter._rewrite_rule import RewriteRule
 
 from qdeploy.errors import InputError
 from qdeploy.formats.onnx import limits
-from qdeploy.formats.onnx.messages import parts
 from qdeploy.formats.onnx.reading import read_single_file, read_untrusted
 from qdeploy.formats.onnx.rules import inspect
 from qdeploy.formats.onnx.tensors import all_nodes, all_tensors, size
 from qdeploy.graph.prepare import prepare
 from qdeploy.graph.simplify import LARGEST_FOLDED_VALUES, simplify
+from qdeploy.messages.parts import parts
 from tests.nets import residual_net
 
 

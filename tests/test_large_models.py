@@ -10,10 +10,10 @@ import onnxruntime as ort
 import pytest
 
 from qdeploy.errors import InputError
-from qdeploy.formats.onnx import encoded
-from qdeploy.formats.onnx.encoded import decode, encode, files_of, from_files, in_two
 from qdeploy.formats.onnx.reading import read_untrusted
 from qdeploy.graph.io import initializers
+from qdeploy.messages import encoded
+from qdeploy.messages.encoded import decode, encode, files_of, from_files, in_two
 from qdeploy.runtime.sessions import open_session
 from tests import gate_lab
 from tests.gate_lab import run

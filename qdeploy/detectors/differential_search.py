@@ -23,9 +23,8 @@ from qdeploy.core.differential import (
 )
 from qdeploy.core.inversion import Additive, Blended, Masked, Sinusoid
 from qdeploy.data import Preprocessing
+from qdeploy.detectors.saturating import saturating_pairs
 from qdeploy.errors import PlanError
-from qdeploy.formats.onnx.encoded import decode
-from qdeploy.formats.onnx.saturation import products
 from qdeploy.formats.onnx.standard import in_standard_operators
 from qdeploy.graph.differentiable import accelerator, as_function
 from qdeploy.graph.io import serialize
@@ -111,7 +110,7 @@ def open_models(
     """
     device = accelerator()
     standard = serialize(in_standard_operators(file, "the file"))
-    lossy = [one for one in products(decode(standard)) if one.saturable.any()] if saturating else []
+    lossy = saturating_pairs(standard) if saturating else {}
     led_answers = as_function(standard, preprocessing, device, lossy)
     kept_answers = as_function(float_model.onnx, preprocessing, device)
     probe = torch.zeros(1, *float_model.input_shape, device=device)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qdeploy.errors import InputError, ProviderError, UsageError
-from qdeploy.formats.onnx.encoded import encode
 from qdeploy.formats.onnx.fused_operators import standard
 from qdeploy.formats.onnx.reading import ModelProto, check, refuse_quantized
 from qdeploy.graph.ends import PIXEL_RANGE, as_classifier, seen_ends
 from qdeploy.graph.io import serialize
 from qdeploy.graph.prepare import interface, is_narrow, prepare
+from qdeploy.messages.encoded import encode
 from qdeploy.runtime.sessions import open_session
 from qdeploy.values import NOTHING_STATED, SHAPE_HINT, FloatModel, Loaded, Stated
 

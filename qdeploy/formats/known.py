@@ -16,7 +16,6 @@ from qdeploy.disk.files import read_bounded
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.formats import archives, pickles, safetensors_header, safetensors_index
 from qdeploy.formats.onnx import rules as onnx_rules
-from qdeploy.formats.onnx.encoded import encode
 from qdeploy.formats.onnx.external import external_bytes, external_data, load_external
 from qdeploy.formats.onnx.reading import (
     LARGEST_MODEL_BYTES,
@@ -26,6 +25,7 @@ from qdeploy.formats.onnx.reading import (
 )
 from qdeploy.formats.script_code import file_operations
 from qdeploy.machine import require_torch
+from qdeploy.messages.encoded import encode
 from qdeploy.values import Architecture, Content, Finding
 
 

@@ -20,9 +20,9 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qdeploy.errors import InputError, UsageError, foreign_reader
-from qdeploy.formats.onnx.encoded import decode, encode
 from qdeploy.graph.image_shape import Shape, Sizes, image_shape, likely_layout
 from qdeploy.graph.io import to_ir
+from qdeploy.messages.encoded import decode, encode
 from qdeploy.settings.card import Layout
 from qdeploy.values import LARGEST_INPUT_VALUES, Stated
 

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qdeploy.formats.onnx.encoded import (
+from qdeploy.messages.encoded import (
     ALIGNMENT,
     BLOCK,
     SMALLEST_MOVED_BYTES,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qdeploy.errors import InputError
-from qdeploy.formats.onnx.encoded import LARGEST_MESSAGE_BYTES
 from qdeploy.graph.assemble import assemble
 from qdeploy.graph.io import check_written, constant_bytes, initializers, serialize
 from qdeploy.graph.qdq import stored_codes
+from qdeploy.messages.encoded import LARGEST_MESSAGE_BYTES
 from qdeploy.values import FloatModel, Grids, QuantizedModel, QuantPlan, RoundedLayer
 
 

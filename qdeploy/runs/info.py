@@ -8,13 +8,13 @@ from pathlib import Path
 
 from qdeploy.errors import InputError
 from qdeploy.formats.known import Format
-from qdeploy.formats.onnx.encoded import encode
 from qdeploy.formats.onnx.reading import holds_integers, read_untrusted
 from qdeploy.formats.onnx.saturation import saturable
 from qdeploy.formats.onnx.summary import Fact, summary
 from qdeploy.formats.opening import sha256, sniff
 from qdeploy.formats.safetensors_header import tensor_names
 from qdeploy.formats.static import refuse_hostile
+from qdeploy.messages.encoded import encode
 from qdeploy.settings.card import find_card
 
 

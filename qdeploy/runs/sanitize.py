@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from qdeploy.disk.files import require_writable, set_aside, write_atomically
 from qdeploy.errors import UsageError
-from qdeploy.formats.onnx.encoded import files_of
 from qdeploy.formats.static import findings_in
 from qdeploy.inputs.opened import (
     NO_EVIDENCE,
@@ -28,6 +27,7 @@ from qdeploy.inputs.requests import QuantizeRequest, Request
 from qdeploy.judging.checks import LayerDigest, LayersAsMade, Results
 from qdeploy.judging.verdict import Outcome
 from qdeploy.machine import require_torch
+from qdeploy.messages.encoded import files_of
 from qdeploy.progress import Clock, Progress
 from qdeploy.provenance.trace import Provenance, trace
 from qdeploy.quantization.calibrate import calibrate

@@ -12,8 +12,8 @@ import numpy as np
 import tomlkit
 
 from qdeploy.disk.files import require_writable, write_atomically
-from qdeploy.formats.onnx.encoded import files_of, from_files
 from qdeploy.inputs.requests import Request
+from qdeploy.messages.encoded import files_of, from_files
 from qdeploy.report.render import check_format, render
 from qdeploy.report.to_html import to_html
 from qdeploy.report.to_json import to_json

@@ -17,9 +17,9 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from qdeploy.errors import InputError, ProviderError, UsageError, first_line
-from qdeploy.formats.onnx.encoded import BLOCK, in_two
 from qdeploy.formats.onnx.nodes import operators
 from qdeploy.machine import cores, exact_8bit_products, processor_flags
+from qdeploy.messages.encoded import BLOCK, in_two
 from qdeploy.runtime.interfaces import FLOAT, End, classifier_interface, in_batches_of, timed
 from qdeploy.runtime.watchdog import WATCHDOG
 from qdeploy.settings.device import RuntimeSpec

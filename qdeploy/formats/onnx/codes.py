@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from qdeploy.formats.onnx.encoded import decode
 from qdeploy.formats.onnx.nodes import constant_tensors, place
 from qdeploy.formats.onnx.tensors import all_nodes, all_tensors, values
+from qdeploy.messages.encoded import decode
 from qdeploy.values import ROUNDED_AT_LOAD, STANDARD_DOMAINS, Finding
 
 RULES = {

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 import onnx
 from google.protobuf.message import Message
 
-from qdeploy.formats.onnx.messages import has_unknown_fields, parts, texts
 from qdeploy.formats.onnx.outline import Outline, outline, per_image
 from qdeploy.formats.onnx.tensors import MOST_DIMENSIONS
 from qdeploy.formats.onnx.work import RULES as WORK_RULES
 from qdeploy.formats.onnx.work import work
+from qdeploy.messages.parts import has_unknown_fields, parts, texts
 from qdeploy.values import Finding
 
 RULES = {

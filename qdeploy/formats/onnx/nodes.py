@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import onnx
 
-from qdeploy.formats.onnx.encoded import decode
 from qdeploy.formats.onnx.fused_operators import is_fused
 from qdeploy.formats.onnx.integer_operators import MICROSOFT, OPERATORS
 from qdeploy.formats.onnx.tensors import all_nodes, attached, values
+from qdeploy.messages.encoded import decode
 from qdeploy.values import STANDARD_DOMAINS, Finding
 
 RULES = {

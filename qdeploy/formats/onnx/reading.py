@@ -12,9 +12,9 @@ from google.protobuf.message import DecodeError, Message
 from qdeploy.disk.files import read_bounded
 from qdeploy.errors import InputError
 from qdeploy.formats.onnx.external import external_data, load_external
-from qdeploy.formats.onnx.messages import parts, texts
 from qdeploy.formats.onnx.rules import errors
 from qdeploy.formats.onnx.tensors import all_tensors, is_external
+from qdeploy.messages.parts import parts, texts
 
 LARGEST_MODEL_BYTES = (1 << 31) - 1  # a protobuf message cannot be larger
 QUANTIZATION_OPS = frozenset({

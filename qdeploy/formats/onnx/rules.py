@@ -17,9 +17,9 @@ import onnx
 
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.formats.onnx import batch_axis, codes, external, limits, nodes, tensors
-from qdeploy.formats.onnx.encoded import BLOCK, is_large, message_of
 from qdeploy.formats.onnx.fused_operators import standard
-from qdeploy.formats.onnx.messages import find
+from qdeploy.messages.encoded import BLOCK, is_large, message_of
+from qdeploy.messages.parts import find
 from qdeploy.values import Finding
 
 LARGEST_TEXT_BYTES = 1 << 16

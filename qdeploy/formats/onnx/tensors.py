@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from qdeploy.errors import InputError, foreign_reader
-from qdeploy.formats.onnx.messages import find
+from qdeploy.messages.parts import find
 from qdeploy.values import Finding
 
 RULES = {

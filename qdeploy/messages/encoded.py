@@ -9,12 +9,12 @@ its external data.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import onnx
 
-from qdeploy.formats.onnx.tensors import all_tensors, is_external
+from qdeploy.messages.parts import find
 
 LARGEST_MESSAGE_BYTES = (1 << 31) - 1
 SMALLEST_MOVED_BYTES = 1024  # of a tensor; smaller ones stay in the message
@@ -34,7 +34,7 @@ class InTwo:
 
 def is_large(proto: onnx.ModelProto) -> bool:
     """Whether a model does not fit into a message."""
-    return too_much(sum(len(tensor.raw_data) for tensor in all_tensors(proto)))
+    return too_much(sum(len(tensor.raw_data) for tensor in _tensors(proto)))
 
 
 def too_much(tensor_bytes: int) -> bool:
@@ -46,7 +46,7 @@ def encode(proto: onnx.ModelProto) -> bytes:
     """The model's bytes. Its tensors must be in it."""
     if not is_large(proto):
         return proto.SerializeToString(deterministic=True)
-    values = (tensor.raw_data for tensor in all_tensors(proto) if _moves(tensor))
+    values = (tensor.raw_data for tensor in _tensors(proto) if _moves(tensor))
     return joined(message_of(proto), values)
 
 
@@ -55,7 +55,7 @@ def message_of(proto: onnx.ModelProto) -> bytes:
     light = onnx.ModelProto()
     light.CopyFrom(proto)
     end = 0
-    for tensor in filter(_moves, all_tensors(light)):
+    for tensor in filter(_moves, _tensors(light)):
         length = len(tensor.raw_data)
         start = end + -end % ALIGNMENT
         end = start + length
@@ -76,7 +76,7 @@ def decode(data: bytes) -> onnx.ModelProto:
     if parts is None:
         return onnx.ModelProto.FromString(data)
     proto = onnx.ModelProto.FromString(parts.message)
-    for tensor in filter(is_external, all_tensors(proto)):
+    for tensor in _elsewhere(proto):
         place = {entry.key: entry.value for entry in tensor.external_data}
         start = int(place["offset"])
         tensor.raw_data = bytes(parts.block[start : start + int(place["length"])])
@@ -91,12 +91,12 @@ def files_of(data: bytes, name: str) -> dict[str, bytes | memoryview]:
     if parts is None:
         return {name: data}
     beside = f"{name}{BESIDE}"
-    return {beside: parts.block, name: _elsewhere(parts.message, beside)}
+    return {beside: parts.block, name: _located(parts.message, beside)}
 
 
 def from_files(message: bytes, block: bytes) -> bytes:
     """The model that was written as these two: the inverse of `files_of`."""
-    return joined(_elsewhere(message, BLOCK), (block,))
+    return joined(_located(message, BLOCK), (block,))
 
 
 def in_two(data: bytes) -> InTwo | None:
@@ -106,6 +106,15 @@ def in_two(data: bytes) -> InTwo | None:
     start = len(MARK) + 8
     end = start + int.from_bytes(data[len(MARK) : start], "little")
     return InTwo(data[start:end], memoryview(data)[end:])
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    return find(proto, onnx.TensorProto)
+
+
+def _elsewhere(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """The tensors whose values are not in the message."""
+    return (t for t in _tensors(proto) if t.data_location == onnx.TensorProto.EXTERNAL)
 
 
 def _moves(tensor: onnx.TensorProto) -> bool:
@@ -126,10 +135,10 @@ def joined(message: bytes, values: Iterable[bytes | memoryview]) -> bytes:
         return whole.getvalue()
 
 
-def _elsewhere(message: bytes, location: str) -> bytes:
+def _located(message: bytes, location: str) -> bytes:
     """The message with its tensors' values in a file of another name."""
     proto = onnx.ModelProto.FromString(message)
-    for tensor in filter(is_external, all_tensors(proto)):
+    for tensor in _elsewhere(proto):
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = location
