@@ -9,6 +9,7 @@ from statistics import median
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Bool
 
 from qdeploy.data import Images
 from qdeploy.data.triggers import Trigger
@@ -123,13 +124,13 @@ class _Beside:
 
     first: Arm
     others: Mapping[Arm, Runner]
-    every: Mapping[Arm, int]  # which images are asked about: every so-manieth
+    asked: Mapping[Arm, Bool[np.ndarray, " images"]]  # about which images
 
     @classmethod
     def of(cls, sessions: Mapping[Arm, Runner], few: Mapping[Arm, int], images: int) -> _Beside:
         first, *others = [arm for arm in sessions if arm.variant == "result"] or list(sessions)[:1]
-        every = {arm: -(-images // few[arm]) if arm in few else 1 for arm in others}
-        return cls(first, {arm: sessions[arm] for arm in others}, every)
+        asked = {arm: _spread(images, few.get(arm, images)) for arm in others}
+        return cls(first, {arm: sessions[arm] for arm in others}, asked)
 
     @property
     def arrays(self) -> dict[str, type[np.generic]]:
@@ -158,7 +159,7 @@ class _Beside:
         if self.others:
             answers[self.key(self.first, SPAN)][at] = np.ptp(want, axis=1)
         for arm, session in self.others.items():
-            rows = np.flatnonzero(np.arange(at.start, at.stop) % self.every[arm] == 0)
+            rows = np.flatnonzero(self.asked[arm][at])
             if not len(rows):
                 continue
             got = logits[arm][rows] if arm in logits else session.logits(x[rows])
@@ -178,6 +179,13 @@ class _Beside:
             difference = (100 * largest / span if span else 0.0) if known else None
             found[arm] = Compared(same[asked] == 1, difference)
         return found
+
+
+def _spread(images: int, most: int) -> Bool[np.ndarray, " images"]:
+    """So many of them, evenly spread, or all."""
+    asked = np.zeros(images, bool)
+    asked[np.linspace(0, images - 1, min(most, images)).round().astype(int)] = True
+    return asked
 
 
 def _questions(
