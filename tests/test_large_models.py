@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import onnx
+import onnx.version_converter
 import onnxruntime as ort
 import pytest
 
@@ -108,3 +109,18 @@ def test_a_quantized_model_that_no_file_holds_is_one_line(lab, in_parts, capsys,
     assert run("quantize", in_parts, "--out", lab / "out.onnx", "--artifacts", lab / "runs") == 2
     assert "bytes when it is quantized" in capsys.readouterr().err
     assert not (lab / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("opset", [17, 22])
+def test_a_large_model_of_another_opset_is_converted(lab, in_parts, opset):
+    proto = onnx.version_converter.convert_version(onnx.load(lab / "fp32.onnx"), opset)
+    onnx.save(proto, lab / "old.onnx", save_as_external_data=True, location="old.bin")
+    assert encoded.is_large(onnx.load(lab / "old.onnx"))
+    (lab / "old.toml").write_text(lab.card)
+    assert run("export", lab / "old.onnx", "--out", lab / "new.onnx") == 0
+    found = onnx.load(lab / "new.onnx")
+    assert found.opset_import[0].version == 21
+    x = np.random.default_rng(0).normal(size=(3, 1, 8, 8)).astype(np.float32)
+    want = open_session((lab / "fp32.onnx").read_bytes(), optimizations="off").logits(x)
+    got = open_session(encode(found), optimizations="off").logits(x)
+    np.testing.assert_allclose(got, want, atol=1e-5)

@@ -14,7 +14,6 @@ from itertools import count
 
 import numpy as np
 import onnx
-import onnx.version_converter
 import onnx_ir as ir
 from jaxtyping import Float32
 from onnx_ir.passes import common
@@ -23,6 +22,7 @@ from onnxscript.rewriter.rules import common as rules
 
 from qdeploy.errors import InputError, foreign_reader
 from qdeploy.graph.io import PRODUCER, check_written, to_ir
+from qdeploy.graph.opset import at_opset
 from qdeploy.graph.simplify import indexed, simplify
 
 WEIGHT_NAME = re.compile(r"(.+)\.weight(?:_\d+)?", re.DOTALL)  # numbered where names clashed
@@ -62,6 +62,15 @@ def prepare(proto: onnx.ModelProto, *, opset: int, ir_version: int, where: str) 
             be converted.
     """
     model = _read(proto, opset, where)
+    return prepare_graph(model, ir_version=ir_version, where=where)
+
+
+def prepare_graph(model: ir.Model, *, ir_version: int, where: str) -> ir.Model:
+    """The same of a graph that is at its opset, in place.
+
+    Raises:
+        InputError: as `prepare`.
+    """
     model.ir_version = ir_version
     _widen(model)
     _make_batch_dynamic(model)
@@ -100,7 +109,7 @@ def _read(proto: onnx.ModelProto, opset: int, where: str) -> ir.Model:
         hint=f"export it again with opset {opset}",
     ):
         if have != opset:
-            proto = onnx.version_converter.convert_version(proto, opset)
+            proto = at_opset(proto, opset)
         model = to_ir(proto)
         common.RemoveInitializersFromInputsPass()(model)
     return model

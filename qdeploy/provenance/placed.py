@@ -33,7 +33,7 @@ class Placed:
 
     def unplace(self, values: np.ndarray) -> np.ndarray:
         """The inverse of `place`."""
-        stored = self.tensor.codes.shape
+        stored = self.tensor.held.shape
         return values.reshape(stored[::-1]).T if self.transposed else values.reshape(stored)
 
     @property
@@ -52,7 +52,7 @@ class Placed:
         return self._spread(self.tensor.grid.zero_point)
 
     def _spread(self, values: np.ndarray) -> np.ndarray:
-        return self.place(self.tensor.grid.spread(values, self.tensor.codes.shape))
+        return self.place(self.tensor.grid.spread(values, self.tensor.held.shape))
 
 
 class TensorIndex:
@@ -79,7 +79,7 @@ class TensorIndex:
             one = np.ones((1,) * weight.ndim, np.float32)
             return Placed(exact[0], weight.shape, exact[1], one)
         for tensor in self._by_size[weight.size]:
-            for transposed in (False, True) if tensor.codes.ndim == 2 else (False,):
+            for transposed in (False, True) if tensor.held.ndim == 2 else (False,):
                 factor = _factor(tensor.values.T if transposed else tensor.values, weight, axis)
                 if factor is not None:
                     return Placed(tensor, weight.shape, transposed, factor)

@@ -92,9 +92,14 @@ class StoredTensor:
     """A constant that a file holds as integers, or as floats that the runtime rounds to some."""
 
     name: str  # initializer
-    codes: Int32[np.ndarray, "*shape"]  # as the file lays them out
+    held: np.ndarray  # the codes as the file lays them out, in whatever integers
     grid: StoredGrid
     rounded_at_load: bool  # the file holds floats; the codes are what the runtime makes of them
+
+    @property
+    def codes(self) -> Int32[np.ndarray, "*shape"]:
+        """As the file lays them out."""
+        return self.held.astype(np.int32)
 
     @property
     def values(self) -> Float32[np.ndarray, "*shape"]:

@@ -17,7 +17,8 @@ from qdeploy.formats.onnx.integer_operators import PAIR
 from qdeploy.formats.onnx.reading import QUANTIZATION_OPS
 from qdeploy.formats.onnx.standard import in_standard_operators
 from qdeploy.formats.onnx.tensors import constant
-from qdeploy.graph.prepare import folded_batchnorm, prepare
+from qdeploy.graph.io import parse, serialize
+from qdeploy.graph.prepare import folded_batchnorm, prepare, prepare_graph
 from qdeploy.graph.sites import WEIGHTED
 from qdeploy.provenance.clips import RANGE_OP, Range, nonnegative, range_mark
 from qdeploy.provenance.stored import StoredGrid, StoredTensor, read_grid
@@ -76,7 +77,11 @@ def unquantize(data: bytes, *, opset: int, ir_version: int, where: str) -> Unqua
     _name_constants(graph)
     for domain in set(graph.opset_imports) - STANDARD_DOMAINS:
         del graph.opset_imports[domain]
-    twin = prepare(ir.serde.serialize_model(model), opset=opset, ir_version=ir_version, where=where)
+    if graph.opset_imports.get("") == opset:
+        twin = prepare_graph(parse(serialize(model)), ir_version=ir_version, where=where)
+    else:
+        proto = ir.serde.serialize_model(model)
+        twin = prepare(proto, opset=opset, ir_version=ir_version, where=where)
     return Unquantized(twin, tensors, norms)
 
 
@@ -91,7 +96,7 @@ def _norms(
         if not norms:
             continue
         rounded.update(norms)
-        step = np.abs(found.grid.spread(found.grid.scale, found.codes.shape))
+        step = np.abs(found.grid.spread(found.grid.scale, found.held.shape))
         half_steps[hashlib.sha256(found.values.tobytes()).hexdigest()] = step / 2
     for node in graph:
         folded = folded_batchnorm(node) if node in rounded else None
@@ -153,7 +158,7 @@ def _to_floats(graph: ir.Graph, node: ir.Node, taken: set[str | None], where: st
     if rounding is not None:
         _check_pair(rounding, node, grid, where)
     with foreign_reader(f"model {where}: the scales of {value.name!r} do not fit it"):
-        codes = grid.nearest(held) if rounding is not None else held.astype(np.int32)
+        codes = grid.nearest(held) if rounding is not None else held
         tensor = StoredTensor(value.name, codes, grid, rounding is not None)
         floats = tensor.values
     match = STORED_NAME.fullmatch(value.name)
