@@ -28,6 +28,7 @@ from qdeploy.errors import PlanError
 from qdeploy.formats.onnx.standard import in_standard_operators
 from qdeploy.graph.differentiable import accelerator, as_function
 from qdeploy.graph.io import serialize
+from qdeploy.messages.encoded import in_two
 from qdeploy.progress import Progress
 from qdeploy.values import FloatModel
 
@@ -105,9 +106,13 @@ def open_models(
         saturating: The file as x86 without VNNI computes it.
 
     Raises:
-        PlanError: one has an operator through which there are no gradients here.
+        PlanError: one has an operator through which there are no gradients here, or is too large.
         InputError: the file's operators on integers do not fit together.
     """
+    if in_two(float_model.onnx) is not None:
+        raise PlanError(
+            "a model of more than 2 GiB, which does not fit here twice, is not searched"
+        )
     device = accelerator()
     standard = serialize(in_standard_operators(file, "the file"))
     lossy = saturating_pairs(standard) if saturating else {}
