@@ -111,7 +111,7 @@ def open_models(
     """
     if in_two(float_model.onnx) is not None:
         raise PlanError(
-            "a model of more than 2 GiB, which does not fit here twice, is not searched"
+            "a model of more than 2 GiB is not searched: it would be in memory twice"
         )
     device = accelerator()
     standard = serialize(in_standard_operators(file, "the file"))
