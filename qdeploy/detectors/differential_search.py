@@ -110,9 +110,7 @@ def open_models(
         InputError: the file's operators on integers do not fit together.
     """
     if in_two(float_model.onnx) is not None:
-        raise PlanError(
-            "a model of more than 2 GiB is not searched: it would be in memory twice"
-        )
+        raise PlanError("a model of more than 2 GiB is not searched: it would be in memory twice")
     device = accelerator()
     standard = serialize(in_standard_operators(file, "the file"))
     lossy = saturating_pairs(standard) if saturating else {}
