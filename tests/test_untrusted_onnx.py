@@ -117,7 +117,7 @@ def external(location: str, offset: str = "0", length: str = "4"):
         (external("model.onnx", offset="100", length="99999999"), "claims bytes 100 to 100000099"),
         (external("model.onnx", offset="-4"), "claims bytes -4"),
         (external("model.onnx", offset="many"), "model.onnx"),
-        (external("model.onnx", length="8"), "holds 8 of 864 bytes"),
+        (external("model.onnx", length="8"), "of 864 bytes claims 8"),
     ],
 )
 def test_a_lie_is_found(proto, save, change, complaint):

@@ -11,7 +11,7 @@ import onnx
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from qdeploy.errors import foreign_reader
-from qdeploy.formats.onnx.tensors import all_tensors, is_external
+from qdeploy.formats.onnx.tensors import all_tensors, is_external, stored_bytes
 from qdeploy.values import Finding
 
 RULES = {
@@ -106,5 +106,9 @@ def _range(tensor: onnx.TensorProto, folder: Path) -> _Range | Finding:
         complaint = (
             f"tensor {name!r} claims bytes {start} to {end} of {location!r}, which has {size}"
         )
+        return Finding("external-range", "error", name, complaint)
+    due = stored_bytes(tensor)
+    if due is not None and end - start != due:  # before anybody makes room for it
+        complaint = f"tensor {name!r} of {due} bytes claims {end - start} of {location!r}"
         return Finding("external-range", "error", name, complaint)
     return _Range(name, location, start, end)

@@ -90,6 +90,12 @@ def size(tensor: onnx.TensorProto) -> int:
     return found
 
 
+def stored_bytes(tensor: onnx.TensorProto) -> int | None:
+    """How many bytes a tensor of this shape and type takes; None if the type does not say."""
+    width = BIT_WIDTHS.get(tensor.data_type)
+    return None if width is None else -(-size(tensor) * width // 8)
+
+
 def is_external(tensor: onnx.TensorProto) -> bool:
     """Whether a tensor's values lie in another file."""
     return tensor.data_location == onnx.TensorProto.EXTERNAL
@@ -117,7 +123,7 @@ def claim(tensor: onnx.TensorProto) -> str | None:
         held = len(getattr(tensor, TYPED_FIELDS[tensor.data_type]))
     elif tensor.HasField("raw_data") and tensor.data_type in BIT_WIDTHS:
         held, unit = len(tensor.raw_data), "bytes"
-        claimed = -(-claimed * BIT_WIDTHS[tensor.data_type] // 8)
+        claimed = stored_bytes(tensor) or 0
     else:
         return None  # the rarer typed fields are compared by whoever reads them
     if held == claimed:
