@@ -71,7 +71,7 @@ class Session:
             options.terminate = True
 
         try:
-            with WATCHDOG.watching(LONGEST_RUN_SECONDS, end):
+            with WATCHDOG.watching(LONGEST_RUN_SECONDS, end, computes=True):
                 values = self.inference.run(None, dict(inputs), options)
         except RUNTIME_ERRORS as error:
             if late:
@@ -250,7 +250,7 @@ def _loaded(
         model, block = apart.message, apart.block
         options.add_external_initializers_from_files_in_memory([BLOCK], [block], [len(block)])
     try:
-        with WATCHDOG.watching(LONGEST_LOAD_SECONDS, end):
+        with WATCHDOG.watching(LONGEST_LOAD_SECONDS, end, computes=True):
             return ort.InferenceSession(
                 model, options, providers=[PROVIDERS[provider]], disabled_optimizers=list(without)
             )
