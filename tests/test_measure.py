@@ -214,3 +214,19 @@ def test_without_a_float_model_there_is_nothing_to_compare_with():
     (found,) = rates(alone, classes=2)
     assert found.against_float is None
     assert found.accuracy.value == 95
+
+
+def test_of_a_slow_model_fewer_runs_are_timed(monkeypatch):
+    class Slow:
+        def logits(self, batch: np.ndarray) -> np.ndarray:
+            return batch
+
+        def seconds(self, batch: np.ndarray) -> float:
+            clock.append(4.0)
+            return 4.0
+
+    clock: list[float] = []
+    monkeypatch.setattr(measure.time, "monotonic", lambda: sum(clock))
+    assert measure._run_times(Slow(), (1, 3, 2, 2), 50) == [4.0] * 3
+    monkeypatch.setattr(measure, "LONGEST_TURN_SECONDS", 100.0)
+    assert len(measure._run_times(Slow(), (1, 3, 2, 2), 50)) == 25

@@ -20,6 +20,7 @@ from qdeploy.values import Arm, Compared, Latency, Predictions, Variant
 
 LATENCY_BATCHES = (1, 32)
 LATENCY_TURNS = 3
+LONGEST_TURN_SECONDS, FEWEST_RUNS = 10.0, 3  # of a large model fewer runs say as much
 SAVE_EVERY_SECONDS = 10.0
 CLEAN, RANKS = "", "|rank"  # of answers to clean images, and of where their own class comes
 SAME, DIFFERENCE, SPAN = "|same", "|difference", "|span"  # of logits, beside the first runtime's
@@ -255,4 +256,7 @@ def _span_of_median(times: Sequence[float]) -> tuple[float, float]:
 def _run_times(session: Runner, shape: tuple[int, ...], runs: int) -> list[float]:
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     session.logits(x)  # warms up
-    return [session.seconds(x) for _ in range(runs)]
+    times, until = list[float](), time.monotonic() + LONGEST_TURN_SECONDS
+    while len(times) < runs and (len(times) < FEWEST_RUNS or time.monotonic() < until):
+        times.append(session.seconds(x))
+    return times
