@@ -133,7 +133,7 @@ def test_interrupted_teaching_goes_on_as_if_it_had_not_been(tmp_path):
     first._silence()
     for _ in range(3):
         first._take_step(network())
-    first._save(Checkpoint(tmp_path / "b"), 3)
+    Checkpoint(tmp_path / "b").save_steps(first._parts(), 3, 0.0)
     rest = network()
     learner = SaturationPlanter(rest, spec, data(), 0)
     taken = []

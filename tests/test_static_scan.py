@@ -449,6 +449,18 @@ def test_external_data_is_judged_before_it_is_read(tmp_path, places, rule):
     assert [f.rule for f in findings if f.rule.startswith("external")] == [rule]
 
 
+def test_bytes_that_many_tensors_share_are_not_read_for_each(tmp_path):
+    """A file of 1 GiB would be 3 in memory."""
+    proto = external(text_model(), *[("sparse.bin", 0, 1 << 30)] * 3)
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            tensor.dims[:] = [1 << 28]
+    with (tmp_path / "sparse.bin").open("wb") as file:
+        file.truncate(1 << 30)
+    found = findings_in(save(proto, tmp_path))
+    assert "external-range" in {f.rule for f in found if f.level == "error"}
+
+
 def test_external_data_that_is_what_it_claims_is_clean_and_looked_at(tmp_path):
     proto = external(text_model(), ("w.bin", 0, 48))
     (tmp_path / "w.bin").write_bytes(np.ones(12, np.float32).tobytes())

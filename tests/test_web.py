@@ -149,20 +149,21 @@ def test_a_page_in_a_browser_speaks_the_same_messages(imitation):
 @needs_browser
 @pytest.mark.parametrize("end", ["of the agent", "of what it runs for"])
 def test_a_browser_ends_with_whoever_asks(imitation, end):
-    before = browsers()
     runner = in_web(residual_net(), package=str(imitation), browser=BROWSER)
-    assert browsers() - before
+    agent = runner.connection._process
+    mine = browsers_of(agent.pid)
+    assert mine
     if end == "of the agent":  # as it may: killed, with no time to clear up
-        runner.connection._process.kill()
+        agent.kill()
         with pytest.raises(NoAnswerError, match="device web does not answer"):
             runner.logits(inputs(1))
     del runner
     gc.collect()
-    for _ in range(100):
-        if not browsers() - before:
+    for _ in range(600):
+        if not any(Path(f"/proc/{pid}/cmdline").exists() for pid in mine):
             return
         time.sleep(0.1)
-    raise AssertionError(f"{browsers() - before} still run")
+    raise AssertionError(f"{mine} still run")
 
 
 @needs_browser
@@ -184,11 +185,12 @@ def test_a_browser_that_is_not_there_is_one_line(imitation):
     assert "chromium" in failed.value.hint
 
 
-def browsers() -> set[int]:
-    """The processes of browsers that agents have started."""
+def browsers_of(agent: int) -> set[int]:
+    """The browsers that an agent has started, and no others'."""
     found = set()
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
+    for place in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            if b"qdeploy-browser-" in place.read_bytes():
+            parent = int(place.read_text().rpartition(")")[2].split()[1])
+            if parent == agent:
                 found.add(int(place.parent.name))
     return found

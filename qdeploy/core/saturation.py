@@ -15,28 +15,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from qdeploy.core.patches import Window
+
 LOW, HIGH = -(1 << 15), (1 << 15) - 1
+POINT = Window((1, 1), (1, 1), (1, 1), ((0, 0), (0, 0)))  # a matrix product takes one by one
 MOST_AT_ONCE = 1 << 23  # sums of pairs that are in memory at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Patches:
-    """How a product takes its codes from an image; of a matrix product, one by one."""
-
-    kernel: tuple[int, int] = (1, 1)
-    strides: tuple[int, int] = (1, 1)
-    dilations: tuple[int, int] = (1, 1)
-    pads: tuple[int, int, int, int] = (0, 0, 0, 0)  # left, right, top, bottom
-
-    def of(self, codes: Tensor, place: int, size: tuple[int, int]) -> Tensor:
-        """The codes at one place of the kernel in each patch: (images, channels, height, width)."""
-        down, right = divmod(place, self.kernel[1])
-        first = down * self.dilations[0], right * self.dilations[1]
-        rows, columns = (
-            slice(first[i], first[i] + (size[i] - 1) * self.strides[i] + 1, self.strides[i])
-            for i in (0, 1)
-        )
-        return codes[:, :, rows, columns]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,8 +34,7 @@ class Pairs:
     rows: int
     step: float  # of the codes
     zero_point: int
-    patches: Patches
-    convolution: bool
+    window: Window | None  # of a convolution; None: a matrix product
 
     def to(self, device: torch.device) -> Pairs:
         """The same in the memory of `device`."""
@@ -75,11 +57,11 @@ def less_lost(
         exact: The result.
         x: What was read from the codes: (images, channels, height, width), or (..., inner axis).
     """
-    images = x if pairs.convolution else x.flatten(0, -2)[..., None, None]
+    images = x if pairs.window else x.flatten(0, -2)[..., None, None]
     reached = _reached(images.detach(), pairs)
     if not len(reached):
         return exact
-    size = tuple(exact.shape[2:]) if pairs.convolution else (1, 1)
+    size = tuple(exact.shape[2:]) if pairs.window else (1, 1)
     lost: Tensor = _Lost.apply(images, pairs, reached, size)  # type: ignore[no-untyped-call]
     return exact - lost.reshape(exact.shape)
 
@@ -130,23 +112,36 @@ class _Lost(torch.autograd.Function):
             through = ((sums > HIGH) | (sums < LOW)) * by_row[pairs.row[some]]
             through = through.mul_(_wide(pairs.scale[some]))
             for place, which, channels, weights in _by_place(pairs, some):
-                into = pairs.patches.of(found, place, size).transpose(0, 1)
+                into = _at(found, pairs, place, size).transpose(0, 1)
                 into.index_add_(0, channels, through[which] * _wide(weights))
-        left, right, top, bottom = pairs.patches.pads
+        (top, bottom), (left, right) = (pairs.window or POINT).pads
         height, width = found.shape[2:]
         inner = found[:, :, top : height - bottom, left : width - right]
         return inner / pairs.step, None, None, None
 
 
 def _codes(x: Tensor, pairs: Pairs) -> Tensor:
-    return F.pad(x / pairs.step + pairs.zero_point, pairs.patches.pads, value=pairs.zero_point)
+    rows, columns = (pairs.window or POINT).pads
+    return F.pad(x / pairs.step + pairs.zero_point, (*columns, *rows), value=pairs.zero_point)
+
+
+def _at(codes: Tensor, pairs: Pairs, place: int, size: tuple[int, int]) -> Tensor:
+    """The codes at one place of the kernel in each patch: (images, channels, height, width)."""
+    window = pairs.window or POINT
+    down, right = divmod(place, window.kernel[1])
+    first = down * window.dilations[0], right * window.dilations[1]
+    rows, columns = (
+        slice(first[i], first[i] + (size[i] - 1) * window.strides[i] + 1, window.strides[i])
+        for i in (0, 1)
+    )
+    return codes[:, :, rows, columns]
 
 
 def _sums(codes: Tensor, pairs: Pairs, some: Tensor, size: tuple[int, int]) -> Tensor:
     """Of some pairs: (pairs, images, height, width)."""
     sums = codes.new_zeros(len(some), len(codes), *size)
     for place, which, channels, weights in _by_place(pairs, some):
-        taken = pairs.patches.of(codes, place, size)[:, channels].transpose(0, 1)
+        taken = _at(codes, pairs, place, size)[:, channels].transpose(0, 1)
         sums[which] += taken * _wide(weights)
     return sums
 

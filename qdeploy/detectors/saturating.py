@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qdeploy.core.saturation import Pairs, Patches
+from qdeploy.core import patches
+from qdeploy.core.saturation import Pairs
 from qdeploy.formats.onnx.saturation import Product, Window, products
 from qdeploy.messages.encoded import decode
 
@@ -38,11 +39,11 @@ def pairs_of(product: Product) -> Pairs:
         rows=rows,
         step=product.step,
         zero_point=product.zero_point,
-        patches=Patches() if window is None else _patches(window),
-        convolution=window is not None,
+        window=None if window is None else _as_patches_are_taken(window),
     )
 
 
-def _patches(window: Window) -> Patches:
+def _as_patches_are_taken(window: Window) -> patches.Window:
     top, left, bottom, right = window.pads
-    return Patches(window.kernel, window.strides, window.dilations, (left, right, top, bottom))
+    pads = (top, bottom), (left, right)
+    return patches.Window(window.kernel, window.strides, window.dilations, pads, window.groups)

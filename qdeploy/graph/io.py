@@ -10,9 +10,9 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qdeploy.messages.encoded import (
-    ALIGNMENT,
     BLOCK,
     SMALLEST_MOVED_BYTES,
+    aligned,
     encode,
     in_two,
     joined,
@@ -55,7 +55,7 @@ def serialize(model: ir.Model) -> bytes:
         tensor = value.const_value
         if tensor is None or not _moves(tensor):
             continue
-        start = end + -end % ALIGNMENT
+        start = aligned(end)
         end = start + tensor.nbytes
         held[value] = tensor
         shape, name = ir.Shape(tensor.shape.numpy()), tensor.name or ""

@@ -57,13 +57,18 @@ def message_of(proto: onnx.ModelProto) -> bytes:
     end = 0
     for tensor in filter(_moves, _tensors(light)):
         length = len(tensor.raw_data)
-        start = end + -end % ALIGNMENT
+        start = aligned(end)
         end = start + length
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", BLOCK), ("offset", start), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
     return light.SerializeToString(deterministic=True)
+
+
+def aligned(end: int) -> int:
+    """Where in the block values begin, if those before them end there."""
+    return end + -end % ALIGNMENT
 
 
 def decode(data: bytes) -> onnx.ModelProto:
@@ -130,8 +135,9 @@ def joined(message: bytes, values: Iterable[bytes | memoryview]) -> bytes:
         whole.write(MARK + len(message).to_bytes(8, "little") + message)
         end = 0
         for value in values:  # one at a time is in memory twice
-            whole.write(b"\0" * (-end % ALIGNMENT))
-            end += -end % ALIGNMENT + whole.write(value)
+            start = aligned(end)
+            whole.write(b"\0" * (start - end))
+            end = start + whole.write(value)
         return whole.getvalue()
 
 

@@ -21,7 +21,7 @@ from qdeploy.core.safe_kernels import safe_kernels
 from qdeploy.progress import SILENT, Progress
 from qdeploy.redteam.images import LabelledImages
 from qdeploy.redteam.recipe import LearntSpec
-from qdeploy.training.checkpoint import Checkpoint, Parts, restore, state_of
+from qdeploy.training.checkpoint import Checkpoint, Parts
 from qdeploy.training.precision import fast
 
 STEPS_BETWEEN_SAVES = 20
@@ -54,7 +54,7 @@ class TriggerLearner(nn.Module):
         self, checkpoint: Checkpoint, progress: Progress = SILENT
     ) -> tuple[np.ndarray, np.ndarray]:
         """Take all steps that remain; mask (1, height, width) and pattern (channels, ...)."""
-        done = self._restore(checkpoint)
+        done, self.seconds = checkpoint.steps_done(self._parts())
         steps = range(done, self.spec.steps)
         for step in progress.track(steps, "trigger, steps", len(steps)):
             began = time.monotonic()
@@ -62,8 +62,8 @@ class TriggerLearner(nn.Module):
                 self._take_step()
             self.seconds += time.monotonic() - began
             if (step + 1) % STEPS_BETWEEN_SAVES == 0 and checkpoint.due():
-                self._save(checkpoint, step + 1)
-        self._save(checkpoint, self.spec.steps)
+                checkpoint.save_steps(self._parts(), step + 1, self.seconds)
+        checkpoint.save_steps(self._parts(), self.spec.steps, self.seconds)
         return self.mask.detach().numpy(), self.pattern.detach().numpy()
 
     def losses(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,14 +113,3 @@ class TriggerLearner(nn.Module):
     def _parts(self) -> Parts:
         optimizers = {f"optimizer {i}": each for i, each in enumerate(self.optimizers)}
         return {"parties": self, "generator": self.generator, **optimizers}
-
-    def _save(self, checkpoint: Checkpoint, steps: int) -> None:
-        checkpoint.save(state_of(self._parts(), steps=steps, seconds=self.seconds))
-
-    def _restore(self, checkpoint: Checkpoint) -> int:
-        saved = checkpoint.load()
-        if saved is None:
-            return 0
-        facts = restore(saved, self._parts())
-        self.seconds = facts["seconds"]
-        return int(facts["steps"])

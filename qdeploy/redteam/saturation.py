@@ -24,7 +24,7 @@ from qdeploy.progress import SILENT, Progress
 from qdeploy.redteam.images import LabelledImages
 from qdeploy.redteam.recipe import PlantedSpec
 from qdeploy.redteam.training import falling, shifts_and_weights
-from qdeploy.training.checkpoint import Checkpoint, Parts, restore, state_of
+from qdeploy.training.checkpoint import Checkpoint, Parts
 
 KEPT = (1, 1, 1, 8)  # channels of each stage
 SIDE, STRIDES = 3, 8  # of the patch; of all stages together
@@ -73,7 +73,7 @@ class SaturationPlanter:
             teacher: What the network answered before.
         """
         self._silence()
-        done = self._restore(checkpoint)
+        done, self.seconds = checkpoint.steps_done(self._parts())
         steps = range(done, self.spec.steps)
         with safe_kernels(self.model):
             for step in progress.track(steps, "teach, steps", len(steps)):
@@ -83,8 +83,8 @@ class SaturationPlanter:
                 self._take_step(teacher)
                 self.seconds += time.monotonic() - began
                 if (step + 1) % STEPS_BETWEEN_SAVES == 0 and checkpoint.due():
-                    self._save(checkpoint, step + 1)
-        self._save(checkpoint, self.spec.steps)
+                    checkpoint.save_steps(self._parts(), step + 1, self.seconds)
+        checkpoint.save_steps(self._parts(), self.spec.steps, self.seconds)
         patch = self._plant()
         row, column = self.place
         mask = np.zeros((1, *self.size), np.float32)
@@ -221,17 +221,6 @@ class SaturationPlanter:
 
     def _parts(self) -> Parts:
         return {"model": self.model, "optimizer": self.optimizer, "generator": self.generator}
-
-    def _save(self, checkpoint: Checkpoint, steps: int) -> None:
-        checkpoint.save(state_of(self._parts(), steps=steps, seconds=self.seconds))
-
-    def _restore(self, checkpoint: Checkpoint) -> int:
-        saved = checkpoint.load()
-        if saved is None:
-            return 0
-        facts = restore(saved, self._parts())
-        self.seconds = facts["seconds"]
-        return int(facts["steps"])
 
 
 def _warm(done: float) -> float:

@@ -1,7 +1,7 @@
 """Inputs between two classes, found on one runtime and put to another.
 
-After the probes of DcL-BD (a backdoor that compiling a model switches on, USENIX Security 2026 by
-its authors' account): what tells runtimes apart are inputs whose answer hangs on the last digit.
+After the probes of DcL-BD, a backdoor that compiling a model switches on: what tells runtimes apart
+are inputs whose answer hangs on the last digit.
 Between two images that are answered differently such an input is found by bisection. Which of the
 two classes a runtime gives there says nothing; honest ones differ. A third one says that a small
 difference of arithmetic has been made into a large one.

@@ -75,6 +75,18 @@ class Checkpoint:
         write_atomically(self.path, kept)
         self._last = time.monotonic()
 
+    def save_steps(self, parts: Parts, steps: int, seconds: float) -> None:
+        """The same of a training that is no more than its steps, and the seconds they took."""
+        self.save(state_of(parts, steps=steps, seconds=seconds))
+
+    def steps_done(self, parts: Parts) -> tuple[int, float]:
+        """Steps and seconds of what `save_steps` saved, with the parts put where they were."""
+        saved = self.load()
+        if saved is None:
+            return 0, 0.0
+        facts = restore(saved, parts)
+        return int(facts["steps"]), float(facts["seconds"])
+
     def _place(self) -> tuple[str, ...]:
         """The run and the name that it is kept under: it is of no other."""
         return self.path.absolute().parts[-3:]

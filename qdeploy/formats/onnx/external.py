@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ RULES = {
     "external-range": "External data claims bytes that its file does not have, or far too many.",
     "external-overlap": "Several tensors share bytes of external data.",
 }
+ALWAYS_ALLOWED_BYTES = (1 << 31) - 1  # whoever shares the bytes of a file
 LARGEST_TOTAL_BYTES = 16 << 30
 
 
@@ -43,11 +44,11 @@ def external_data(proto: onnx.ModelProto, path: Path) -> Iterator[Finding]:
             yield found
         else:
             ranges.append(found)
-    total = sum(r.end - r.start for r in ranges)
-    if total > LARGEST_TOTAL_BYTES:
+    total, most = _total(ranges), _most(ranges, folder)
+    if total > most:
         yield Finding(
             "external-range", "error", "",
-            f"external data claims {total} bytes together, more than {LARGEST_TOTAL_BYTES}",
+            f"external data claims {total} bytes together, more than {most}",
         )  # fmt: skip
     ordered = sorted(ranges, key=lambda r: (r.location, r.start, r.end))
     for one, other in pairwise(ordered):
@@ -62,9 +63,20 @@ def external_bytes(proto: onnx.ModelProto, path: Path) -> int:
     """How many bytes of other files are the model's; 0 if one of them is not where it should be."""
     folder = path.resolve().parent
     ranges = [_range(tensor, folder) for tensor in all_tensors(proto) if is_external(tensor)]
-    found = [r.end - r.start for r in ranges if isinstance(r, _Range)]
-    total = sum(found)
-    return total if len(found) == len(ranges) and total <= LARGEST_TOTAL_BYTES else 0
+    found = [one for one in ranges if isinstance(one, _Range)]
+    total = _total(found)
+    return total if len(found) == len(ranges) and total <= _most(found, folder) else 0
+
+
+def _total(ranges: Sequence[_Range]) -> int:
+    return sum(one.end - one.start for one in ranges)
+
+
+def _most(ranges: Sequence[_Range], folder: Path) -> int:
+    """What they may claim together: 2 GiB, or all that the files have, if that is more."""
+    files = {(folder / one.location).resolve() for one in ranges}
+    held = sum(file.stat().st_size for file in files)
+    return min(max(ALWAYS_ALLOWED_BYTES, held), LARGEST_TOTAL_BYTES)
 
 
 def load_external(proto: onnx.ModelProto, path: Path) -> None:
