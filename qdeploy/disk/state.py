@@ -1,7 +1,8 @@
 """What this user's own runs have left for each other: a key, and files that it has sealed.
 
 The key lies in the user's state folder (`QDEPLOY_STATE`, else the platform's usual place), never in
-a folder that may have come with a model. What it has not sealed was not written here.
+a folder that may have come with a model. What it has not sealed was not written here. Machines that
+work together are given one key, as a file that `QDEPLOY_KEY` names.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ import platformdirs
 from qdeploy.disk.files import open_regular, read_bounded
 from qdeploy.errors import InputError, OutputError
 
-FOLDER_VARIABLE = "QDEPLOY_STATE"
+FOLDER_VARIABLE, KEY_VARIABLE = "QDEPLOY_STATE", "QDEPLOY_KEY"
 KEY = "key"
 KEY_BYTES = 32
 MAC_BYTES = hashlib.sha256().digest_size
 LARGEST_SEALED_BYTES = 8 << 30
 
 
-def sealed(data: bytes, *context: str) -> bytes:
+def sealed(data: bytes, *context: str, key: bytes | None = None) -> bytes:
     """`data` behind the proof that it was written here, as `context` and nothing else."""
-    return _mac(data, context) + data
+    return _mac(data, context, key) + data
 
 
 def unsealed(path: Path, *context: str) -> bytes | None:
@@ -38,22 +39,55 @@ def unsealed(path: Path, *context: str) -> bytes | None:
     None if there is no such file, or if it was not written here: nobody is told what is in it.
     """
     try:
-        whole = read_bounded(path, LARGEST_SEALED_BYTES, what="kept state")
+        return opened(read_bounded(path, LARGEST_SEALED_BYTES, what="kept state"), *context)
     except InputError:
         return None
+
+
+def opened(whole: bytes, *context: str, key: bytes | None = None) -> bytes | None:
+    """What was sealed as `context`; None if it was not."""
     data = whole[MAC_BYTES:]
-    return data if hmac.compare_digest(whole[:MAC_BYTES], _mac(data, context)) else None
+    return data if hmac.compare_digest(whole[:MAC_BYTES], _mac(data, context, key)) else None
 
 
 def private_number(*context: str) -> int:
     """A number of 31 bits that stays the same here, and that nobody foresees without the key."""
-    return int.from_bytes(_mac(b"", ("seed", *context))[:4], "big") >> 1
+    return int.from_bytes(_mac(b"", ("seed", *context), None)[:4], "big") >> 1
 
 
-def _mac(data: bytes, context: tuple[str, ...]) -> bytes:
+def own_key() -> bytes:
+    """The key that is used unless another is given.
+
+    Raises:
+        InputError, OutputError: it is none, or can be read by others.
+    """
+    given = os.environ.get(KEY_VARIABLE)
+    return read_key(Path(given)) if given else _key(state_folder())
+
+
+@cache
+def read_key(path: Path) -> bytes:
+    """The key in a file that several machines share.
+
+    Raises:
+        InputError: it cannot be read, is not of 32 bytes, or others can read it.
+    """
+    with open_regular(path, what="key") as file:
+        mode, key = stat.S_IMODE(os.fstat(file.fileno()).st_mode), file.read(KEY_BYTES + 1)
+    if len(key) != KEY_BYTES:
+        raise InputError(
+            f"key {path}: is not of {KEY_BYTES} bytes",
+            hint=f"(umask 077; head -c {KEY_BYTES} /dev/urandom > {path})",
+        )
+    if mode & (stat.S_IWGRP | stat.S_IRWXO):
+        raise InputError(f"key {path}: others can read or write it", hint=f"chmod 600 {path}")
+    return key
+
+
+def _mac(data: bytes, context: tuple[str, ...], key: bytes | None) -> bytes:
     parts = (*(part.encode() for part in context), data)
     framed = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
-    return hmac.digest(_key(state_folder()), framed, "sha256")
+    return hmac.digest(own_key() if key is None else key, framed, "sha256")
 
 
 def state_folder() -> Path:
