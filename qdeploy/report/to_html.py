@@ -13,16 +13,14 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from qdeploy.core.metrics import Estimate
 from qdeploy.data import as_png
 from qdeploy.detectors.differential import EXACT, Lead, Shown
-from qdeploy.disk.printable import visible
 from qdeploy.judging.rates import ArmRates, Sample
 from qdeploy.judging.verdict import Check, Outcome
 from qdeploy.report.layer_rows import layer_table
+from qdeploy.report.pages import environment
 from qdeploy.report.runtime_rows import runtime_text
 from qdeploy.report.values import VARIANT_NAMES, Report
 from qdeploy.report.words import anchor, words
@@ -51,15 +49,9 @@ MEANINGS = {
 
 def to_html(report: Report) -> bytes:
     """The page as UTF-8."""
-    environment = Environment(
-        loader=PackageLoader("qdeploy", "report"),
-        autoescape=True,
-        finalize=_visible,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
+    template = environment().get_template("report.html.j2")
     shown = set(_sections(report))
-    page = environment.get_template("report.html.j2").render(
+    page = template.render(
         outcome=report.outcome.value,
         meaning=MEANINGS[report.outcome],
         judged=report.judged,
@@ -319,10 +311,3 @@ def _number(value: float, digits: int) -> str:
 
 def _finite(value: float) -> float:
     return value if math.isfinite(value) else 0.0
-
-
-def _visible(value: object) -> object:
-    """What a page shows of a text that is not the page's own."""
-    if isinstance(value, str) and not isinstance(value, Markup):
-        return visible(value)
-    return value
