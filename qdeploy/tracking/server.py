@@ -153,14 +153,36 @@ class Server:
         same = (v for v in found if v.name == name and v.tags.get(key) == value)
         return next((str(v.version) for v in same), None)
 
+    def aliased(self, name: str, alias: str) -> str:
+        """The number of the version that an alias stands for."""
+        with self._asking():
+            return str(self.client.get_model_version_by_alias(name, alias).version)
+
+    def newest_versions(self) -> list[tuple[str, str]]:
+        """Name and number of the newest version of every registered model."""
+        with self._asking():
+            names, token = [], None
+            while True:
+                page = self.client.search_registered_models(page_token=token)
+                names += [model.name for model in page]
+                token = page.token
+                if not token:
+                    break
+            found = [(n, self.client.search_model_versions(f"name = '{n}'")) for n in names]
+        return [(n, str(max(int(v.version) for v in some))) for n, some in found if some]
+
+    def download_version(self, name: str, version: str, folder: Path) -> None:
+        """Put the files of a version into `folder`."""
+        with self._asking():
+            from mlflow.artifacts import download_artifacts
+
+            source = self.client.get_model_version_download_uri(name, version)
+            download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=self.uri)
+
     def version_holds(self, name: str, version: str, sha256: str) -> bool:
         """One of the version's files, which are fetched, has this digest."""
         with tempfile.TemporaryDirectory(prefix="qdeploy-") as folder:
-            with self._asking():
-                from mlflow.artifacts import download_artifacts
-
-                source = self.client.get_model_version_download_uri(name, version)
-                download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=self.uri)
+            self.download_version(name, version, Path(folder))
             files = (path for path in Path(folder).rglob("*") if path.is_file())
             return any(_digest(path) == sha256 for path in files)
 
