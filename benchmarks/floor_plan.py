@@ -3,7 +3,8 @@
     python benchmarks/floor_plan.py [FOLDER_OF_A_PACKAGE]
 
 A name imports another if any module below it does, wherever in the module. The levels are the
-longest way through these imports, names in one circle counting as one.
+longest way through these imports, names in one circle counting as one. What Python itself asks for,
+`__init__` and `__main__`, is no name of the plan.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ def imported(path: Path, package: Path) -> set[str]:
 
 
 def graph_of(package: Path) -> dict[str, set[str]]:
-    """What each name at the top imports; the package's own `__init__` aside."""
+    """What each name at the top imports; what Python asks for aside."""
     graph: dict[str, set[str]] = defaultdict(set)
     for path in sorted(package.rglob("*.py")):
         own = top(path, package)
-        if own != "__init__":
+        if own not in {"__init__", "__main__"}:
             graph[own] |= imported(path, package) - {own}
     return dict(graph)
 

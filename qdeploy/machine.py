@@ -22,6 +22,8 @@ EXTRAS = {
     "demo": ("scikit-learn",),
     "plots": ("matplotlib",),
     "openvino": ("openvino",),
+    "ray": ("ray",),
+    "fsspec": ("fsspec",),
 }  # by any of which an extra is there
 VNNI = frozenset({"avx512_vnni", "avx_vnni"})
 BF16 = frozenset({"amx_bf16", "avx512_bf16"})  # training in bfloat16 is faster with one of these

@@ -17,6 +17,7 @@ from qdeploy import __version__
 from qdeploy.api.settings import ARTIFACTS
 from qdeploy.cli.bundled import devices, policies, recipes, schema
 from qdeploy.cli.comparing import compare
+from qdeploy.cli.fleet import fleet
 from qdeploy.cli.leaving import leave_by
 from qdeploy.cli.loudness import with_loudness
 from qdeploy.cli.options import Model
@@ -43,6 +44,7 @@ for command in (
     quantize,
     gate,
     compare,
+    fleet,
     scan,
     export,
     clean,

@@ -113,23 +113,30 @@ def run_suite(
 def _requests(
     suite: SuiteSpec, out: Path, request_of: Callable[..., AttackRequest]
 ) -> Iterator[AttackRequest]:
+    for name, member in named_members(suite):
+        said = {**member, "recipe": load_attack(member["attack"]), "out": out / name}
+        said["architecture"], said["arguments"] = said.pop("arch"), said.pop("arch_args")
+        del said["attack"]
+        yield request_of(**said)
+
+
+def named_members(suite: SuiteSpec) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every model of the suite: its name, and the options of `redteam make` that differ.
+
+    Raises:
+        UsageError: a member's attack is unknown.
+        InputError: a recipe is not valid.
+    """
     for member in suite.members:
-        recipe = load_attack(member.attack)
         architecture = member.architecture or suite.architecture
         arguments = member.arguments or suite.arguments
-        parts = [recipe.name]
+        parts = [load_attack(member.attack).name]
         if member.architecture is not None or member.arguments:
             parts += [architecture, *(f"{key}{value}" for key, value in arguments.items())]
         for bits, seed in product(member.bits, member.seeds or (None,)):
             name = "-".join([*parts, str(bits), *([] if seed is None else [f"s{seed}"])])
-            yield request_of(
-                recipe=recipe,
-                architecture=architecture,
-                arguments=arguments,
-                bits=bits,
-                out=out / name,
-                **({} if seed is None else {"seed": seed}),
-            )
+            said = {"attack": member.attack, "arch": architecture, "arch_args": arguments}
+            yield name, {**said, "bits": bits, **({} if seed is None else {"seed": seed})}
 
 
 def _goals_missed(request: AttackRequest) -> list[str] | None:

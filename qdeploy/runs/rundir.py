@@ -26,6 +26,7 @@ MANIFEST = "manifest.json"
 REPORT = "report.json"
 PARTIAL = "partial"
 LOCK = ".lock"
+UNDER_WAY = "is under way in another process"
 OWN_FILE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -87,7 +88,7 @@ def open_run(root: Path, run_id: str) -> Iterator[RunDir]:
             portalocker.lock(lock, LockFlags.EXCLUSIVE | LockFlags.NON_BLOCKING)
         except (portalocker.AlreadyLocked, BlockingIOError) as error:
             raise UsageError(
-                f"run {run_id} is under way in another process ({path})",
+                f"run {run_id} {UNDER_WAY} ({path})",
                 hint="wait for it, or give another --artifacts",
             ) from error
         if (path / MANIFEST).exists():

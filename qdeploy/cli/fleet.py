@@ -1,0 +1,226 @@
+"""`qdeploy fleet`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qdeploy.api.settings import ARTIFACTS
+from qdeploy.cli.leaving import leave_by
+from qdeploy.cli.loudness import Loudness, loudness
+from qdeploy.cli.options import AsJson, option
+from qdeploy.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from qdeploy.fleet.document import FleetDocument
+    from qdeploy.fleet.drive import State
+    from qdeploy.fleet.run import FleetRequest, Planned
+
+WATCH_SECONDS = 1.0
+SHOWN_TITLES = 8
+
+Manifest = Annotated[Path, typer.Argument(help="TOML file: models, jobs, limits, executor.")]
+
+
+def fleet(
+    manifest: Manifest,
+    out: Annotated[
+        Path | None,
+        option("--out -o", "Folder of the report; else artifacts/fleet/NAME.", "Output"),
+    ] = None,
+    reports: Annotated[
+        list[Path] | None,
+        option(
+            "--report",
+            "Also write the report here: .html, .json, .xml (JUnit), .sarif or .csv; repeatable.",
+            "Output",
+        ),
+    ] = None,
+    since: Annotated[
+        Path | None, option("--since", "fleet.json of an earlier run: what has changed.", "Output")
+    ] = None,
+    executor: Annotated[
+        Literal["local", "ray"] | None,
+        option("--executor", "In place of the manifest's: local or ray.", "Execution"),
+    ] = None,
+    workers: Annotated[
+        int | None, option("--workers", "Cells at once, at most.", "Execution", at_least=1)
+    ] = None,
+    share: Annotated[
+        str | None,
+        option(
+            "--share", "Only the I-th of N shares of the cells, as 0/8; no report.", "Execution"
+        ),
+    ] = None,
+    emit: Annotated[
+        Literal["slurm", "k8s"] | None,
+        option("--emit", "Print a script for a scheduler, and run nothing.", "Execution"),
+    ] = None,
+    dry_run: Annotated[
+        bool, option("--dry-run", "Show the cells and an estimate, and stop.", "Execution")
+    ] = False,
+    watch: Annotated[
+        bool, option("--watch", "Show how far a run of this fleet is, from elsewhere.", "Execution")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Many models, recipes and devices in one command: each once, on processes or a cluster."""
+    from qdeploy.cli import console
+    from qdeploy.fleet.manifest import load_manifest
+    from qdeploy.fleet.run import FleetRequest, plan_fleet, run_fleet
+
+    place = out if out is not None else ARTIFACTS / "fleet" / load_manifest(manifest).name
+    request = FleetRequest(
+        manifest=manifest, out=place, reports=tuple(reports or ()), since=since,
+        share=_share(share), executor=executor, workers=workers,
+    )  # fmt: skip
+    if watch:
+        _watch(place)
+        return
+    progress = console.TerminalProgress()
+    if dry_run or emit is not None:
+        _show_planned(plan_fleet(request, progress), request, emit)
+        return
+    document = run_fleet(request, progress, _Told())
+    if as_json:
+        from qdeploy.fleet.forms import to_json
+
+        console.show_json(to_json(document))
+    else:
+        _show(document, request)
+    from qdeploy.judging.verdict import Outcome
+
+    leave_by(Outcome(document.outcome))
+
+
+def _share(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    number, slash, count = text.partition("/")
+    if not slash or not number.isdecimal() or not count.isdecimal():
+        raise UsageError(f"--share {text!r} is not I/N, as 0/8")
+    return int(number), int(count)
+
+
+class _Told:
+    """A line for each cell that has ended, and one below it that says how far all are."""
+
+    def __init__(self) -> None:
+        from qdeploy.cli.console import err
+
+        self._shown: set[str] = set()
+        self._console = err()
+        self._status = self._console.status("") if self._console.is_terminal else None
+
+    def __call__(self, state: State) -> None:
+        from qdeploy.disk.printable import printable
+
+        if loudness() is Loudness.QUIET:
+            return
+        new = [r for cell, r in state.records.items() if cell not in self._shown]
+        self._shown.update(record.id for record in new)
+        for record in new if state.computed else ():
+            if record.attempts:
+                line = f"  {record.outcome.value:<10} {record.title} ({record.seconds:.1f} s)"
+                self._console.print(printable(line), style="dim")
+        if self._status is not None:
+            self._status.update(printable(_line(state)))
+            self._status.start() if state.left else self._status.stop()
+
+
+def _line(state: State) -> str:
+    left = state.seconds_left
+    time_left = "" if left is None else f", {_duration(left)} left"
+    return f"{len(state.records)}/{state.total} cells, {state.per_minute:.1f} a minute{time_left}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _show_planned(
+    planned: Planned, request: FleetRequest, emit: Literal["slurm", "k8s"] | None
+) -> None:
+    from qdeploy.cli import console
+    from qdeploy.fleet.emit import EMITTERS, Job
+    from qdeploy.fleet.run import estimate
+
+    if emit is not None:
+        job = Job(planned.spec, request.manifest.absolute(), planned.out, planned.cells)
+        console.show_json(EMITTERS[emit](job).encode())
+        return
+    for cell in planned.cells:
+        console.show_text(
+            f"{cell.id}  {cell.asked.title}" + (f": {cell.refused}" if cell.refused else "")
+        )
+    known = estimate(planned)
+    took = "of which nothing is known yet" if known.seconds is None else _duration(known.seconds)
+    console.show_text(
+        f"{known.cells} cells: {known.done} are done, {known.refused} are refused;"
+        f" the others take a worker {took}"
+    )
+
+
+def _show(document: FleetDocument, request: FleetRequest) -> None:
+    from collections import Counter
+
+    from qdeploy.cli import console
+    from qdeploy.fleet.seen import CellOutcome
+
+    counted = Counter(record.outcome for record in document.cells)
+    told = ", ".join(f"{counted[kind]} {kind.value}" for kind in CellOutcome if counted[kind])
+    bad = [r for r in document.cells if r.outcome not in (CellOutcome.ACCEPT, CellOutcome.DONE)]
+    for record in bad[:SHOWN_TITLES]:
+        console.show_text(f"  {record.outcome.value}: {record.title}: {record.reason}")
+    if len(bad) > SHOWN_TITLES:
+        console.show_text(f"  and {len(bad) - SHOWN_TITLES} more")
+    console.show_text(f"{document.outcome}: {told}; {document.computed} computed")
+    if request.share is None:
+        console.show_text(f"report: {request.out / 'fleet.html'}")
+
+
+def _watch(folder: Path) -> None:
+    """Show status.json until the run has ended."""
+    from qdeploy.cli import console
+
+    last = ""
+    while True:
+        table = _status(folder / "status.json")
+        left = table["seconds_left"]
+        outcomes = ", ".join(f"{count} {name}" for name, count in sorted(table["outcomes"].items()))
+        line = f"{table['done']}/{table['cells']} cells, {table['per_minute']} a minute"
+        line += "" if left is None else f", {_duration(left)} left"
+        line += f"; {outcomes}" if outcomes else ""
+        if line != last:
+            console.show_text(line)
+            last = line
+        if table["finished"]:
+            return
+        if not _alive(table["process"]):
+            raise InputError(f"fleet {table['name']}: its run has ended before the last cell")
+        time.sleep(WATCH_SECONDS)
+
+
+def _status(path: Path) -> dict[str, Any]:
+    from qdeploy.disk.files import read_bounded
+
+    if not path.exists():
+        raise UsageError(f"{path}: no run of this fleet has begun", hint="or give its --out")
+    table: dict[str, Any] = json.loads(read_bounded(path, 1 << 20, what="status"))
+    return table
+
+
+def _alive(process: int) -> bool:
+    """On this machine; a run elsewhere is believed to go on."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,1 @@
+"""Many models, recipes and devices in one command, on an engine that exists."""

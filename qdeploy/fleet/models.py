@@ -1,0 +1,82 @@
+"""The models that a manifest means."""
+
+from __future__ import annotations
+
+import glob
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdeploy.errors import InputError
+from qdeploy.fleet.manifest import ModelsSpec
+from qdeploy.formats.folders import model_files
+from qdeploy.progress import Progress
+from qdeploy.tracking.registry import fetch
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A model of the fleet, and what is said of it."""
+
+    path: Path
+    name: str  # how it is called in reports
+    options: Mapping[str, Any]
+
+
+def list_models(
+    specs: tuple[ModelsSpec, ...], folder: Path, fetched: Path, progress: Progress
+) -> tuple[Listed, ...]:
+    """Every model once, in the order of the manifest.
+
+    Args:
+        folder: What paths are relative to.
+        fetched: Where those of a registry are put.
+
+    Raises:
+        InputError: a pattern matches nothing, two models have one name, or a registry fails.
+        UsageError: MLflow is not installed.
+    """
+    found: dict[Path, Listed] = {}
+    for spec in specs:
+        for path, name in _of(spec, folder, fetched, progress):
+            found.setdefault(path, Listed(path, name, spec.options))
+    return tuple(_distinct(found, folder))
+
+
+def _of(
+    spec: ModelsSpec, folder: Path, fetched: Path, progress: Progress
+) -> Iterator[tuple[Path, str]]:
+    if spec.uri is not None and spec.tracking_uri is not None:
+        for version in fetch(spec.uri, spec.tracking_uri, fetched, progress):
+            for path in _needed(model_files(version.path), spec.uri, "holds no model"):
+                yield path, version.name
+        return
+    pattern = spec.path or ""
+    matches = glob.glob(pattern, root_dir=folder, recursive=True)  # noqa: PTH207 - absolute too
+    places = [folder / match for match in sorted(matches)]
+    for place in _needed(tuple(places), pattern, "no file is called so"):
+        paths = (
+            _needed(model_files(place), pattern, "holds no model") if place.is_dir() else (place,)
+        )
+        for path in paths:
+            if path.suffix != ".toml":  # the card of a model, which a pattern may match too
+                yield path, path.name
+
+
+def _needed(found: tuple[Path, ...], pattern: str, complaint: str) -> tuple[Path, ...]:
+    if not found:
+        raise InputError(f"fleet manifest: models {pattern!r}: {complaint}")
+    return found
+
+
+def _distinct(found: Mapping[Path, Listed], folder: Path) -> Iterator[Listed]:
+    """With the folder in the name where two models are called alike."""
+    names = Counter(one.name for one in found.values())
+    for path, one in found.items():
+        if names[one.name] == 1:
+            yield one
+            continue
+        inside = path.relative_to(folder) if path.is_relative_to(folder) else path
+        yield Listed(path, f"{one.name} ({inside.parent.as_posix()})", one.options)
