@@ -26,6 +26,7 @@ from qdeploy.cli import app
 from qdeploy.cli import main as command_line
 from qdeploy.disk.state import KEY_VARIABLE, private_number
 from qdeploy.errors import InputError, OutputError, UsageError
+from qdeploy.fleet import verbs
 from qdeploy.fleet.cells import Cell, cells_of
 from qdeploy.fleet.document import FleetDocument, Record, WrittenFile
 from qdeploy.fleet.drive import Terms, drive
@@ -37,7 +38,7 @@ from qdeploy.fleet.options import SETTINGS, arguments, checked
 from qdeploy.fleet.process import Limits, run
 from qdeploy.fleet.seen import CellOutcome, Seen
 from qdeploy.fleet.store import Folder, Store, open_store
-from qdeploy.fleet.verbs import Asked, members
+from qdeploy.fleet.verbs import Asked, members, verb_of
 from qdeploy.fleet.whole import changes, read_fleet, whole
 from qdeploy.fleet.work import Ended, Task, record_of, work
 from qdeploy.judging.verdict import Outcome
@@ -226,7 +227,7 @@ def test_models_are_found_by_pattern_in_folders_and_by_name(place, one_process):
     assert names(path="models/*") == ["a.onnx", "b.onnx", "bad.pkl"]  # cards are no models
     assert names(path="models") == ["a.onnx", "b.onnx", "bad.pkl"]
     assert names(path=str(place / "models" / "a.onnx")) == ["a.onnx"]
-    assert names(path="**/a.onnx") == ["a.onnx (models)", "a.onnx (other)"]
+    assert names(path="**/a.onnx") == ["models/a.onnx", "other/a.onnx"]
     with pytest.raises(InputError, match=r"models 'c\*': no file is called so"):
         names(path="c*")
 
@@ -624,6 +625,60 @@ def test_a_store_that_cannot_be_written_is_a_failed_attempt(tmp_path, monkeypatc
     assert ended.again
     assert ended.record.outcome is CellOutcome.FAILED
     assert ended.record.reason.endswith("No space left on device")
+
+
+def in_place_of_scan(monkeypatch, code: str) -> None:
+    """The command of every cell that scans is `code`, which is told the cell's folder."""
+    row = replace(verb_of("scan"), command=lambda asked, folder, kept: ["-c", code, str(folder)])
+    monkeypatch.setitem(verbs.ROWS, "scan", row)
+    monkeypatch.setattr("qdeploy.fleet.work.PROGRAM", ())
+
+
+REPORTED = """
+import hashlib, json, os, pathlib, sys
+folder, model = pathlib.Path(sys.argv[1]), pathlib.Path("m0.onnx").read_bytes()
+file = {"path": "m", "sha256": hashlib.sha256(model).hexdigest(), "findings": [],
+        "fingerprints": [], "not_scanned": None, "failed": None}
+document = {"schema_version": 1, "version": "0", "files": [file]}
+(folder / "report.json").write_text(json.dumps(document))
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome", "reason", "again"),
+    [
+        (REPORTED, "ACCEPT", "", False),
+        (REPORTED + "os.kill(os.getpid(), 9)", "FAILED", "killed by SIGKILL", True),
+        (REPORTED + "pathlib.Path('m0.onnx').write_bytes(b'')\nexec(REST)", "FAILED", "", False),
+        ("raise SystemExit(130)", "FAILED", "exit code 130: said nothing", True),
+        ("raise SystemExit('error: no such card')", "FAILED", "exit code 1: no such card", False),
+        ("print('error: no card'); raise SystemExit(2)", "BAD INPUT", "no card", False),
+        ("print('error: device x: silent'); raise SystemExit(4)", "NO VERDICT", "device x: silent",
+         False),
+        ("print('error: cannot write y: No space left on device'); raise SystemExit(2)", "FAILED",
+         "exit code 2: cannot write y: No space left on device", True),
+    ],
+)  # fmt: skip
+def test_what_becomes_of_a_cell_however_its_command_ends(
+    tmp_path, monkeypatch, code, outcome, reason, again
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m0.onnx").write_bytes(b"model")
+    digest = hashlib.sha256(b"model").hexdigest()
+    if "exec(REST)" in code:  # it is another file when it is read
+        code = code.replace("exec(REST)", "") + REPORTED
+        reason = "the model was written to while the fleet ran"
+    in_place_of_scan(monkeypatch, code)
+    cell = replace(cells(1)[0], digests=(digest,))
+    left = tmp_path / "work" / cell.id / "left"
+    left.mkdir(parents=True)
+    (left / "report.json").write_text("{}")  # of an attempt that was killed
+    ended = work(Task(cell, 1, LIMITS, str(tmp_path / "store"), None, tmp_path / "work"), Event())
+    assert (ended.record.outcome.value, ended.record.reason) == (outcome, reason)
+    assert ended.again is again
+    kept = open_store(str(tmp_path / "store"), None).record(cell.id)
+    assert (kept is not None) == (outcome == "ACCEPT")
+    assert left.exists() == (kept is None)  # what may be gone on with stays
 
 
 # The whole

@@ -19,10 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdeploy.errors import InputError
+from qdeploy.fleet.models import list_models
+from qdeploy.progress import SILENT
 from qdeploy.report.kept import read_report
 from qdeploy.tracking.entries import entries_of, metric_name
+from qdeploy.tracking.registry import fetch
 from qdeploy.tracking.server import ENVIRONMENT, Server
 from tests.test_attest import MODEL, report_about, run
+from tests.test_fleet import spec_of
 
 START_SECONDS = 120
 
@@ -336,3 +340,33 @@ def test_triggers_with_names_alike_are_kept_apart(tmp_path):
     found = {name: x for name, x in metrics.items() if "attack_success" in name}
     head = "result/cpu/attack_success/a_b"
     assert found == {head: 1.0, f"{head}_2": 2.0, f"{head}_3": 3.0}
+
+
+def test_registered_models_are_brought_here_by_version_alias_newest_and_pattern(
+    server, client, tmp_path
+):
+    (tmp_path / "net.onnx").write_bytes(MODEL)
+    run_id = client.create_run("0").info.run_id
+    client.log_artifact(run_id, str(tmp_path / "net.onnx"), "model")
+    for name, count in (("cat", 2), ("cow", 1), ("dog", 1)):
+        client.create_registered_model(f"fetch-{name}")
+        for _ in range(count):
+            client.create_model_version(f"fetch-{name}", f"runs:/{run_id}/model", run_id)
+    client.set_registered_model_alias("fetch-cat", "champion", "1")
+
+    def names(uri: str) -> list[str]:
+        found = fetch(f"models:/fetch-{uri}", server, tmp_path / "here", SILENT)
+        held = [[file.read_bytes() for file in one.path.rglob("*.onnx")] for one in found]
+        assert held == [[MODEL]] * len(found)
+        return sorted(one.name.removeprefix("fetch-") for one in found)
+
+    assert names("cat/1") == ["cat/1"]
+    assert names("cat@champion") == ["cat/1"]
+    assert names("cat") == ["cat/2"]
+    assert names("c*") == ["cat/2", "cow/1"]
+    for uri, complaint in (("bird", "no such model"), ("cat/7", "not found"), ("cat@x", "alias")):
+        with pytest.raises(InputError, match=complaint):
+            fetch(f"models:/fetch-{uri}", server, tmp_path / "here", SILENT)
+    (spec,) = spec_of(models=[{"uri": "models:/fetch-c*", "tracking_uri": server}]).models
+    listed = list_models((spec,), tmp_path, tmp_path / "here", SILENT)
+    assert sorted(one.name for one in listed) == ["fetch-cat/2", "fetch-cow/1"]

@@ -31,6 +31,7 @@ class Cell:
     id: str  # of everything that decides what comes of it
     asked: Asked
     refused: str | None = None  # why it cannot even begin
+    digests: tuple[str, ...] = ()  # of the model's file, and with its external data
 
 
 def cells_of(
@@ -65,7 +66,8 @@ def _cell(asked: Asked, digests: Digests) -> Cell:
     except QdeployError as error:
         facts = {"refused": [asked.verb, str(asked.model), asked.label]}
         return Cell(facts_id(facts), asked, str(error))
-    return Cell(facts_id({"verb": asked.verb, **facts}), asked)
+    model: list[str] = facts.get("file", facts.get("model", []))  # judged, or rounded
+    return Cell(facts_id({"verb": asked.verb, **facts}), asked, digests=tuple(model))
 
 
 def _asked(job: JobSpec, number: int, folder: Path, models: tuple[Listed, ...]) -> Iterator[Asked]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import glob
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def list_models(
     for spec in specs:
         for path, name in _of(spec, folder, fetched, progress):
             found.setdefault(path, Listed(path, name, spec.options))
-    return tuple(_distinct(found, folder))
+    return tuple(_distinct(found))
 
 
 def _of(
@@ -71,12 +71,14 @@ def _needed(found: tuple[Path, ...], pattern: str, complaint: str) -> tuple[Path
     return found
 
 
-def _distinct(found: Mapping[Path, Listed], folder: Path) -> Iterator[Listed]:
-    """With the folder in the name where two models are called alike."""
-    names = Counter(one.name for one in found.values())
+def _distinct(found: Mapping[Path, Listed]) -> Iterator[Listed]:
+    """With as much of their folders in the names as tells models apart that are called alike."""
+    alike: dict[str, list[Path]] = {}
     for path, one in found.items():
-        if names[one.name] == 1:
+        alike.setdefault(one.name, []).append(path)
+    shared = {name: commonpath(p.parent for p in paths) for name, paths in alike.items()}
+    for path, one in found.items():
+        if len(alike[one.name]) == 1:
             yield one
-            continue
-        inside = path.relative_to(folder) if path.is_relative_to(folder) else path
-        yield Listed(path, f"{one.name} ({inside.parent.as_posix()})", one.options)
+        else:
+            yield Listed(path, path.relative_to(shared[one.name]).as_posix(), one.options)

@@ -21,7 +21,7 @@ POLL_SECONDS, WEIGH_SECONDS, LEAVE_SECONDS = 0.05, 1.0, 10.0
 # Before the command: end with the thread that waits for it, and keep to the cores that it is given.
 LAUNCHER = (
     "import ctypes, os, signal, sys;"
-    "ctypes.CDLL(None).prctl(1, signal.SIGKILL);"  # PR_SET_PDEATHSIG
+    "getattr(ctypes.CDLL(None), 'prctl', int)(1, signal.SIGKILL);"  # PR_SET_PDEATHSIG, on Linux
     "os.getppid() == int(sys.argv[1]) or os._exit(1);"
     "cores = [int(core) for core in sys.argv[2].split(',') if core];"
     "cores and os.sched_setaffinity(0, cores);"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import replace
+from importlib import import_module
+from logging import ERROR
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -97,18 +99,18 @@ def open_ray(spec: RaySpec, limits: LimitsSpec) -> Rays:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
-        import ray
+        ray: Any = import_module("ray")
     except ImportError as error:
         raise UsageError("executor ray: Ray is not installed", hint=HINT) from error
     owned = not ray.is_initialized()
     if owned:
         with foreign_reader(f"Ray at {spec.address or 'this machine'}"):
             if spec.address is not None:
-                ray.init(address=spec.address, log_to_driver=False, logging_level="ERROR")
+                ray.init(address=spec.address, log_to_driver=False, logging_level=ERROR)
             else:
                 ray.init(
                     num_cpus=cores(), include_dashboard=False, log_to_driver=False,
-                    logging_level="ERROR", object_store_memory=spec.object_store_mb << 20,
+                    logging_level=ERROR, object_store_memory=spec.object_store_mb << 20,
                 )  # fmt: skip
     room = int(ray.cluster_resources().get("CPU", 0)) // limits.cores
     if room < 1:

@@ -16,7 +16,7 @@ from qdeploy.report.document import WrittenEstimate, WrittenReport, WrittenScans
 from qdeploy.report.kept import LARGEST_REPORT_BYTES, parse_object, read_report
 from qdeploy.settings.schema import validate
 
-DUD = 3  # exit code of an attack that did not take
+DUD_CODE = 3  # of an attack that did not take
 
 
 class CellOutcome(StrEnum):
@@ -27,6 +27,7 @@ class CellOutcome(StrEnum):
     BAD_INPUT = "BAD INPUT"
     NO_VERDICT = "NO VERDICT"
     ACCEPT = "ACCEPT"
+    DUD = "DUD"  # an attack that did not take
     DONE = "DONE"  # of commands that judge nothing
 
 
@@ -45,6 +46,7 @@ class Seen:
     size_bytes: int | None = None
     latency_ms: float | None = None  # of one image
     sha256: str | None = None  # of the file that was judged
+    read: str | None = None  # digest of the model as the command read it; None: it does not say
     findings: Mapping[str, str] = field(default_factory=dict)  # rule or check, and what it says
 
 
@@ -67,11 +69,19 @@ def judged(code: int, folder: Path) -> Seen:
         size_bytes=size,
         latency_ms=seconds[0] * 1e3 if seconds else None,
         sha256=report.judged_sha256,
+        read=_read(report),
         findings={
             check.name: _said(report, check.name) for check in report.checks if not check.holds
         }
         | {finding.rule: finding.message for finding in report.findings},
     )
+
+
+def _read(report: WrittenReport) -> str | None:
+    """Of what was judged as it came, else of the float model, unless it was cleaned."""
+    if report.recipe is None:
+        return report.judged_sha256
+    return None if report.cleaning is not None or report.origin is None else report.origin.sha256
 
 
 def _rates(report: WrittenReport) -> dict[str, float | None]:
@@ -111,7 +121,8 @@ def scanned(code: int, folder: Path) -> Seen:
             CellOutcome.BAD_INPUT, one.failed or "", sha256=one.sha256 or None, findings=found
         )
     reason = "; ".join(f"{finding.rule}: {finding.message}" for finding in against)
-    return Seen(VERDICTS[code], reason, sha256=one.sha256 or None, findings=found)
+    sha256 = one.sha256 or None
+    return Seen(VERDICTS[code], reason, sha256=sha256, read=sha256, findings=found)
 
 
 def compared(code: int, folder: Path) -> Seen:  # noqa: ARG001 - it has one
@@ -126,8 +137,6 @@ def made(code: int, folder: Path) -> Seen:
         InputError: its log is damaged.
     """
     log: Any = json.loads(read_bounded(folder / "training.json", 64 << 20, what="training log"))
-    if code == DUD:
-        return Seen(
-            CellOutcome.FAILED, f"the attack did not take: {'; '.join(log['goals_missed'])}"
-        )
+    if code == DUD_CODE:
+        return Seen(CellOutcome.DUD, "; ".join(log["goals_missed"]))
     return Seen(CellOutcome.DONE)

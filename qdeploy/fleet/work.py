@@ -16,16 +16,24 @@ from signal import Signals
 from threading import Event
 
 from qdeploy.disk.files import file_sha256, make_folder
-from qdeploy.errors import EXIT_BAD_INPUT, QdeployError, first_line
+from qdeploy.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_NO_VERDICT,
+    QdeployError,
+    first_line,
+)
 from qdeploy.fleet.cells import Cell
 from qdeploy.fleet.document import Record, WrittenFile
 from qdeploy.fleet.process import End, Limits, run
-from qdeploy.fleet.seen import CellOutcome, Seen
+from qdeploy.fleet.seen import VERDICTS, CellOutcome, Seen
 from qdeploy.fleet.store import Store, open_store
 from qdeploy.fleet.verbs import verb_of
 from qdeploy.runs.rundir import UNDER_WAY
 
+PROGRAM = ("-m", "qdeploy")
 LOG, LEFT, KEPT = "log.txt", "left", "kept"
+KEPT_OUTCOMES = frozenset(VERDICTS.values()) | {CellOutcome.DONE, CellOutcome.DUD}
 TAIL_BYTES, LONGEST_REASON = 4096, 300
 
 
@@ -76,7 +84,8 @@ def record_of(cell: Cell, seen: Seen, attempts: int) -> Record:
     asked = cell.asked
     return Record(
         id=cell.id, title=asked.title, model=asked.label, verb=asked.verb, recipe=asked.recipe,
-        policy=asked.policy, device=asked.device, attempts=attempts, **asdict(seen),
+        policy=asked.policy, device=asked.device, attempts=attempts,
+        **{key: value for key, value in asdict(seen).items() if key != "read"},
     )  # fmt: skip
 
 
@@ -86,17 +95,18 @@ def _run(task: Task, store: Store, stop: Event) -> Ended:
     row = verb_of(cell.asked.verb)
     make_folder(left)
     make_folder(kept)
-    command = ["-m", "qdeploy", *row.command(cell.asked, left, kept)]
+    (left / row.left).unlink(missing_ok=True)  # of an attempt that was killed after it
+    command = [*PROGRAM, *row.command(cell.asked, left, kept), "--quiet"]
     started = datetime.now(UTC).isoformat(timespec="seconds")
     said_before = log.stat().st_size if log.exists() else 0
-    end = run([sys.executable, *command, "--quiet"], task.limits, log, task.key, stop)
+    end = run([sys.executable, *command], task.limits, log, task.key, stop)
     if end.stopped:
         return Ended(cell.id, None, again=True)
     said = _tail(log, said_before)
     if UNDER_WAY in said and end.code == EXIT_BAD_INPUT:
         return Ended(cell.id, None, again=True, elsewhere=True)
-    complete = (left / row.left).exists() and end.code >= 0 and end.exceeded is None
-    seen = _seen(task, end, said) if complete else _unfinished(end, said)
+    seen = _seen(task, end) or _unfinished(end, said)
+    complete = seen.outcome in KEPT_OUTCOMES and (left / row.left).exists()
     record = record_of(cell, seen, task.attempt).model_copy(
         update={
             "seconds": end.seconds,
@@ -114,11 +124,18 @@ def _run(task: Task, store: Store, stop: Event) -> Ended:
     return Ended(cell.id, record, again=not complete and _may_differ(end, said))
 
 
-def _seen(task: Task, end: End, said: str) -> Seen:
+def _seen(task: Task, end: End) -> Seen | None:
+    """What the command has left; None if it did not come to its end."""
+    row, left = verb_of(task.cell.asked.verb), task.work / task.cell.id / LEFT
+    if end.code < 0 or end.exceeded is not None or not (left / row.left).exists():
+        return None
     try:
-        return verb_of(task.cell.asked.verb).seen(end.code, task.work / task.cell.id / LEFT)
+        seen = row.seen(end.code, left)
     except QdeployError as error:
-        return Seen(CellOutcome.FAILED, f"{error}; {_last_line(said)}")
+        return Seen(CellOutcome.FAILED, str(error))
+    if seen.read is not None and seen.read not in task.cell.digests:
+        return Seen(CellOutcome.FAILED, "the model was written to while the fleet ran")
+    return seen
 
 
 def _unfinished(end: End, said: str) -> Seen:
@@ -127,6 +144,8 @@ def _unfinished(end: End, said: str) -> Seen:
         return Seen(CellOutcome.FAILED, end.exceeded)
     if end.code < 0:
         return Seen(CellOutcome.FAILED, f"killed by {Signals(-end.code).name}")
+    if end.code == EXIT_NO_VERDICT:
+        return Seen(CellOutcome.NO_VERDICT, _last_line(said))
     if end.code == EXIT_BAD_INPUT and not _disk_full(said):
         return Seen(CellOutcome.BAD_INPUT, _last_line(said))
     return Seen(CellOutcome.FAILED, f"exit code {end.code}: {_last_line(said)}")
@@ -134,7 +153,8 @@ def _unfinished(end: End, said: str) -> Seen:
 
 def _may_differ(end: End, said: str) -> bool:
     """Whether the same command may end otherwise: it was killed, or the disk was full."""
-    return end.exceeded is None and (end.code < 0 or _disk_full(said))
+    killed = end.code < 0 or end.code == EXIT_INTERRUPTED
+    return end.exceeded is None and (killed or _disk_full(said))
 
 
 def _disk_full(said: str) -> bool:
