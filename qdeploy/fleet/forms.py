@@ -35,7 +35,7 @@ MEANINGS = {
     Outcome.NO_VERDICT: "None was rejected, but of at least one nothing is known.",
 }
 COLUMNS = (
-    ("model", ""), ("verdict", ""), ("command", ""), ("recipe", "wide"), ("device", ""),
+    ("model", ""), ("verdict", ""), ("command", "wide"), ("recipe", "wide"), ("device", ""),
     ("CDA %", "n"), ("ASR %", "n"), ("agrees %", "n wide"), ("MB", "n wide"),
     ("ms", "n wide"), ("took s", "n wide"), ("tries", "n wide"), ("why", ""),
 )  # fmt: skip
@@ -76,7 +76,8 @@ def to_html(document: FleetDocument) -> bytes:
             computed=document.computed,
             version=document.version,
             cells=[_row(record) for record in _worst_first(document)],
-            filters=list(_filters(document)),
+            counts=_counts(document),
+        filters=list(_filters(document)),
             columns=COLUMNS,
             changes=document.changes,
             script=Markup(script),  # noqa: S704 - ours
@@ -89,6 +90,11 @@ def to_html(document: FleetDocument) -> bytes:
 def _worst_first(document: FleetDocument) -> list[Record]:
     order = list(CellOutcome)
     return sorted(document.cells, key=lambda record: order.index(record.outcome))
+
+
+def _counts(document: FleetDocument) -> list[tuple[str, int]]:
+    counted = Counter(record.outcome for record in document.cells)
+    return [(outcome.value, counted[outcome]) for outcome in CellOutcome if counted[outcome]]
 
 
 def _filters(document: FleetDocument) -> Iterator[tuple[str, str, list[tuple[str, int]]]]:

@@ -18,16 +18,18 @@ function filter() {
 const body = document.querySelector("#table tbody");
 const heads = [...document.querySelectorAll("#table th[scope=col]")];
 const value = (row, column) => row.cells[column].dataset.sort ?? row.cells[column].textContent.trim();
+const compared = (x, y) => {
+  const difference = Number(x) - Number(y);
+  return Number.isNaN(difference) ? x.localeCompare(y) : difference;
+};
 heads.forEach((head, column) => head.firstElementChild.addEventListener("click", () => {
   const down = head.getAttribute("aria-sort") === "ascending";
   heads.forEach((one) => one.removeAttribute("aria-sort"));
   head.setAttribute("aria-sort", down ? "descending" : "ascending");
-  const order = [...rows].sort((a, b) => {
-    const [x, y] = [value(a, column), value(b, column)];
+  const order = rows.map((row) => [value(row, column), row]).sort(([x], [y]) => {
     if (!x || !y) return (x ? 0 : 1) - (y ? 0 : 1);  // what was not measured comes last
-    const difference = Number(x) - Number(y);
-    return (down ? -1 : 1) * (Number.isNaN(difference) ? x.localeCompare(y) : difference);
+    return (down ? -1 : 1) * compared(x, y);
   });
-  body.append(...order);
+  body.replaceChildren(...order.map(([, row]) => row));
 }));
 filter();
