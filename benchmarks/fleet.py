@@ -41,12 +41,21 @@ PICKLE = b"\x80\x02cposix\nsystem\nX\x0b\x00\x00\x00touch owned\x85R."
 HANG = "def make():\n    while True:\n        pass\n"
 
 
-def manifest(folder: Path, models: Sequence[str], job: str, *, minutes: float = 10) -> Path:
-    """A manifest with a store of its own, and the key that all here share."""
-    key = folder.parent / "benchmark.key"
+def key_of(given: argparse.Namespace, root: Path) -> Path:
+    """The key that is given, else one that all here share."""
+    if given.key is not None:
+        return Path(given.key).absolute()
+    key = root / "benchmark.key"
     if not key.exists():
         key.touch(mode=0o600)
         key.write_bytes(bytes(32))
+    return key
+
+
+def manifest(
+    folder: Path, key: Path, models: Sequence[str], job: str, *, minutes: float = 10
+) -> Path:
+    """A manifest with a store of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "fleet.toml"
     listed = ", ".join(models)
@@ -79,11 +88,12 @@ def timed(work: Iterator[None]) -> tuple[float, float]:
 
 
 def overhead(given: argparse.Namespace, root: Path) -> None:
-    key = {**os.environ, "QDEPLOY_KEY": str(root / "benchmark.key")}
+    key = key_of(given, root)
+    environment = {**os.environ, "QDEPLOY_KEY": str(key)}
     walls, cpus = [], []
     for number in range(given.rounds):
         folder = root / f"r{number}"
-        path = manifest(folder, [entry(given.models)], sanitizing(given))
+        path = manifest(folder, key, [entry(given.models)], sanitizing(given))
         every = len(plan_fleet(FleetRequest(path, folder / "plan"), SILENT).cells)
         share = (0, max(1, every // given.cells))
         cells = plan_fleet(FleetRequest(path, folder / "plan", share=share), SILENT).cells
@@ -94,7 +104,7 @@ def overhead(given: argparse.Namespace, root: Path) -> None:
                 place.mkdir(parents=True)
                 words = verb_of(cell.asked.verb).command(cell.asked, place, place / "kept")
                 subprocess.run(
-                    [*QDEPLOY, *words, "--quiet"], env=key, capture_output=True, check=False
+                    [*QDEPLOY, *words, "--quiet"], env=environment, capture_output=True, check=False
                 )
                 yield
 
@@ -120,14 +130,14 @@ def overhead(given: argparse.Namespace, root: Path) -> None:
 
 
 def growth(given: argparse.Namespace, root: Path) -> None:
-    model = onnx.load(given.model)
+    model, key = onnx.load(given.model), key_of(given, root)
     for count in given.counts:
         folder = root / f"n{count}"
         (folder / "models").mkdir(parents=True)
         for number in range(count):
             model.doc_string = f"{number}"
             (folder / "models" / f"{number}.onnx").write_bytes(model.SerializeToString())
-        path = manifest(folder, [entry(folder / "models")], 'verb = "scan"')
+        path = manifest(folder, key, [entry(folder / "models")], 'verb = "scan"')
         began = time.perf_counter()
         command = [*QDEPLOY, "fleet", str(path), "--out", str(folder / "out"), "--quiet"]
         driver = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -173,7 +183,7 @@ def faults(given: argparse.Namespace, root: Path) -> None:
     shutil.copy(card, bad / "hang.toml")
     hang = f'{{ path = "{bad}/hang.pt", options = {{ arch = "{bad}/hang.py:make" }} }}'
     models = [entry(given.models), entry(bad / "poisoned.pkl"), hang]
-    path = manifest(folder, models, sanitizing(given), minutes=given.minutes)
+    path = manifest(folder, key_of(given, root), models, sanitizing(given), minutes=given.minutes)
     command = [*QDEPLOY, "fleet", str(path), "--out", str(folder / "out"), "--quiet"]
     command += ["--executor", given.executor]
     done, killed = Counter(), random.Random(0)  # noqa: S311 - any will do
@@ -254,6 +264,8 @@ def main() -> None:
     kind.add_argument("model")
     kind.add_argument("--counts", type=int, nargs="+", default=[10, 100])
     kind.set_defaults(work=growth)
+    for kind in kinds.choices.values():
+        kind.add_argument("--key", help="in place of one that is made, to compare with files of it")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         given.work(given, Path(name))

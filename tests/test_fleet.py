@@ -555,8 +555,8 @@ class Scripted:
 class Keeping(Scripted):
     """Whose cells are accepted, and kept."""
 
-    def __init__(self, place: Path) -> None:
-        super().__init__()
+    def __init__(self, place: Path, slots: int = 2) -> None:
+        super().__init__(slots)
         self._store = open_store(str(place / "store"), place / "fleet.key")
         self._folder = place
 
@@ -609,6 +609,29 @@ def test_what_is_done_is_not_begun(quick):
     state = run_with(executor, cells(3), known=lambda c: done if c.id == "id0" else None)
     assert executor.started == ["m1.onnx", "m2.onnx"]
     assert (state.kept, state.computed) == (1, 2)
+
+
+def test_an_interrupt_ends_what_is_under_way_and_loses_nothing_else(
+    place, one_process, monkeypatch, capsys
+):
+    class Interrupted(Keeping):
+        closed = False
+
+        def ended(self, seconds: float) -> list[Ended]:
+            if len(self.started) > 1:
+                raise KeyboardInterrupt
+            return super().ended(seconds)
+
+        def close(self) -> None:
+            Interrupted.closed = True
+
+    monkeypatch.setattr("qdeploy.fleet.run.open_executor", lambda *_: Interrupted(place, slots=1))
+    assert fleet() == 130
+    assert Interrupted.closed
+    assert "goes on where it stopped" in capsys.readouterr().err
+    monkeypatch.setattr("qdeploy.fleet.run.open_executor", lambda *_: Keeping(place))
+    assert fleet() == 0
+    assert read_fleet(place / "out" / "fleet.json").computed == 1
 
 
 def test_a_store_that_cannot_be_written_is_a_failed_attempt(tmp_path, monkeypatch):
@@ -732,6 +755,15 @@ def test_names_of_strangers_are_texts_on_the_page_and_in_the_table():
     assert "\u202e" not in page
     row = list(csv.reader(io.StringIO(to_csv(document(hostile)).decode())))[1]
     assert "'=cmd|' /C calc'!A0\\u202e" in row
+
+
+def test_a_page_shows_the_worst_where_there_are_too_many(monkeypatch):
+    monkeypatch.setattr("qdeploy.fleet.forms.MOST_ROWS", 1)
+    page = to_html(document(record("good"), record("bad", outcome="REJECT"))).decode()
+    assert ">bad<" in page
+    assert ">good<" not in page
+    assert "2 cells." in page
+    assert "These are the 1 worst; all are in fleet.json." in page
 
 
 def test_the_script_of_the_page_is_the_one_that_its_policy_names():

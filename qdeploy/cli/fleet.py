@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -113,7 +114,7 @@ class _Told:
     def __init__(self) -> None:
         from qdeploy.cli.console import err
 
-        self._shown: set[str] = set()
+        self._shown = 0  # records
         self._console = err()
         self._status = self._console.status("") if self._console.is_terminal else None
 
@@ -122,9 +123,9 @@ class _Told:
 
         if loudness() is Loudness.QUIET:
             return
-        new = [r for cell, r in state.records.items() if cell not in self._shown]
-        self._shown.update(record.id for record in new)
-        for record in new if state.computed else ():
+        new = list(islice(state.records.values(), self._shown, None)) if state.computed else []
+        self._shown = len(state.records)
+        for record in new:
             if record.attempts:
                 line = f"  {record.outcome.value:<10} {record.title} ({record.seconds:.1f} s)"
                 self._console.print(printable(line), style="dim")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -35,9 +36,16 @@ class State:
 
     total: int
     records: dict[str, Record] = field(default_factory=dict)  # by cell
+    outcomes: Counter[CellOutcome] = field(default_factory=Counter)
     kept: int = 0  # of them, those that were done before
     under_way: dict[str, str] = field(default_factory=dict)  # titles by cell
     began: float = field(default_factory=time.monotonic)
+
+    def add(self, record: Record, *, kept: bool = False) -> None:
+        """A cell that came to its end."""
+        self.records[record.id] = record
+        self.outcomes[record.outcome] += 1
+        self.kept += kept
 
     @property
     def computed(self) -> int:
@@ -88,7 +96,7 @@ def drive(
         if record is None:
             heappush(waiting, _Waiting(0.0, place, 1, cell))
         else:
-            state.records[cell.id], state.kept = record, state.kept + 1
+            state.add(record, kept=True)
     under_way: dict[str, _Waiting] = {}
     told(state)
     while waiting or under_way:
@@ -142,4 +150,4 @@ def _settle(
         one.not_before, one.attempt = now + pause_before(one.attempt), one.attempt + 1
         heappush(waiting, one)
     else:
-        state.records[ended.id] = ended.record
+        state.add(ended.record)

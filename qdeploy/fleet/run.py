@@ -197,7 +197,7 @@ class Board:
             "cells": state.total,
             "done": len(state.records),
             "kept": state.kept,
-            "outcomes": Counter(record.outcome.value for record in state.records.values()),
+            "outcomes": {outcome.value: count for outcome, count in state.outcomes.items()},
             "under_way": sorted(state.under_way.values()),
             "per_minute": round(state.per_minute, 2),
             "seconds_left": None if left is None else round(left),
