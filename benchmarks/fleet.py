@@ -200,7 +200,9 @@ def faults(given: argparse.Namespace, root: Path) -> None:
             done[f"started again after {code}"] += 1
             filler.unlink(missing_ok=True)
             driver = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        if time.monotonic() - last > given.every and (cells := children(driver.pid)):
+        servers = children(driver.pid)
+        cells = [cell for server in servers for cell in children(server)] or servers
+        if time.monotonic() - last > given.every and cells:
             last = time.monotonic()
             os.kill(killed.choice(cells), signal.SIGKILL)
             done["cells killed"] += 1

@@ -43,7 +43,7 @@ LIBRARIES = {
         "inputs", "redteam", "runs", "detectors", "graph",
     },
     "PIL": {"data"},
-    "threadpoolctl": {"quantization"},
+    "threadpoolctl": {"quantization", "fleet"},
     "jinja2": {"report"},
     "matplotlib": {"disk", "redteam"},
     "fickling": {"formats"},

@@ -31,11 +31,12 @@ from qdeploy.fleet.cells import Cell, cells_of
 from qdeploy.fleet.document import FleetDocument, Record, WrittenFile
 from qdeploy.fleet.drive import Terms, drive
 from qdeploy.fleet.emit import Job, to_k8s, to_slurm
+from qdeploy.fleet.forks import Forks
 from qdeploy.fleet.forms import place_of, render, to_csv, to_html
 from qdeploy.fleet.manifest import FleetSpec
 from qdeploy.fleet.models import list_models
 from qdeploy.fleet.options import SETTINGS, arguments, checked
-from qdeploy.fleet.process import Limits, run
+from qdeploy.fleet.process import Limits, Spawned, watch
 from qdeploy.fleet.seen import CellOutcome, Seen
 from qdeploy.fleet.store import Folder, Store, open_store
 from qdeploy.fleet.verbs import Asked, members, verb_of
@@ -438,16 +439,20 @@ def test_a_key_that_is_none_is_one_line(tmp_path, content, mode, complaint):
 
 
 def python(code: str, limits: Limits, folder: Path, stop: Event | None = None):
-    return run([sys.executable, "-c", code], limits, folder / "log", None, stop or Event())
+    started = Spawned(()).start(["-c", code], limits, folder / "log", {})
+    return watch(started, limits, stop or Event())
 
 
 def test_a_command_ends_as_it_ends(tmp_path):
     end = python("print('said'); raise SystemExit(3)", LIMITS, tmp_path)
-    assert (end.code, end.exceeded, end.stopped) == (3, None, False)
-    assert end.cpu_seconds > 0
-    assert end.peak_bytes > 1 << 20
+    assert (end.result.code, end.exceeded, end.stopped) == (3, None, False)
+    assert end.result.cpu_seconds > 0
+    assert end.result.peak_bytes > 1 << 20
     assert (tmp_path / "log").read_text() == "said\n"
-    assert python("import os; os.kill(os.getpid(), 9)", LIMITS, tmp_path).code == -signal.SIGKILL
+    assert (
+        python("import os; os.kill(os.getpid(), 9)", LIMITS, tmp_path).result.code
+        == -signal.SIGKILL
+    )
 
 
 def test_a_command_that_hangs_is_ended_with_all_that_it_has_started(tmp_path):
@@ -490,7 +495,7 @@ def test_a_command_is_ended_by_whoever_waits_for_it(tmp_path):
     Timer(0.5, stop.set).start()
     end = python("import time; time.sleep(600)", LIMITS, tmp_path, stop)
     assert end.stopped
-    assert end.code == -signal.SIGTERM
+    assert end.result.code == -signal.SIGTERM
 
 
 def test_a_command_has_the_cores_that_it_is_given(tmp_path):
@@ -505,9 +510,10 @@ def test_a_command_does_not_outlive_the_process_that_started_it(tmp_path):
 import sys
 from pathlib import Path
 from threading import Event
-from qdeploy.fleet.process import Limits, run
-run([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"],
-    Limits(600, None, 1), Path({str(tmp_path / "inner")!r}), None, Event())
+from qdeploy.fleet.process import Limits, Spawned, watch
+code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+limits, log = Limits(600, None, 1), Path({str(tmp_path / "inner")!r})
+watch(Spawned(()).start(["-c", code], limits, log, {{}}), limits, Event())
 """
     outer = subprocess.Popen([sys.executable, "-c", code])
     for _ in range(600):
@@ -517,6 +523,34 @@ run([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); tim
     outer.kill()
     outer.wait()
     await_end(int((tmp_path / "inner").read_text()))
+
+
+def test_forked_commands_are_as_alone_as_spawned_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    forks, own = Forks(1, ()), min(os.sched_getaffinity(0))
+    limits = replace(LIMITS, pinned=frozenset({own}))
+    try:
+        first = forks.start(["--version"], limits, tmp_path / "log", {})
+        second = forks.start(["info", "none.onnx"], limits, tmp_path / "other", {})
+        assert watch(first, limits, Event()).result.code == 0
+        assert watch(second, limits, Event()).result.code == 2
+        assert (tmp_path / "log").read_text().startswith("qdeploy ")
+        assert "error: model none.onnx: No such file" in (tmp_path / "other").read_text()
+
+        (tmp_path / "fleet.toml").write_text(MANIFEST)
+        status = {"finished": False, "process": os.getpid(), "name": "f", "cells": 1, "done": 0}
+        status |= {"per_minute": 0, "seconds_left": None, "outcomes": {}}
+        (tmp_path / "status.json").write_text(json.dumps(status))
+        endless = ["fleet", "fleet.toml", "--out", ".", "--watch"]
+        process = forks.start(endless, LIMITS, tmp_path / "log", {})
+        assert process.poll() is None
+        forks._server.kill()  # and with it all that it has forked
+        assert watch(process, LIMITS, Event()).result.code == -signal.SIGKILL
+        await_end(process.pid)
+        again = forks.start(["--version"], LIMITS, tmp_path / "log", {})
+        assert watch(again, LIMITS, Event()).result.code == 0
+    finally:
+        forks.close()
 
 
 # The order of the work
@@ -644,7 +678,7 @@ def test_a_store_that_cannot_be_written_is_a_failed_attempt(tmp_path, monkeypatc
         yield
 
     monkeypatch.setattr(Folder, "claim", full)
-    ended = work(task, Event())
+    ended = work(task, Spawned(), Event())
     assert ended.again
     assert ended.record.outcome is CellOutcome.FAILED
     assert ended.record.reason.endswith("No space left on device")
@@ -654,7 +688,6 @@ def in_place_of_scan(monkeypatch, code: str) -> None:
     """The command of every cell that scans is `code`, which is told the cell's folder."""
     row = replace(verb_of("scan"), command=lambda asked, folder, kept: ["-c", code, str(folder)])
     monkeypatch.setitem(verbs.ROWS, "scan", row)
-    monkeypatch.setattr("qdeploy.fleet.work.PROGRAM", ())
 
 
 REPORTED = """
@@ -696,7 +729,8 @@ def test_what_becomes_of_a_cell_however_its_command_ends(
     left = tmp_path / "work" / cell.id / "left"
     left.mkdir(parents=True)
     (left / "report.json").write_text("{}")  # of an attempt that was killed
-    ended = work(Task(cell, 1, LIMITS, str(tmp_path / "store"), None, tmp_path / "work"), Event())
+    task = Task(cell, 1, LIMITS, str(tmp_path / "store"), None, tmp_path / "work")
+    ended = work(task, Spawned(()), Event())
     assert (ended.record.outcome.value, ended.record.reason) == (outcome, reason)
     assert ended.again is again
     kept = open_store(str(tmp_path / "store"), None).record(cell.id)

@@ -1,4 +1,4 @@
-"""Cells in processes on this machine, each on cores of its own."""
+"""Cells in processes on this machine, each on cores of its own, forked off one that is ready."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from threading import Event
 
 from qdeploy.errors import UsageError
+from qdeploy.fleet.forks import Forks
 from qdeploy.fleet.manifest import LimitsSpec, LocalSpec
 from qdeploy.fleet.work import Ended, Task, work
 from qdeploy.machine import cores
@@ -20,7 +21,7 @@ class Local:
 
     def __init__(self, slots: int, cores_each: int) -> None:
         self.slots = slots
-        self._stop = Event()
+        self._stop, self._forks = Event(), Forks(cores_each)
         self._threads = ThreadPoolExecutor(slots, thread_name_prefix="cell")
         self._under_way: set[Future[Ended]] = set()
         self._free: SimpleQueue[frozenset[int]] = SimpleQueue()
@@ -37,11 +38,14 @@ class Local:
     def close(self) -> None:
         self._stop.set()
         self._threads.shutdown()
+        self._forks.close()
 
     def _work(self, task: Task) -> Ended:
         own = self._free.get()
         try:
-            return work(replace(task, limits=replace(task.limits, pinned=own)), self._stop)
+            return work(
+                replace(task, limits=replace(task.limits, pinned=own)), self._forks, self._stop
+            )
         finally:
             self._free.put(own)
 

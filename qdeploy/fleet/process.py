@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from resource import struct_rusage
 from threading import Event
+from typing import Protocol
 
 POLL_SECONDS, WEIGH_SECONDS, LEAVE_SECONDS = 0.05, 1.0, 10.0
+PROGRAM = ("-m", "qdeploy")
 # Before the command: end with the thread that waits for it, and keep to the cores that it is given.
 LAUNCHER = (
     "import ctypes, os, signal, sys;"
@@ -40,35 +42,104 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Result:
+    """How a process ended."""
+
+    code: int  # negative: the signal
+    cpu_seconds: float
+    peak_bytes: int  # of its largest process
+
+
+@dataclass(frozen=True, slots=True)
 class End:
     """How a command ended."""
 
-    code: int  # negative: the signal
+    result: Result
     seconds: float
-    cpu_seconds: float
-    peak_bytes: int  # of its largest process
     exceeded: str | None = None  # the limit it was ended for
     stopped: bool = False  # somebody else wanted it to end
 
 
-def run(command: Sequence[str], limits: Limits, log: Path, key: Path | None, stop: Event) -> End:
-    """Run a command; what it says is added to `log`.
+class Started(Protocol):
+    """A process that leads a session of its own."""
+
+    pid: int
+
+    def poll(self) -> Result | None:
+        """How it ended; None while it runs."""
+        ...
+
+
+class Starter(Protocol):
+    """Makes processes that run `qdeploy`, and that do not outlive their maker."""
+
+    def start(
+        self, words: Sequence[str], limits: Limits, log: Path, shared: Mapping[str, str]
+    ) -> Started:
+        """Run the command of `words`; what it says is added to `log`.
+
+        Args:
+            shared: Variables of its environment.
+        """
+        ...
+
+
+class Spawned:
+    """A fresh interpreter for each command.
 
     Args:
-        key: The fleet's key, for seeds and for state that is kept.
-        stop: Ends the command when it is set.
+        program: What Python is to run with its words.
     """
-    began = time.monotonic()
-    cores = ",".join(map(str, sorted(limits.pinned)))
-    with log.open("ab") as said:
-        process = subprocess.Popen(  # noqa: S603 - whoever asks says what
-            [sys.executable, "-S", "-E", "-c", LAUNCHER, str(os.getpid()), cores, *command],
-            stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True,
-            env=_environment(limits, key),
-        )  # fmt: skip
+
+    def __init__(self, program: Sequence[str] = PROGRAM) -> None:
+        self._program = tuple(program)
+
+    def start(
+        self, words: Sequence[str], limits: Limits, log: Path, shared: Mapping[str, str]
+    ) -> Started:
+        cores = ",".join(map(str, sorted(limits.pinned)))
+        command = [sys.executable, *self._program, *words]
+        with log.open("ab") as said:
+            process = subprocess.Popen(  # noqa: S603 - ourselves
+                [sys.executable, "-S", "-E", "-c", LAUNCHER, str(os.getpid()), cores, *command],
+                stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True,
+                env={**environment(limits.cores), **shared},
+            )  # fmt: skip
+        return _Child(process)
+
+
+class _Child:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.pid, self._process = process.pid, process
+
+    def poll(self) -> Result | None:
+        pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+        if pid == 0:
+            return None
+        found = result_of(status, usage)
+        self._process.returncode = found.code  # it has been waited for
+        return found
+
+
+def result_of(status: int, usage: struct_rusage) -> Result:
+    """From what the system says of a process that was waited for."""
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    return Result(os.waitstatus_to_exitcode(status), cpu_seconds, usage.ru_maxrss * 1024)
+
+
+def environment(cores: int) -> dict[str, str]:
+    """Of a process that computes on so many cores, and finds this very program."""
+    place = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (place, os.environ.get("PYTHONPATH"))))
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(cores))
+    return {**os.environ, **threads, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+
+def watch(process: Started, limits: Limits, stop: Event) -> End:
+    """Wait for a process; end it when it takes more than it may, or when `stop` is set."""
+    began = weighed = time.monotonic()
     exceeded, stopped = None, False
-    weighed = began
-    while (status := os.wait4(process.pid, os.WNOHANG))[0] == 0:
+    while (result := process.poll()) is None:
         now = time.monotonic()
         if now - began > limits.seconds:
             exceeded = f"takes more than {limits.seconds / 60:g} minutes"
@@ -78,40 +149,22 @@ def run(command: Sequence[str], limits: Limits, log: Path, key: Path | None, sto
                 exceeded = f"takes more than {limits.memory_bytes / 1e9:g} GB"
         stopped = stop.is_set()
         if exceeded or stopped:
-            status = _ended(process.pid)
+            result = _ended(process)
             break
         time.sleep(POLL_SECONDS)
-    _, code, usage = status
-    process.returncode = os.waitstatus_to_exitcode(code)  # it has been waited for
     _kill(process.pid, signal.SIGKILL)  # whatever it has left behind
-    return End(
-        code=process.returncode,
-        seconds=time.monotonic() - began,
-        cpu_seconds=usage.ru_utime + usage.ru_stime,
-        peak_bytes=usage.ru_maxrss * 1024,
-        exceeded=exceeded,
-        stopped=stopped,
-    )
+    return End(result, time.monotonic() - began, exceeded, stopped)
 
 
-def _environment(limits: Limits, key: Path | None) -> Mapping[str, str]:
-    place = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, (place, os.environ.get("PYTHONPATH"))))
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(limits.cores))
-    shared = {"QDEPLOY_KEY": str(key)} if key is not None else {}
-    return {**os.environ, **threads, **shared, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-
-
-def _ended(pid: int) -> tuple[int, int, struct_rusage]:
+def _ended(process: Started) -> Result:
     """End a process: politely, and then not."""
-    _kill(pid, signal.SIGTERM)
+    _kill(process.pid, signal.SIGTERM)
     deadline = time.monotonic() + LEAVE_SECONDS
-    while (status := os.wait4(pid, os.WNOHANG))[0] == 0:
+    while (result := process.poll()) is None:
         if time.monotonic() > deadline:
-            _kill(pid, signal.SIGKILL)
-            return os.wait4(pid, 0)
+            _kill(process.pid, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
-    return status
+    return result
 
 
 def _kill(session: int, number: signal.Signals) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from logging import ERROR
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from qdeploy.errors import UsageError, foreign_reader
 from qdeploy.fleet.cells import Cell
 from qdeploy.fleet.document import Record
+from qdeploy.fleet.forks import Forks
 from qdeploy.fleet.manifest import LimitsSpec, RaySpec
 from qdeploy.fleet.seen import CellOutcome, Seen
 from qdeploy.fleet.work import Ended, Task, record_of, work
@@ -64,7 +66,13 @@ def _remote(task: Task) -> Ended:
     """On a node: what is under way lies in a folder of its own."""
     if not task.work.parent.is_dir():  # of another machine
         task = replace(task, work=_own_folder())
-    return work(task, Event())
+    return work(task, _forks(task.limits.cores), Event())
+
+
+@cache
+def _forks(cores: int) -> Forks:
+    """Of this worker of Ray, which takes one task after another and runs none itself."""
+    return Forks(cores)
 
 
 def _own_folder() -> Path:

@@ -6,7 +6,6 @@ import errno
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from signal import Signals
 from threading import Event
 
 from qdeploy.disk.files import file_sha256, make_folder
+from qdeploy.disk.state import KEY_VARIABLE
 from qdeploy.errors import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
@@ -25,13 +25,12 @@ from qdeploy.errors import (
 )
 from qdeploy.fleet.cells import Cell
 from qdeploy.fleet.document import Record, WrittenFile
-from qdeploy.fleet.process import End, Limits, run
+from qdeploy.fleet.process import End, Limits, Starter, watch
 from qdeploy.fleet.seen import VERDICTS, CellOutcome, Seen
 from qdeploy.fleet.store import Store, open_store
 from qdeploy.fleet.verbs import verb_of
 from qdeploy.runs.rundir import UNDER_WAY
 
-PROGRAM = ("-m", "qdeploy")
 LOG, LEFT, KEPT = "log.txt", "left", "kept"
 KEPT_OUTCOMES = frozenset(VERDICTS.values()) | {CellOutcome.DONE, CellOutcome.DUD}
 TAIL_BYTES, LONGEST_REASON = 4096, 300
@@ -59,7 +58,7 @@ class Ended:
     elsewhere: bool = False
 
 
-def work(task: Task, stop: Event) -> Ended:
+def work(task: Task, starter: Starter, stop: Event) -> Ended:
     """Run a cell, unless it is done or somebody else is at it, and keep what it leaves.
 
     Whatever goes wrong is a record: nothing is raised.
@@ -70,7 +69,11 @@ def work(task: Task, stop: Event) -> Ended:
             if not mine:
                 return Ended(task.cell.id, None, again=True, elsewhere=True)
             record = store.record(task.cell.id)
-            return Ended(task.cell.id, record, again=False) if record else _run(task, store, stop)
+            return (
+                Ended(task.cell.id, record, again=False)
+                if record
+                else _run(task, store, starter, stop)
+            )
     except QdeployError as error:  # the store, or the disk
         said = str(error)
     except Exception as error:  # noqa: BLE001 - a bug in one cell does not end the others
@@ -89,32 +92,33 @@ def record_of(cell: Cell, seen: Seen, attempts: int) -> Record:
     )  # fmt: skip
 
 
-def _run(task: Task, store: Store, stop: Event) -> Ended:
+def _run(task: Task, store: Store, starter: Starter, stop: Event) -> Ended:
     cell, folder = task.cell, task.work / task.cell.id
     left, kept, log = folder / LEFT, folder / KEPT, folder / LEFT / LOG
     row = verb_of(cell.asked.verb)
     make_folder(left)
     make_folder(kept)
     (left / row.left).unlink(missing_ok=True)  # of an attempt that was killed after it
-    command = [*PROGRAM, *row.command(cell.asked, left, kept), "--quiet"]
+    command = [*row.command(cell.asked, left, kept), "--quiet"]
     started = datetime.now(UTC).isoformat(timespec="seconds")
     said_before = log.stat().st_size if log.exists() else 0
-    end = run([sys.executable, *command], task.limits, log, task.key, stop)
+    shared = {KEY_VARIABLE: str(task.key)} if task.key is not None else {}
+    end = watch(starter.start(command, task.limits, log, shared), task.limits, stop)
     if end.stopped:
         return Ended(cell.id, None, again=True)
     said = _tail(log, said_before)
-    if UNDER_WAY in said and end.code == EXIT_BAD_INPUT:
+    if UNDER_WAY in said and end.result.code == EXIT_BAD_INPUT:
         return Ended(cell.id, None, again=True, elsewhere=True)
     seen = _seen(task, end) or _unfinished(end, said)
     complete = seen.outcome in KEPT_OUTCOMES and (left / row.left).exists()
     record = record_of(cell, seen, task.attempt).model_copy(
         update={
             "seconds": end.seconds,
-            "cpu_seconds": end.cpu_seconds,
-            "peak_bytes": end.peak_bytes,
+            "cpu_seconds": end.result.cpu_seconds,
+            "peak_bytes": end.result.peak_bytes,
             "where": f"{platform.node()}, {platform.machine()}",
             "started": started,
-            "command": join(command[1:]),
+            "command": join(["qdeploy", *command]),
         }
     )
     if complete:
@@ -127,10 +131,10 @@ def _run(task: Task, store: Store, stop: Event) -> Ended:
 def _seen(task: Task, end: End) -> Seen | None:
     """What the command has left; None if it did not come to its end."""
     row, left = verb_of(task.cell.asked.verb), task.work / task.cell.id / LEFT
-    if end.code < 0 or end.exceeded is not None or not (left / row.left).exists():
+    if end.result.code < 0 or end.exceeded is not None or not (left / row.left).exists():
         return None
     try:
-        seen = row.seen(end.code, left)
+        seen = row.seen(end.result.code, left)
     except QdeployError as error:
         return Seen(CellOutcome.FAILED, str(error))
     if seen.read is not None and seen.read not in task.cell.digests:
@@ -142,18 +146,18 @@ def _unfinished(end: End, said: str) -> Seen:
     """Why a command has left nothing to read."""
     if end.exceeded is not None:
         return Seen(CellOutcome.FAILED, end.exceeded)
-    if end.code < 0:
-        return Seen(CellOutcome.FAILED, f"killed by {Signals(-end.code).name}")
-    if end.code == EXIT_NO_VERDICT:
+    if end.result.code < 0:
+        return Seen(CellOutcome.FAILED, f"killed by {Signals(-end.result.code).name}")
+    if end.result.code == EXIT_NO_VERDICT:
         return Seen(CellOutcome.NO_VERDICT, _last_line(said))
-    if end.code == EXIT_BAD_INPUT and not _disk_full(said):
+    if end.result.code == EXIT_BAD_INPUT and not _disk_full(said):
         return Seen(CellOutcome.BAD_INPUT, _last_line(said))
-    return Seen(CellOutcome.FAILED, f"exit code {end.code}: {_last_line(said)}")
+    return Seen(CellOutcome.FAILED, f"exit code {end.result.code}: {_last_line(said)}")
 
 
 def _may_differ(end: End, said: str) -> bool:
     """Whether the same command may end otherwise: it was killed, or the disk was full."""
-    killed = end.code < 0 or end.code == EXIT_INTERRUPTED
+    killed = end.result.code < 0 or end.result.code == EXIT_INTERRUPTED
     return end.exceeded is None and (killed or _disk_full(said))
 
 
