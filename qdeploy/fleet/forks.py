@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from runpy import run_module
 from threading import Lock
 
 from threadpoolctl import threadpool_limits
@@ -192,10 +193,8 @@ def _prepared(table: Mapping[str, object]) -> list[str]:
 
 def _run(words: list[str]) -> None:
     """As `python -m qdeploy` does, with this process at its end."""
-    from qdeploy.cli import main
-
     sys.argv = ["qdeploy", *words]
-    main(words)
+    run_module("qdeploy", run_name="__main__")
 
 
 def _reap(running: dict[int, int]) -> None:

@@ -37,8 +37,10 @@ class Rays:
         self._under_way: dict[Any, Task] = {}
 
     def start(self, task: Task) -> None:
-        gpus = 1 if needs_gpu(task.cell) else 0
-        self._under_way[self._work.options(num_gpus=gpus).remote(task)] = task
+        asked: dict[str, float] = {"num_gpus": 1 if needs_gpu(task.cell) else 0}
+        if task.limits.memory_bytes is not None:
+            asked["memory"] = task.limits.memory_bytes
+        self._under_way[self._work.options(**asked).remote(task)] = task
 
     def ended(self, seconds: float) -> list[Ended]:
         if not self._under_way:
