@@ -44,6 +44,7 @@ CSV_COLUMNS = (
     "attack_success", "agreement", "size_bytes", "latency_ms", "sha256", "attempts", "seconds",
     "cpu_seconds", "peak_bytes", "where", "id",
 )  # fmt: skip
+PAGES = ("report.html", "report.json", "comparison/table.md", "training.json")  # of a cell
 MOST_ROWS = 5000  # of the page: browsers take their time for more
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for one
 
@@ -113,7 +114,7 @@ def _filters(document: FleetDocument) -> Iterator[tuple[str, str, list[tuple[str
 
 def _row(record: Record) -> dict[str, Any]:
     names = {file.name for file in record.files}
-    page = next((name for name in ("report.html", "report.json") if name in names), None)
+    page = next((name for name in PAGES if name in names), None)
     return {
         "model": record.model,
         "outcome": record.outcome.value,
