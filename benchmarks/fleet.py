@@ -178,10 +178,8 @@ def faults(given: argparse.Namespace, root: Path) -> None:
     bad.mkdir()
     (bad / "poisoned.pkl").write_bytes(PICKLE)
     (bad / "hang.py").write_text(HANG)
-    shutil.copy(next(iter(Path().glob(given.models))), bad / "hang.pt")
-    card = next(iter(Path().glob(given.models))).with_suffix(".toml")
-    shutil.copy(card, bad / "hang.toml")
-    hang = f'{{ path = "{bad}/hang.pt", options = {{ arch = "{bad}/hang.py:make" }} }}'
+    shutil.copytree(min(Path().glob(given.models)).parent, bad / "hanging")
+    hang = f'{{ path = "{bad}/hanging/model.pt", options = {{ arch = "{bad}/hang.py:make" }} }}'
     models = [entry(given.models), entry(bad / "poisoned.pkl"), hang]
     path = manifest(folder, key_of(given, root), models, sanitizing(given), minutes=given.minutes)
     command = [*QDEPLOY, "fleet", str(path), "--out", str(folder / "out"), "--quiet"]

@@ -95,6 +95,18 @@ def test_a_file_is_set_aside_and_not_lost(tmp_path):
     assert not path.exists()
 
 
+def test_what_is_kept_is_of_all_that_decides_and_not_of_a_name_that_two_runs_share(tmp_path):
+    arrays = {"codes": np.arange(3, dtype=np.int8)}
+    with open_run(tmp_path, "abc", "abc1") as run:
+        run.layers.save("conv", arrays)
+        run.predictions.save(3, arrays)
+    with open_run(tmp_path, "abc", "abc2") as other:
+        assert other.layers.load("conv") is None
+        assert other.predictions.load() is None
+    with open_run(tmp_path, "abc", "abc1") as again:
+        assert again.layers.load("conv") is not None
+
+
 def test_a_complete_run_has_a_manifest_of_its_files(tmp_path):
     with open_run(tmp_path, "abc") as run:
         run.write("model.onnx", b"data")

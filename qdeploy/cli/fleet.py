@@ -157,7 +157,7 @@ def _show_planned(
         return
     for cell in planned.cells:
         console.show_text(
-            f"{cell.id}  {cell.asked.title}" + (f": {cell.refused}" if cell.refused else "")
+            f"{cell.id[:12]}  {cell.asked.title}" + (f": {cell.refused}" if cell.refused else "")
         )
     known = estimate(planned)
     took = "of which nothing is known yet" if known.seconds is None else _duration(known.seconds)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -70,6 +71,21 @@ def make_folder(path: Path) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
+def remove(path: Path) -> None:
+    """Take away a file, a link (and not what it leads to), or a folder with all that is in it.
+
+    Raises:
+        OutputError: it cannot be.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot remove {path}: {error.strerror}") from error
+
+
 def set_aside(path: Path) -> Path | None:
     """Move a file out of the way, so that nobody takes it for the result of this run."""
     if not path.exists():
@@ -130,6 +146,8 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{what} {path}: {error.strerror}") from error
+    except ValueError as error:  # a name that no file can have
+        raise InputError(f"{what} {path}: {error}") from error
     except MemoryError as error:
         raise InputError(f"{what} {path}: does not fit into memory") from error
 

@@ -16,7 +16,7 @@ from qdeploy.fleet.models import Listed
 from qdeploy.fleet.options import checked, filled, located
 from qdeploy.fleet.verbs import Asked, members, verb_of
 from qdeploy.progress import Progress
-from qdeploy.runs.run_id import facts_id
+from qdeploy.runs.run_id import facts_digest
 from qdeploy.settings.device import load_device
 from qdeploy.settings.policy import load_policy
 from qdeploy.settings.recipe import load_recipe
@@ -65,9 +65,9 @@ def _cell(asked: Asked, digests: Digests) -> Cell:
         facts = verb_of(asked.verb).facts(asked, digests)
     except QdeployError as error:
         facts = {"refused": [asked.verb, str(asked.model), asked.label]}
-        return Cell(facts_id(facts), asked, str(error))
+        return Cell(facts_digest(facts), asked, str(error))
     model: list[str] = facts.get("file", facts.get("model", []))  # judged, or rounded
-    return Cell(facts_id({"verb": asked.verb, **facts}), asked, digests=tuple(model))
+    return Cell(facts_digest({"verb": asked.verb, **facts}), asked, digests=tuple(model))
 
 
 def _asked(job: JobSpec, number: int, folder: Path, models: tuple[Listed, ...]) -> Iterator[Asked]:

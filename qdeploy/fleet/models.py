@@ -9,6 +9,7 @@ from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
+from qdeploy.disk.printable import printable
 from qdeploy.errors import InputError
 from qdeploy.fleet.manifest import ModelsSpec
 from qdeploy.formats.folders import model_files
@@ -25,8 +26,16 @@ class Listed:
     options: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Where models of a registry are put, and the key that seals them."""
+
+    folder: Path
+    key: bytes
+
+
 def list_models(
-    specs: tuple[ModelsSpec, ...], folder: Path, fetched: Path, progress: Progress
+    specs: tuple[ModelsSpec, ...], folder: Path, fetched: Fetched, progress: Progress
 ) -> tuple[Listed, ...]:
     """Every model once, in the order of the manifest.
 
@@ -41,15 +50,15 @@ def list_models(
     found: dict[Path, Listed] = {}
     for spec in specs:
         for path, name in _of(spec, folder, fetched, progress):
-            found.setdefault(path, Listed(path, name, spec.options))
+            found.setdefault(path, Listed(path, printable(name), spec.options))
     return tuple(_distinct(found))
 
 
 def _of(
-    spec: ModelsSpec, folder: Path, fetched: Path, progress: Progress
+    spec: ModelsSpec, folder: Path, fetched: Fetched, progress: Progress
 ) -> Iterator[tuple[Path, str]]:
     if spec.uri is not None and spec.tracking_uri is not None:
-        for version in fetch(spec.uri, spec.tracking_uri, fetched, progress):
+        for version in fetch(spec.uri, spec.tracking_uri, fetched.folder, fetched.key, progress):
             for path in _needed(model_files(version.path), spec.uri, "holds no model"):
                 yield path, version.name
         return
@@ -81,4 +90,5 @@ def _distinct(found: Mapping[Path, Listed]) -> Iterator[Listed]:
         if len(alike[one.name]) == 1:
             yield one
         else:
-            yield Listed(path, path.relative_to(shared[one.name]).as_posix(), one.options)
+            name = path.relative_to(shared[one.name]).as_posix()
+            yield Listed(path, printable(name), one.options)

@@ -23,7 +23,7 @@ from qdeploy.fleet.drive import State, Terms, drive
 from qdeploy.fleet.executors import open_executor
 from qdeploy.fleet.forms import form_of, place_of, render
 from qdeploy.fleet.manifest import FleetSpec, load_manifest
-from qdeploy.fleet.models import list_models
+from qdeploy.fleet.models import Fetched, list_models
 from qdeploy.fleet.process import Limits
 from qdeploy.fleet.store import Store, is_url, open_store
 from qdeploy.fleet.whole import changes, read_fleet, whole
@@ -81,7 +81,7 @@ def plan_fleet(request: FleetRequest, progress: Progress) -> Planned:
     key = folder / spec.key if spec.key is not None else None
     place = spec.store if is_url(spec.store) else str(folder / spec.store)
     store = open_store(place, key)
-    models = list_models(spec.models, folder, out / FETCHED, progress)
+    models = list_models(spec.models, folder, Fetched(out / FETCHED, store.key), progress)
     cells = cells_of(spec, folder, models, progress)
     return Planned(spec, store, _terms(spec, place, key, out), _shared(cells, request.share), out)
 

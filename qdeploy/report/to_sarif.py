@@ -53,7 +53,7 @@ def sarif(
 
 def sarif_uri(path: str) -> str:
     """A path as a relative reference, whatever characters a stranger put into it."""
-    return quote(Path(path).as_posix().lstrip("/"))
+    return quote(Path(path).as_posix().lstrip("/"), errors="surrogateescape")
 
 
 def _rule(name: str, text: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from qdeploy.inputs.requests import CleanRequest
 from qdeploy.machine import installed_versions
 from qdeploy.progress import Clock, Progress
 from qdeploy.runs.opening import open_source
-from qdeploy.runs.run_id import data_facts, facts_id, input_facts
+from qdeploy.runs.run_id import data_facts, facts_digest, input_facts, run_id
 from qdeploy.runs.rundir import open_run
 from qdeploy.runs.student_card import card_beside
 from qdeploy.runs.writing import as_json
@@ -105,8 +105,11 @@ def make_student(request: CleanRequest, compute: Compute, progress: Progress) ->
         digest = images.digest(hashes)
         used = DataUsed("distillation", images.name, len(images), digest, "command line")
     asked = _asked(request, compute, loaded)
-    with open_run(request.artifacts, facts_id({**asked, "data": data_facts((used,))})) as run:
-        store = Checkpoint(run.path / TRAINING)  # stays: asked again, it need not be done again
+    decided = facts_digest({**asked, "data": data_facts((used,))})
+    with open_run(request.artifacts, run_id(decided), decided) as run:
+        store = Checkpoint(
+            run.path / TRAINING, decided
+        )  # stays: asked again, it need not be done again
         with clock.stage("clean"):
             setting = Setting(seed=request.seed, compute=compute, store=store, progress=progress)
             result = distill(loaded, images, request.spec, setting)

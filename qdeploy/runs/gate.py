@@ -24,7 +24,7 @@ from qdeploy.report.values import Report
 from qdeploy.runs.made import recall
 from qdeploy.runs.measuring import answers_of, check_providers, measure, suspect
 from qdeploy.runs.opening import open_model
-from qdeploy.runs.run_id import data_facts, facts_id, input_facts
+from qdeploy.runs.run_id import data_facts, facts_digest, input_facts, run_id
 from qdeploy.runs.rundir import RunDir, open_run
 from qdeploy.runs.writing import as_json, check_places, keep, write_reports
 from qdeploy.runtime.known import runtime_of
@@ -81,8 +81,8 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
         if not subject.has_reference:
             suspected = replace(suspected, file=None)
         detected = detect(suspected, progress)
-    run_id = _run_id(request, subject, data, model, evidence)
-    with open_run(request.artifacts, run_id) as folder:
+    digest = _digest(request, subject, data, model, evidence)
+    with open_run(request.artifacts, run_id(digest), digest) as folder:
         files = keep(folder, _variants(data, model, provenance))
         measured = measure(request, interface, files, evidence, folder, clock)
         found = Results(
@@ -96,7 +96,7 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
             known=subject.known,
             notes=(OWN,) if own else (),
         )
-        return _deliver(compose(request, found, clock, run_id), request, subject, folder)
+        return _deliver(compose(request, found, clock, folder.path.name), request, subject, folder)
 
 
 def _refuse(
@@ -104,7 +104,8 @@ def _refuse(
 ) -> Report:
     """The report on a file that nobody should run."""
     facts = {"file": origin.sha256, "policy": request.policy.model_dump(mode="json")}
-    with open_run(request.artifacts, facts_id(facts)) as run:
+    digest = facts_digest(facts)
+    with open_run(request.artifacts, run_id(digest), digest) as run:
         found = Results(
             origin=origin,
             classes=0,
@@ -145,10 +146,10 @@ def _variants(
     return files | {"result": data}
 
 
-def _run_id(
+def _digest(
     request: Request, subject: Subject, data: bytes, model: FloatModel | None, evidence: Evidence
 ) -> str:
-    return facts_id(
+    return facts_digest(
         {
             "file": hashlib.sha256(data).hexdigest(),
             "reference": hashlib.sha256(model.onnx).hexdigest() if model is not None else None,

@@ -35,6 +35,7 @@ class RunDir:
     """`<root>/<run id>/`: everything a run made, with a manifest of sha256 sums."""
 
     path: Path
+    digest: str  # of all that decides about the run: what is kept is of this run and of no other
     written: set[str] = field(default_factory=set)
 
     def write(self, name: str, data: bytes | memoryview) -> Path:
@@ -56,18 +57,21 @@ class RunDir:
 
     @property
     def layers(self) -> StoredLayers:
-        return StoredLayers(self.path / PARTIAL / "layers", self.path.name)
+        return StoredLayers(self.path / PARTIAL / "layers", self.digest)
 
     @property
     def predictions(self) -> StoredPredictions:
-        return StoredPredictions(self.path / PARTIAL / "predictions.npz", self.path.name)
+        return StoredPredictions(self.path / PARTIAL / "predictions.npz", self.digest)
 
 
 @contextmanager
-def open_run(root: Path, run_id: str) -> Iterator[RunDir]:
+def open_run(root: Path, run_id: str, digest: str | None = None) -> Iterator[RunDir]:
     """The directory of a run, for this process alone while the context is open.
 
     A run that was interrupted finds what it had; one that was complete starts anew.
+
+    Args:
+        digest: Of all that decides about the run, where its name is only the beginning of that.
 
     Raises:
         OutputError: it cannot be written, or a link or a file of somebody else lies in it.
@@ -96,7 +100,7 @@ def open_run(root: Path, run_id: str) -> Iterator[RunDir]:
             shutil.rmtree(path / PARTIAL, ignore_errors=True)
         for torn in _torn_writes(path):
             torn.unlink(missing_ok=True)
-        yield RunDir(path)
+        yield RunDir(path, run_id if digest is None else digest)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -124,15 +128,15 @@ class StoredLayers:
     """Solved layers of an interrupted run, one file each."""
 
     folder: Path
-    run_id: str = ""  # they are of this run and of no other
+    digest: str = ""  # of the run
 
     def load(self, layer: str) -> dict[str, np.ndarray] | None:
-        return _load_arrays(self._file(layer), self.run_id)
+        return _load_arrays(self._file(layer), self.digest)
 
     def save(self, layer: str, arrays: Mapping[str, np.ndarray]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self._file(layer)
-        write_atomically(file, _packed(arrays, self.run_id, file))
+        write_atomically(file, _packed(arrays, self.digest, file))
 
     def _file(self, layer: str) -> Path:
         digest = hashlib.sha256(layer.encode()).hexdigest()[:8]
@@ -145,28 +149,28 @@ class StoredPredictions:
     """The answers an interrupted measurement already has."""
 
     file: Path
-    run_id: str = ""
+    digest: str = ""
 
     def load(self) -> tuple[int, dict[str, np.ndarray]] | None:
-        arrays = _load_arrays(self.file, self.run_id)
+        arrays = _load_arrays(self.file, self.digest)
         return None if arrays is None else (int(arrays.pop("done")), arrays)
 
     def save(self, done: int, arrays: Mapping[str, np.ndarray]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(
-            self.file, _packed({**arrays, "done": np.array(done)}, self.run_id, self.file)
+            self.file, _packed({**arrays, "done": np.array(done)}, self.digest, self.file)
         )
 
 
-def _packed(arrays: Mapping[str, np.ndarray], run_id: str, file: Path) -> bytes:
+def _packed(arrays: Mapping[str, np.ndarray], digest: str, file: Path) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    return sealed(buffer.getvalue(), run_id, file.name)
+    return sealed(buffer.getvalue(), digest, file.name)
 
 
-def _load_arrays(path: Path, run_id: str) -> dict[str, np.ndarray] | None:
+def _load_arrays(path: Path, digest: str) -> dict[str, np.ndarray] | None:
     """The arrays in `path`; None if there is no such file, or it was not written by this user."""
-    data = unsealed(path, run_id, path.name)
+    data = unsealed(path, digest, path.name)
     if data is None:
         return None
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:

@@ -41,7 +41,7 @@ from qdeploy.runs.converting import beside, places_beside
 from qdeploy.runs.made import remember
 from qdeploy.runs.measuring import answers_of, check_providers, form_of, measure
 from qdeploy.runs.opening import exported, open_model, open_source
-from qdeploy.runs.run_id import data_facts, facts_id, input_facts
+from qdeploy.runs.run_id import data_facts, facts_digest, input_facts, run_id
 from qdeploy.runs.rundir import RunDir, open_run
 from qdeploy.runs.securing import Made, secure
 from qdeploy.runs.writing import as_json, check_places, keep, write_reports
@@ -80,7 +80,8 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             request, model.classes, fitted, progress, answers_of(model, request)
         )
     request, plan, searched = _searched(request, model, plan, calibration, clock)
-    with open_run(request.artifacts, _run_id(request, model, calibration, evidence)) as run:
+    digest = _digest(request, model, calibration, evidence)
+    with open_run(request.artifacts, run_id(digest), digest) as run:
         made = _quantize(request, model, plan, calibration, run, clock)
         if searched is not None:
             run.write("sensitivity.csv", searched.as_csv())
@@ -126,7 +127,8 @@ def quantize(request: QuantizeRequest, out: Path, progress: Progress) -> Quantiz
         for note in calibration.notes:
             progress.note(note)
     request, plan, searched = _searched(request, model, plan, calibration, clock)
-    with open_run(request.artifacts, _run_id(request, model, calibration, NO_EVIDENCE)) as run:
+    digest = _digest(request, model, calibration, NO_EVIDENCE)
+    with open_run(request.artifacts, run_id(digest), digest) as run:
         made = _quantize(request, model, plan, calibration, run, clock)
         if searched is not None:
             run.write("sensitivity.csv", searched.as_csv())
@@ -270,11 +272,11 @@ def _chosen(provenance: Provenance, quantized: QuantizedModel) -> frozenset[Laye
     return frozenset((x.codes_sha256, x.scales_sha256) for x in traced if x.codes_sha256 in chosen)
 
 
-def _run_id(
+def _digest(
     request: QuantizeRequest, model: FloatModel, calibration: Calibration, evidence: Evidence
 ) -> str:
     """A hash of everything that changes the result."""
-    return facts_id(
+    return facts_digest(
         {
             "source": model.origin.sha256,
             "model": hashlib.sha256(model.onnx).hexdigest(),

@@ -50,10 +50,14 @@ def restore(saved: Mapping[str, Any], parts: Parts) -> Mapping[str, Any]:
 
 
 class Checkpoint:
-    """One file, replaced as a whole; tensors and plain containers only."""
+    """One file, replaced as a whole; tensors and plain containers only.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        digest: Of all that decides about the training, where its place does not tell it.
+    """
+
+    def __init__(self, path: Path, digest: str = "") -> None:
+        self.path, self._digest = path, digest
         self._last = time.monotonic()
 
     def load(self) -> Mapping[str, Any] | None:
@@ -89,4 +93,4 @@ class Checkpoint:
 
     def _place(self) -> tuple[str, ...]:
         """The run and the name that it is kept under: it is of no other."""
-        return self.path.absolute().parts[-3:]
+        return (*self.path.absolute().parts[-3:], self._digest)
