@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -25,23 +26,25 @@ import typer
 from qdeploy.cli import app
 from qdeploy.cli import main as command_line
 from qdeploy.disk.state import KEY_VARIABLE, private_number
-from qdeploy.errors import InputError, OutputError, UsageError
+from qdeploy.errors import InputError, OutputError, QdeployError, UsageError
 from qdeploy.fleet import verbs
 from qdeploy.fleet.cells import Cell, cells_of
-from qdeploy.fleet.document import FleetDocument, Record, WrittenFile
+from qdeploy.fleet.document import FleetDocument, Record, Status, WrittenFile
 from qdeploy.fleet.drive import Terms, drive
 from qdeploy.fleet.emit import Job, to_k8s, to_slurm
+from qdeploy.fleet.facts import Input
 from qdeploy.fleet.forks import Forks
 from qdeploy.fleet.forms import place_of, render, to_csv, to_html
 from qdeploy.fleet.manifest import FleetSpec
-from qdeploy.fleet.models import list_models
+from qdeploy.fleet.models import Fetched, list_models
 from qdeploy.fleet.options import SETTINGS, arguments, checked
 from qdeploy.fleet.process import Limits, Spawned, watch
+from qdeploy.fleet.run import read_status
 from qdeploy.fleet.seen import CellOutcome, Seen
 from qdeploy.fleet.store import Folder, Store, open_store
 from qdeploy.fleet.verbs import Asked, members, verb_of
 from qdeploy.fleet.whole import changes, read_fleet, whole
-from qdeploy.fleet.work import Ended, Task, record_of, work
+from qdeploy.fleet.work import BUSY, FULL, Ended, Task, record_of, work
 from qdeploy.judging.verdict import Outcome
 from qdeploy.progress import SILENT
 from qdeploy.settings.schema import validate
@@ -107,8 +110,14 @@ def spec_of(**said) -> FleetSpec:
 
 def planned(place: Path, **said) -> dict[str, Cell]:
     spec = spec_of(**{"models": [{"path": "models/*.onnx"}], **said})
-    models = list_models(spec.models, place, place / "fetched", SILENT)
-    return {cell.asked.title: cell for cell in cells_of(spec, place, models, SILENT)}
+    models = list_models(spec.models, place, Fetched(place / "fetched", KEY), SILENT)
+    return {cell.title: cell for cell in cells_of(spec, place, models, SILENT)}
+
+
+def status(**said) -> Status:
+    told = {"finished": False, "process": os.getpid(), "host": platform.node(), "name": "f"}
+    told |= {"cells": 1, "done": 0, "kept": 0, "outcomes": {}, "under_way": (), "per_minute": 0}
+    return Status(**{**told, "seconds_left": None, **said})
 
 
 # Whole fleets
@@ -160,7 +169,7 @@ def test_a_share_leaves_its_cells_in_the_store_for_the_whole(
     monkeypatch.setattr("qdeploy.fleet.run.open_executor", lambda *_: Keeping(place))
     assert fleet("--share", "1/2") == 0
     assert not (place / "out" / "fleet.json").exists()
-    assert json.loads((place / "out" / "status-1.json").read_text())["done"] == 1
+    assert read_status(place / "out" / "status-1-of-2.json").done == 1
     assert fleet("--dry-run") == 0
     said = capsys.readouterr().out
     assert "2 cells: 1 are done, 0 are refused; the others take a worker" in said
@@ -203,7 +212,7 @@ def test_a_manifest_that_does_not_fit_is_one_line(said, complaint):
         ({"verb": "gate", "options": {"device": "any"}}, "options.device is not for options"),
         ({"verb": "sanitize", "options": {"bits": 5}}, r"options.bits: must be 4, 8 or 'auto'"),
         ({"verb": "sanitize", "options": {"seed": "x"}}, "options.seed: must be a valid integer"),
-        ({"verb": "scan", "models": "c*"}, "no model is called as a job asks"),
+        ({"verb": "scan", "models": "c*"}, r"models 'c\*': no model of the fleet is called so"),
         ({"verb": "redteam", "suite": "detection"}, "options.data: is missing"),
     ],
 )
@@ -221,7 +230,7 @@ def test_what_is_called_by_a_name_that_nothing_has_is_said_once(place, axis, one
 def test_models_are_found_by_pattern_in_folders_and_by_name(place, one_process):
     def names(**said) -> list[str]:
         specs = spec_of(models=[said]).models
-        return [one.name for one in list_models(specs, place, place, SILENT)]
+        return [one.name for one in list_models(specs, place, Fetched(place, KEY), SILENT)]
 
     (place / "other").mkdir()
     (place / "other" / "a.onnx").write_bytes(residual_net())
@@ -329,6 +338,62 @@ def test_a_suite_of_the_red_team_is_a_cell_for_each_model():
     }  # fmt: skip
 
 
+def test_a_factory_in_a_folder_with_too_much_code_is_refused(place, one_process, monkeypatch):
+    monkeypatch.setattr("qdeploy.fleet.facts.MOST_CODE_FILES", 1)
+    for name in ("net.py", "a/one.py"):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text("")
+    models = [{"path": "models/a.onnx", "options": {"arch": "net.py:make"}}]
+    assert "more than 1 Python files" in planned(place, models=models)["a.onnx, scan"].refused
+    monkeypatch.setattr("qdeploy.fleet.facts.MOST_CODE_FILES", 2)
+    first = planned(place, models=models)["a.onnx, scan"].id
+    (place / "a" / "one.py").write_text("x = 1")
+    assert planned(place, models=models)["a.onnx, scan"].id != first
+
+
+def test_what_a_card_calls_its_classes_decides_too(place, one_process):
+    ids = set()
+    for classes in ("", '[model]\nclasses = ["a", "b"]\n', '[model]\nclasses = ["b", "a"]\n'):
+        (place / "models" / "a.toml").write_text(classes + CARD)
+        ids.add(planned(place)["a.onnx, scan"].id)
+    assert len(ids) == 3
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f'test = "{"a" * 300}"', f'test = "{"a/" * 3000}"', 'test = "\\u0000"', 'test = "odd"',
+        'test = "pipe"', 'test = "../.."',
+    ],
+)  # fmt: skip
+def test_a_card_ends_no_fleet_whatever_data_it_names(place, one_process, line):
+    odd = place / "models" / "odd"
+    odd.mkdir()
+    Path(os.fsdecode(os.fsencode(odd) + b"/\xff.png")).write_bytes(b"x")
+    os.mkfifo(place / "models" / "pipe")
+    (place / "models" / "a.toml").write_text(f"{CARD}[data]\n{line}\n")
+    cells = planned(place, models=[{"path": "models/[ab].onnx"}])
+    assert (cells["a.onnx, scan"].refused is None) == ("odd" in line)
+    assert cells["b.onnx, scan"].refused is None
+
+
+def test_cells_that_would_be_called_alike_are_told_apart(place, one_process):
+    jobs = [{"verb": "gate", "options": {"test_images": count}} for count in (5, 6)]
+    assert list(planned(place, models=[{"path": "models/a.onnx"}], jobs=jobs)) == [
+        "a.onnx, gate", "a.onnx, gate (2)",
+    ]  # fmt: skip
+
+
+def test_one_model_under_two_names_is_computed_once_and_told_twice(place, one_process, monkeypatch):
+    (place / "models" / "b.onnx").write_bytes(residual_net(0))
+    (place / "fleet.toml").write_text(MANIFEST.replace(BAD, "").replace("/a.", "/*."))
+    monkeypatch.setattr("qdeploy.fleet.run.open_executor", lambda *_: Keeping(place))
+    assert fleet() == 0
+    document = read_fleet(place / "out" / "fleet.json")
+    assert [record.title for record in document.cells] == ["a.onnx, scan", "b.onnx, scan"]
+    assert document.computed == 1
+
+
 # What is kept
 
 
@@ -354,11 +419,11 @@ def test_what_is_kept_is_read_back_by_whoever_has_the_key(tmp_path):
     assert (tmp_path / "out" / "r.txt").read_text() == "said"
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "renamed", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "renamed", "folder", "pipe"])
 def test_what_is_not_as_it_was_kept_is_not_done(tmp_path, damage):
-    record, store = kept(tmp_path, store_of(tmp_path)), store_of(tmp_path)
+    kept(tmp_path, store_of(tmp_path))
+    store = store_of(tmp_path)
     cell = tmp_path / "kept" / "cells" / "c1"
-    file = tmp_path / "kept" / "files" / record.files[0].sha256
     if damage == "cut":
         cell.write_bytes(cell.read_bytes()[:-9])
     elif damage == "changed":
@@ -366,7 +431,8 @@ def test_what_is_not_as_it_was_kept_is_not_done(tmp_path, damage):
     elif damage == "renamed":
         cell.rename(cell.with_name("c2"))
     else:
-        file.unlink()
+        cell.unlink()
+        cell.mkdir() if damage == "folder" else os.mkfifo(cell)
     assert store.record("c1") is None
     assert store.record("c2") is None
 
@@ -374,8 +440,10 @@ def test_what_is_not_as_it_was_kept_is_not_done(tmp_path, damage):
 def test_a_file_of_another_content_is_not_handed_out(tmp_path):
     record, store = kept(tmp_path, store_of(tmp_path)), store_of(tmp_path)
     (tmp_path / "kept" / "files" / record.files[0].sha256).write_text("lied")
-    assert store.record("c1") is not None  # it has the size that it should
+    assert not store.whole(record)
     assert not store.fetch(record, tmp_path / "out")
+    store.keep(record, tmp_path / "left")  # which mends it
+    assert store.fetch(record, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../x", ".x", "a//b", ""])
@@ -406,8 +474,9 @@ def test_a_store_at_a_url_keeps_the_same(tmp_path):
     with store.blobs.claim("c1") as first, store.blobs.claim("c1") as second:
         assert first
         assert second  # nobody can be kept out
-    with pytest.raises(UsageError, match="store nothing://x"):
-        open_store("nothing://x", tmp_path / "key")
+    for nowhere in ("nothing://x", "local://", "://x", "ftp://127.0.0.1:1/x", "zip://a"):
+        with pytest.raises(QdeployError, match="store"):
+            open_store(nowhere, tmp_path / "key")
 
 
 def test_seeds_come_of_the_key_that_machines_share(tmp_path, monkeypatch):
@@ -538,9 +607,7 @@ def test_forked_commands_are_as_alone_as_spawned_ones(tmp_path, monkeypatch):
         assert "error: model none.onnx: No such file" in (tmp_path / "other").read_text()
 
         (tmp_path / "fleet.toml").write_text(MANIFEST)
-        status = {"finished": False, "process": os.getpid(), "name": "f", "cells": 1, "done": 0}
-        status |= {"per_minute": 0, "seconds_left": None, "outcomes": {}}
-        (tmp_path / "status.json").write_text(json.dumps(status))
+        (tmp_path / "status.json").write_text(status().model_dump_json())
         endless = ["fleet", "fleet.toml", "--out", ".", "--watch"]
         process = forks.start(endless, LIMITS, tmp_path / "log", {})
         assert process.poll() is None
@@ -551,6 +618,59 @@ def test_forked_commands_are_as_alone_as_spawned_ones(tmp_path, monkeypatch):
         assert watch(again, LIMITS, Event()).result.code == 0
     finally:
         forks.close()
+
+
+def test_what_lies_where_a_cell_works_and_is_not_ours_is_taken_away(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m0.onnx").write_bytes(b"model")
+    in_place_of_scan(monkeypatch, REPORTED)
+    cell = replace(cells(1)[0], digests=(hashlib.sha256(b"model").hexdigest(),))
+    left = tmp_path / "out" / "work" / cell.id / "left"
+    left.mkdir(parents=True)
+    (tmp_path / "victim").write_text("mine")
+    (left / "log.txt").symlink_to(tmp_path / "victim")
+    (left / "model.onnx").write_bytes(b"evil")
+    task = Task(cell, 1, LIMITS, str(tmp_path / "store"), None, tmp_path / "out" / "work")
+    ended = work(task, Spawned(()), Event())
+    assert [file.name for file in ended.record.files] == ["log.txt", "report.json"]
+    assert (tmp_path / "victim").read_text() == "mine"
+
+    store = open_store(task.store, None)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out" / "cells").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="cells is a link"):
+        store.fetch(ended.record, tmp_path / "out" / place_of(ended.record))
+    (tmp_path / "out" / "other").symlink_to(tmp_path / "elsewhere")
+    elsewhere = replace(task, cell=replace(cell, id="id9"), work=tmp_path / "out" / "other")
+    assert work(elsewhere, Spawned(()), Event()).record.reason.endswith("other: is a link")
+
+
+def test_a_cell_whose_policy_was_written_to_meanwhile_is_not_done(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m0.onnx").write_bytes(b"model")
+    policy = tmp_path / "strict.toml"
+    policy.write_text("lax")
+    in_place_of_scan(monkeypatch, REPORTED)
+    known = Input(policy, 3, hashlib.sha256(b"str").hexdigest())
+    digest = hashlib.sha256(b"model").hexdigest()
+    cell = replace(cells(1)[0], digests=(digest,), inputs=(known,))
+    task = Task(cell, 1, LIMITS, str(tmp_path / "store"), None, tmp_path / "out" / "work")
+    ended = work(task, Spawned(()), Event())
+    assert ended.record.reason == f"{policy} was written to while the fleet ran"
+    assert open_store(task.store, None).record(cell.id) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "busy", "full"),
+    [
+        ("error: run 91ca6ee00cdc is under way in another process (/x)", True, False),
+        ("error: cannot write /x/y: No space left on device", False, True),
+        ("error: model x is under way in another process (.onnx: damaged", False, False),
+        ("error: model No space left on device: damaged", False, False),
+    ],
+)
+def test_a_model_cannot_pretend_by_its_name_that_a_cell_must_wait(said, busy, full):
+    assert (BUSY.search(said) is not None, FULL.search(said) is not None) == (busy, full)
 
 
 # The order of the work
@@ -614,7 +734,8 @@ def quick(monkeypatch):
 
 def cells(count: int) -> tuple[Cell, ...]:
     return tuple(
-        Cell(f"id{i}", Asked("scan", Path(f"m{i}.onnx"), f"m{i}.onnx", {})) for i in range(count)
+        Cell(f"id{i}", Asked("scan", Path(f"m{i}.onnx"), f"m{i}.onnx", {}), f"m{i}.onnx, scan")
+        for i in range(count)
     )
 
 
@@ -723,7 +844,7 @@ def test_what_becomes_of_a_cell_however_its_command_ends(
     digest = hashlib.sha256(b"model").hexdigest()
     if "exec(REST)" in code:  # it is another file when it is read
         code = code.replace("exec(REST)", "") + REPORTED
-        reason = "the model was written to while the fleet ran"
+        reason = "m0.onnx was written to while the fleet ran"
     in_place_of_scan(monkeypatch, code)
     cell = replace(cells(1)[0], digests=(digest,))
     left = tmp_path / "work" / cell.id / "left"
@@ -821,13 +942,14 @@ SLURM = """\
 #SBATCH --array=0-1
 #SBATCH --cpus-per-task=2
 #SBATCH --time=50
-#SBATCH --mem=2048M
+#SBATCH --mem=3815M
 #SBATCH --partition=edge
 #SBATCH --requeue
 #SBATCH --output=/o/slurm-%A-%a.log
 # 2 cells. After it: qdeploy fleet /m/fleet.toml --out /o
 module load python
-exec qdeploy fleet /m/fleet.toml --out /o --workers 1 --share "$SLURM_ARRAY_TASK_ID/2"
+exec qdeploy fleet /m/fleet.toml --out /o --executor local --workers 1 \\
+  --share "$SLURM_ARRAY_TASK_ID/2"
 """
 
 
@@ -847,7 +969,7 @@ def test_a_job_array_of_slurm():
 def test_a_device_with_a_gpu_is_asked_for():
     job = job_of()
     asked = replace(job.cells[0].asked, device="cuda")
-    on_gpu = replace(job, cells=[Cell("id", asked)])
+    on_gpu = replace(job, cells=[Cell("id", asked, "t")])
     assert "--gres=gpu:1\n" in to_slurm(on_gpu)
 
 
@@ -859,13 +981,29 @@ def test_an_indexed_job_of_kubernetes():
     assert (table["spec"]["completions"], table["spec"]["completionMode"]) == (2, "Indexed")
     assert container["command"] == ["qdeploy"]
     assert container["args"] == [
-        "fleet", "/fleet/fleet.toml", "--out", "/fleet/out", "--workers", "1",
-        "--share", "$(JOB_COMPLETION_INDEX)/2",
+        "fleet", "/fleet/fleet.toml", "--out", "/fleet/out", "--executor", "local",
+        "--workers", "1", "--share", "$(JOB_COMPLETION_INDEX)/2",
     ]  # fmt: skip
-    assert container["resources"]["limits"] == {"cpu": "2", "memory": "2000M"}
+    assert container["resources"]["limits"] == {"cpu": "2", "memory": "3815Mi"}
     assert container["env"] == [{"name": "QDEPLOY_KEY", "value": "/key/key"}]
     with pytest.raises(UsageError, match="in which container"):
         to_k8s(job_of())
+
+
+@pytest.mark.parametrize("where", [{"manifest": Path("/m\ntouch x #/f")}, {"out": Path("/o\x1b")}])
+def test_a_script_has_no_names_with_lines_of_their_own(where):
+    with pytest.raises(UsageError, match="cannot be written into a script"):
+        to_slurm(replace(job_of(), **where))
+
+
+@pytest.mark.parametrize("content", ["[]", "x", '{"name": 1}', "{}"])
+def test_a_status_that_is_none_is_one_line(place, one_process, content):
+    (place / "out").mkdir()
+    assert fleet("--watch") == 2  # none has begun
+    (place / "out" / "status.json").write_text(content)
+    assert fleet("--watch") == 2
+    (place / "out" / "status.json").write_text(status(process=999_999_999).model_dump_json())
+    assert fleet("--watch") == 2  # it has ended before the last cell
 
 
 def test_an_executor_that_is_not_installed_is_one_line(place, monkeypatch, one_process):

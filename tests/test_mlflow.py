@@ -19,14 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdeploy.errors import InputError
-from qdeploy.fleet.models import list_models
+from qdeploy.fleet.models import Fetched, list_models
 from qdeploy.progress import SILENT
 from qdeploy.report.kept import read_report
 from qdeploy.tracking.entries import entries_of, metric_name
 from qdeploy.tracking.registry import fetch
 from qdeploy.tracking.server import ENVIRONMENT, Server
 from tests.test_attest import MODEL, report_about, run
-from tests.test_fleet import spec_of
+from tests.test_fleet import KEY, spec_of
 
 START_SECONDS = 120
 
@@ -355,18 +355,21 @@ def test_registered_models_are_brought_here_by_version_alias_newest_and_pattern(
     client.set_registered_model_alias("fetch-cat", "champion", "1")
 
     def names(uri: str) -> list[str]:
-        found = fetch(f"models:/fetch-{uri}", server, tmp_path / "here", SILENT)
+        found = fetch(f"models:/fetch-{uri}", server, tmp_path / "here", KEY, SILENT)
         held = [[file.read_bytes() for file in one.path.rglob("*.onnx")] for one in found]
         assert held == [[MODEL]] * len(found)
         return sorted(one.name.removeprefix("fetch-") for one in found)
 
+    assert names("cat/1") == ["cat/1"]
+    (planted,) = (tmp_path / "here").rglob("net.onnx")
+    planted.write_bytes(b"another")  # it is brought anew
     assert names("cat/1") == ["cat/1"]
     assert names("cat@champion") == ["cat/1"]
     assert names("cat") == ["cat/2"]
     assert names("c*") == ["cat/2", "cow/1"]
     for uri, complaint in (("bird", "no such model"), ("cat/7", "not found"), ("cat@x", "alias")):
         with pytest.raises(InputError, match=complaint):
-            fetch(f"models:/fetch-{uri}", server, tmp_path / "here", SILENT)
+            fetch(f"models:/fetch-{uri}", server, tmp_path / "here", KEY, SILENT)
     (spec,) = spec_of(models=[{"uri": "models:/fetch-c*", "tracking_uri": server}]).models
-    listed = list_models((spec,), tmp_path, tmp_path / "here", SILENT)
+    listed = list_models((spec,), tmp_path, Fetched(tmp_path / "here", KEY), SILENT)
     assert sorted(one.name for one in listed) == ["fetch-cat/2", "fetch-cow/1"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
+import platform
 import time
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -73,7 +73,7 @@ def fleet(
     """Many models, recipes and devices in one command: each once, on processes or a cluster."""
     from qdeploy.cli import console
     from qdeploy.fleet.manifest import load_manifest
-    from qdeploy.fleet.run import FleetRequest, plan_fleet, run_fleet
+    from qdeploy.fleet.run import FleetRequest, plan_fleet, run_fleet, status_place
 
     place = out if out is not None else ARTIFACTS / "fleet" / load_manifest(manifest).name
     request = FleetRequest(
@@ -81,7 +81,7 @@ def fleet(
         share=_share(share), executor=executor, workers=workers,
     )  # fmt: skip
     if watch:
-        _watch(place)
+        _watch(status_place(place, request.share))
         return
     progress = console.TerminalProgress()
     if dry_run or emit is not None:
@@ -157,7 +157,7 @@ def _show_planned(
         return
     for cell in planned.cells:
         console.show_text(
-            f"{cell.id[:12]}  {cell.asked.title}" + (f": {cell.refused}" if cell.refused else "")
+            f"{cell.id[:12]}  {cell.title}" + (f": {cell.refused}" if cell.refused else "")
         )
     known = estimate(planned)
     took = "of which nothing is known yet" if known.seconds is None else _duration(known.seconds)
@@ -185,43 +185,36 @@ def _show(document: FleetDocument, request: FleetRequest) -> None:
         console.show_text(f"report: {request.out / 'fleet.html'}")
 
 
-def _watch(folder: Path) -> None:
-    """Show status.json until the run has ended."""
+def _watch(place: Path) -> None:
+    """Show what a fleet says of itself until it has ended."""
     from qdeploy.cli import console
+    from qdeploy.fleet.run import read_status
 
     last = ""
     while True:
-        table = _status(folder / "status.json")
-        left = table["seconds_left"]
-        outcomes = ", ".join(f"{count} {name}" for name, count in sorted(table["outcomes"].items()))
-        line = f"{table['done']}/{table['cells']} cells, {table['per_minute']} a minute"
-        line += "" if left is None else f", {_duration(left)} left"
+        status = read_status(place)
+        left = "" if status.seconds_left is None else f", {_duration(status.seconds_left)} left"
+        outcomes = ", ".join(f"{count} {name}" for name, count in sorted(status.outcomes.items()))
+        line = f"{status.done}/{status.cells} cells, {status.per_minute} a minute{left}"
         line += f"; {outcomes}" if outcomes else ""
         if line != last:
             console.show_text(line)
             last = line
-        if table["finished"]:
+        if status.finished:
             return
-        if not _alive(table["process"]):
-            raise InputError(f"fleet {table['name']}: its run has ended before the last cell")
+        if not _alive(status.host, status.process):
+            raise InputError(f"fleet {status.name}: its run has ended before the last cell")
         time.sleep(WATCH_SECONDS)
 
 
-def _status(path: Path) -> dict[str, Any]:
-    from qdeploy.disk.files import read_bounded
-
-    if not path.exists():
-        raise UsageError(f"{path}: no run of this fleet has begun", hint="or give its --out")
-    table: dict[str, Any] = json.loads(read_bounded(path, 1 << 20, what="status"))
-    return table
-
-
-def _alive(process: int) -> bool:
+def _alive(host: str, process: int) -> bool:
     """On this machine; a run elsewhere is believed to go on."""
+    if host != platform.node():
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):
         return True
     return True

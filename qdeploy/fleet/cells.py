@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from qdeploy.errors import InputError, QdeployError
-from qdeploy.fleet.facts import Digests
+from qdeploy.errors import InputError, QdeployError, first_line
+from qdeploy.fleet.facts import Digests, Input
 from qdeploy.fleet.manifest import FleetSpec, JobSpec
 from qdeploy.fleet.models import Listed
 from qdeploy.fleet.options import checked, filled, located
@@ -30,8 +31,10 @@ class Cell:
 
     id: str  # of everything that decides what comes of it
     asked: Asked
+    title: str  # what tells it from its neighbours
     refused: str | None = None  # why it cannot even begin
     digests: tuple[str, ...] = ()  # of the model's file, and with its external data
+    inputs: tuple[Input, ...] = ()  # files that it was called by
 
 
 def cells_of(
@@ -50,24 +53,34 @@ def cells_of(
         for number, job in enumerate(spec.jobs, 1)
         for one in _asked(job, number, folder, models)
     ]
-    if not asked:
-        raise InputError("fleet manifest: comes to no cell: no model is called as a job asks")
-    found: dict[str, Cell] = {}
     with Digests() as digests:
-        for one in progress.track(asked, "look at models and data", len(asked)):
-            cell = _cell(one, digests)
-            found.setdefault(cell.id, cell)
-    return tuple(found.values())
+        tracked = progress.track(asked, "look at models and data", len(asked))
+        return tuple(_told_apart(_cell(one, digests) for one in tracked))
+
+
+def _told_apart(cells: Iterable[Cell]) -> Iterator[Cell]:
+    """With a number in the titles of those that would be called alike."""
+    seen: Counter[str] = Counter()
+    for cell in cells:
+        seen[cell.title] += 1
+        number = seen[cell.title]
+        yield cell if number == 1 else replace(cell, title=f"{cell.title} ({number})")
 
 
 def _cell(asked: Asked, digests: Digests) -> Cell:
     try:
+        for named in filter(None, (asked.recipe, asked.policy, asked.device)):
+            if named.endswith(".toml"):
+                digests.of(Path(named))  # what they say counts as it is understood
         facts = verb_of(asked.verb).facts(asked, digests)
-    except QdeployError as error:
-        facts = {"refused": [asked.verb, str(asked.model), asked.label]}
-        return Cell(facts_digest(facts), asked, str(error))
+    except (QdeployError, OSError, ValueError, RuntimeError) as error:
+        digests.taken()
+        facts = {"refused": [asked.verb, repr(asked.model), asked.title]}
+        return Cell(facts_digest(facts), asked, asked.title, first_line(error))
     model: list[str] = facts.get("file", facts.get("model", []))  # judged, or rounded
-    return Cell(facts_digest({"verb": asked.verb, **facts}), asked, digests=tuple(model))
+    digest = facts_digest({"verb": asked.verb, **facts})
+    inputs = digests.taken()
+    return Cell(digest, asked, asked.title, digests=tuple(model), inputs=inputs)
 
 
 def _asked(job: JobSpec, number: int, folder: Path, models: tuple[Listed, ...]) -> Iterator[Asked]:
@@ -78,9 +91,10 @@ def _asked(job: JobSpec, number: int, folder: Path, models: tuple[Listed, ...]) 
         yield from members(located_toml(job.suite, folder), options, where)
         return
     own = checked(job.verb, job.options, where=where)
-    for model in models:
-        if not fnmatchcase(model.name, job.models):
-            continue
+    chosen = [model for model in models if fnmatchcase(model.name, job.models)]
+    if not chosen:
+        raise InputError(f"{where}: models {job.models!r}: no model of the fleet is called so")
+    for model in chosen:
         said = own | checked(job.verb, model.options, where=f"fleet manifest: {model.name}")
         options = filled(said, model.path, folder)
         for recipe, policy, device in axes:

@@ -52,6 +52,22 @@ class Record(Written):
     files: tuple[WrittenFile, ...] = ()
 
 
+class Status(Written):
+    """status.json: where a fleet stands."""
+
+    name: str
+    host: str
+    process: int
+    finished: bool
+    cells: int
+    done: int
+    kept: int
+    outcomes: dict[str, int]
+    under_way: tuple[str, ...]
+    per_minute: float
+    seconds_left: float | None
+
+
 class Change(Written):
     """A cell that is not as it was in an earlier report."""
 

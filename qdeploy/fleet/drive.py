@@ -102,7 +102,7 @@ def drive(
     while waiting or under_way:
         for one in _due(waiting, executor.slots - len(under_way)):
             under_way[one.cell.id] = one
-            state.under_way[one.cell.id] = one.cell.asked.title
+            state.under_way[one.cell.id] = one.cell.title
             executor.start(
                 Task(one.cell, one.attempt, terms.limits, terms.store, terms.key, terms.work)
             )

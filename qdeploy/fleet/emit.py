@@ -21,6 +21,8 @@ from qdeploy.fleet.manifest import FleetSpec
 from qdeploy.fleet.rays import needs_gpu
 
 MOST_TASKS = 1000  # Slurm's MaxArraySize, unless its administrator has set another
+OWN_GB = 2  # of what runs the cells
+ALONE = ("--executor", "local", "--workers", "1")
 MARGIN_MINUTES = 10  # for opening the manifest, and for the last cell to end
 
 
@@ -46,32 +48,46 @@ class Job:
         )
 
     @property
+    def megabytes(self) -> int | None:
+        """Of memory (2^20 bytes), for a cell and for what runs it; None: nothing was said."""
+        limit = self.spec.limits.memory_gb
+        return None if limit is None else ceil((limit + OWN_GB) * 1e9 / 2**20)
+
+    @property
     def gpu(self) -> bool:
         return any(map(needs_gpu, self.cells))
 
 
 def to_slurm(job: Job) -> str:
-    """The script of a job array, for `sbatch`."""
+    """The script of a job array, for `sbatch`.
+
+    Raises:
+        UsageError: a path is not of characters that can be printed.
+    """
     limits, slurm = job.spec.limits, job.spec.emit.slurm
+    for text in (str(job.manifest), str(job.out), slurm.partition or "", slurm.gpu_request):
+        if not text.isprintable():
+            raise UsageError(f"--emit slurm: {text!r} cannot be written into a script")
     asked = [
         f"--job-name={job.spec.name}",
         f"--array=0-{job.tasks - 1}",
         f"--cpus-per-task={limits.cores}",
         f"--time={job.minutes}",
-        *([] if limits.memory_gb is None else [f"--mem={ceil(limits.memory_gb * 1024)}M"]),
+        *([] if job.megabytes is None else [f"--mem={job.megabytes}M"]),
         *([] if slurm.partition is None else [f"--partition={slurm.partition}"]),
         *([f"--gres={slurm.gpu_request}"] if job.gpu else []),
         "--requeue",
         f"--output={quote(str(job.out / 'slurm-%A-%a.log'))}",
     ]
-    call = join(["qdeploy", "fleet", str(job.manifest), "--out", str(job.out), "--workers", "1"])
+    whole = join(["qdeploy", "fleet", str(job.manifest), "--out", str(job.out)])
     return "\n".join(
         [
             "#!/bin/sh",
             *(f"#SBATCH {option}" for option in asked),
-            f"# {len(job.cells)} cells. After it: {call.removesuffix(' --workers 1')}",
+            f"# {len(job.cells)} cells. After it: {whole}",
             *slurm.lines,
-            f'exec {call} --share "$SLURM_ARRAY_TASK_ID/{job.tasks}"',
+            f"exec {whole} {join(ALONE)} \\",
+            f'  --share "$SLURM_ARRAY_TASK_ID/{job.tasks}"',
             "",
         ]
     )
@@ -91,11 +107,11 @@ def to_k8s(job: Job) -> str:
         )
     mount = PurePosixPath(k8s.mount)
     resources: dict[str, Any] = {"cpu": str(limits.cores)}
-    if limits.memory_gb is not None:
-        resources["memory"] = f"{ceil(limits.memory_gb * 1000)}M"
+    if job.megabytes is not None:
+        resources["memory"] = f"{job.megabytes}Mi"
     if job.gpu:
         resources[k8s.gpu_resource] = "1"
-    call = ["fleet", str(mount / job.manifest.name), "--out", str(mount / "out"), "--workers", "1"]
+    call = ["fleet", str(mount / job.manifest.name), "--out", str(mount / "out"), *ALONE]
     share = f"$(JOB_COMPLETION_INDEX)/{job.tasks}"
     container: dict[str, Any] = {
         "name": "cells",

@@ -54,7 +54,7 @@ def place_of(record: Record) -> str:
     readable = "".join(
         c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in record.title
     )
-    return f"cells/{readable[:80]}-{record.id[:12]}"
+    return f"cells/{readable[:80]}-{record.id[:16]}"
 
 
 def to_json(document: FleetDocument) -> bytes:

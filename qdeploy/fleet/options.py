@@ -122,7 +122,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     try:
         return _adapter(hint).validate_python(value)
     except ValidationError as error:
-        said = error.errors(include_url=False)[0]["msg"].replace("Input should be", "must be")
+        first = error.errors(include_url=False)[0]
+        short = "has too few values" if first["type"] == "missing" else first["msg"]
+        said = short.replace("Input should be", "must be")
         raise InputError(f"{where}: {said}, not {value!r:.80}") from error
 
 

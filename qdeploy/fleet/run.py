@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,21 +15,25 @@ from statistics import median
 from typing import Any, Literal
 
 from qdeploy import __version__
-from qdeploy.disk.files import make_folder, require_writable, write_atomically
+from qdeploy.disk.files import make_folder, read_bounded, require_writable, write_atomically
 from qdeploy.errors import OutputError, UsageError
 from qdeploy.fleet.cells import Cell, cells_of
-from qdeploy.fleet.document import SCHEMA_VERSION, FleetDocument, Record
+from qdeploy.fleet.document import SCHEMA_VERSION, FleetDocument, Record, Status
 from qdeploy.fleet.drive import State, Terms, drive
 from qdeploy.fleet.executors import open_executor
 from qdeploy.fleet.forms import form_of, place_of, render
 from qdeploy.fleet.manifest import FleetSpec, load_manifest
 from qdeploy.fleet.models import Fetched, list_models
 from qdeploy.fleet.process import Limits
+from qdeploy.fleet.seen import CellOutcome, Seen
 from qdeploy.fleet.store import Store, is_url, open_store
 from qdeploy.fleet.whole import changes, read_fleet, whole
+from qdeploy.fleet.work import labelled, record_of
 from qdeploy.progress import Progress
+from qdeploy.report.kept import parse_object
 from qdeploy.settings.schema import validate
 
+LARGEST_STATUS_BYTES = 16 << 20
 JSON, PAGE, STATUS, WORK, FETCHED = "fleet.json", "fleet.html", "status.json", "work", "models"
 
 
@@ -56,12 +60,18 @@ class Planned:
     cells: tuple[Cell, ...]
     out: Path
 
+    @property
+    def distinct(self) -> tuple[Cell, ...]:
+        """Each command once: models may be the same under two names."""
+        return tuple({cell.id: cell for cell in reversed(self.cells)}.values())[::-1]
+
     def known(self, cell: Cell) -> Record | None:
         """The record of a cell whose files are all here now; None if it is still to be done."""
         record = self.store.record(cell.id)
-        if record is None or not self.store.fetch(record, self.out / place_of(record)):
+        if record is None:
             return None
-        return record
+        place = self.out / place_of(labelled(cell, record))
+        return record if self.store.fetch(record, place) else None
 
 
 def plan_fleet(request: FleetRequest, progress: Progress) -> Planned:
@@ -136,10 +146,10 @@ def run_fleet(
     board = Board(planned, request, told)
     executor = open_executor(planned.spec.executor, planned.spec.limits)
     try:
-        state = drive(planned.cells, planned.known, executor, planned.terms, board.tell)
+        state = drive(planned.distinct, planned.known, executor, planned.terms, board.tell)
     finally:
         executor.close()
-    records = tuple(state.records[cell.id] for cell in planned.cells)
+    records = _collected(planned, state, request)
     document = FleetDocument(
         schema_version=SCHEMA_VERSION,
         name=planned.spec.name,
@@ -156,14 +166,43 @@ def run_fleet(
     return document
 
 
+def _collected(planned: Planned, state: State, request: FleetRequest) -> tuple[Record, ...]:
+    """A record of every cell, and its files; those of one share stay in the store."""
+    records = []
+    for cell in planned.cells:
+        record = labelled(cell, state.records[cell.id])
+        place = planned.out / place_of(record)
+        if request.share is None and not planned.store.fetch(record, place):
+            lost = Seen(CellOutcome.FAILED, "what it has left is not in the store any more")
+            record = record_of(cell, lost, record.attempts)
+        records.append(record)
+    return tuple(records)
+
+
 def _deliver(document: FleetDocument, planned: Planned, request: FleetRequest) -> None:
-    """The files of every cell, then the reports; those of one share stay in the store."""
+    """The reports; of one share there are none."""
     if request.share is not None:
         return
-    for record in document.cells:
-        planned.store.fetch(record, planned.out / place_of(record))
     for place in (planned.out / JSON, planned.out / PAGE, *request.reports):
         write_atomically(place, render(document, place))
+
+
+def status_place(out: Path, share: tuple[int, int] | None) -> Path:
+    """Where it is said how far a fleet is, or one share of its cells."""
+    return out / (STATUS if share is None else f"status-{share[0]}-of-{share[1]}.json")
+
+
+def read_status(place: Path) -> Status:
+    """How far a fleet is.
+
+    Raises:
+        UsageError: none has begun there.
+        InputError: the file is damaged.
+    """
+    if not place.exists():
+        raise UsageError(f"{place}: no run of this fleet has begun", hint="or give its --out")
+    table = parse_object(read_bounded(place, LARGEST_STATUS_BYTES, what="status"), what=f"{place}")
+    return validate(table, Status, where=f"status {place}")
 
 
 class Board:
@@ -172,8 +211,7 @@ class Board:
     def __init__(
         self, planned: Planned, request: FleetRequest, told: Callable[[State], None]
     ) -> None:
-        share = "" if request.share is None else f"-{request.share[0]}"
-        self._place = planned.out / f"{Path(STATUS).stem}{share}.json"
+        self._place = status_place(planned.out, request.share)
         self._name, self._told = planned.spec.name, told
         self._last: tuple[int, frozenset[str]] | None = None
 
@@ -190,20 +228,21 @@ class Board:
 
     def _write(self, state: State, *, finished: bool) -> None:
         left = state.seconds_left
-        table = {
-            "name": self._name,
-            "process": os.getpid(),
-            "finished": finished,
-            "cells": state.total,
-            "done": len(state.records),
-            "kept": state.kept,
-            "outcomes": {outcome.value: count for outcome, count in state.outcomes.items()},
-            "under_way": sorted(state.under_way.values()),
-            "per_minute": round(state.per_minute, 2),
-            "seconds_left": None if left is None else round(left),
-        }
+        status = Status(
+            name=self._name,
+            host=platform.node(),
+            process=os.getpid(),
+            finished=finished,
+            cells=state.total,
+            done=len(state.records),
+            kept=state.kept,
+            outcomes={outcome.value: count for outcome, count in state.outcomes.items()},
+            under_way=tuple(sorted(state.under_way.values())),
+            per_minute=round(state.per_minute, 2),
+            seconds_left=None if left is None else round(left),
+        )
         with suppress(OutputError):  # nobody's result depends on it
-            write_atomically(self._place, (json.dumps(table, indent=1) + "\n").encode())
+            write_atomically(self._place, status.model_dump_json(indent=1).encode())
 
 
 @dataclass(frozen=True, slots=True)

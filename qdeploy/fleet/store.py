@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from qdeploy.disk.files import make_folder, open_regular, read_bounded, write_atomically
 from qdeploy.disk.state import MAC_BYTES, opened, own_key, read_key, sealed
 from qdeploy.errors import InputError, OutputError
-from qdeploy.fleet.document import Record
+from qdeploy.fleet.document import Record, WrittenFile
 
 CELLS, FILES = "cells", "files"
 CONTEXT = "fleet cell"
@@ -34,15 +34,11 @@ class Blobs(Protocol):
     """Bytes under names. Every method raises InputError or OutputError if it fails."""
 
     def read(self, name: str, limit: int) -> bytes | None:
-        """What is called `name`; None if nothing is."""
+        """What is called `name`; None if nothing is, or nothing that can be read."""
         ...
 
     def write(self, name: str, data: bytes) -> None:
         """Put it there, as a whole or not at all."""
-        ...
-
-    def size(self, name: str) -> int | None:
-        """In bytes; None if nothing is called so."""
         ...
 
     def claim(self, name: str) -> AbstractContextManager[bool]:
@@ -57,19 +53,15 @@ class Folder:
     root: Path
 
     def read(self, name: str, limit: int) -> bytes | None:
-        path = self.root / name
-        return read_bounded(path, limit, what="store") if path.exists() else None
+        try:
+            return read_bounded(self.root / name, limit, what="store")
+        except InputError:  # is not there, or is nothing that we have put there
+            return None
 
     def write(self, name: str, data: bytes) -> None:
         path = self.root / name
         make_folder(path.parent)
         write_atomically(path, data)
-
-    def size(self, name: str) -> int | None:
-        try:
-            return (self.root / name).stat().st_size
-        except OSError:
-            return None
 
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
@@ -96,7 +88,10 @@ class Store:
     key: bytes
 
     def record(self, cell: str) -> Record | None:
-        """What is known of a cell; None if it is not done, or not as the key says."""
+        """What is known of a cell; None if it is not done, or not as the key says.
+
+        Its files are looked at when they are fetched.
+        """
         whole = self.blobs.read(f"{CELLS}/{cell}", LARGEST_RECORD_BYTES + MAC_BYTES)
         data = opened(whole, CONTEXT, cell, key=self.key) if whole is not None else None
         if data is None:
@@ -105,8 +100,7 @@ class Store:
             record = Record.model_validate_json(data)
         except ValidationError:  # of another version
             return None
-        held = all(self.blobs.size(f"{FILES}/{f.sha256}") == f.size_bytes for f in record.files)
-        return record if held and record.id == cell else None
+        return record if record.id == cell else None
 
     def keep(self, record: Record, folder: Path) -> None:
         """Keep a cell: its files, which lie in `folder`, and then what came of it.
@@ -115,28 +109,46 @@ class Store:
             OutputError: they cannot be written.
         """
         for file in record.files:
-            if self.blobs.size(f"{FILES}/{file.sha256}") != file.size_bytes:
+            if self._file(file) is None:
                 data = read_bounded(folder / file.name, LARGEST_FILE_BYTES, what="result")
                 self.blobs.write(f"{FILES}/{file.sha256}", data)
         data = record.model_dump_json().encode()
         self.blobs.write(f"{CELLS}/{record.id}", sealed(data, CONTEXT, record.id, key=self.key))
 
+    def whole(self, record: Record) -> bool:
+        """Every file of a cell is here, and is what the record says."""
+        return all(self._file(file) is not None for file in record.files)
+
     def fetch(self, record: Record, folder: Path) -> bool:
         """Put the files of a cell into `folder`; False if one is not what the record says.
 
         Raises:
-            OutputError: they cannot be written.
+            OutputError: they cannot be written, or a link lies in the way.
         """
         for file in record.files:
             place = folder / file.name
             if place.exists() and _digest(place) == file.sha256:
                 continue
-            data = self.blobs.read(f"{FILES}/{file.sha256}", LARGEST_FILE_BYTES)
-            if data is None or hashlib.sha256(data).hexdigest() != file.sha256:
+            data = self._file(file)
+            if data is None:
                 return False
+            _refuse_links(folder, place)
             make_folder(place.parent)
             write_atomically(place, data)
         return True
+
+    def _file(self, file: WrittenFile) -> bytes | None:
+        """What is kept under a digest, if it is that."""
+        data = self.blobs.read(f"{FILES}/{file.sha256}", LARGEST_FILE_BYTES)
+        same = data is not None and hashlib.sha256(data).hexdigest() == file.sha256
+        return data if same else None
+
+
+def _refuse_links(folder: Path, place: Path) -> None:
+    """A folder of results can come with a repository: nothing in it may lead elsewhere."""
+    for path in (folder.parent, folder, *(p for p in place.parents if folder in p.parents)):
+        if path.is_symlink():
+            raise OutputError(f"cannot write {place}: {path} is a link", hint="remove it")
 
 
 def _digest(path: Path) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from qdeploy.errors import InputError, UsageError, first_line, foreign_reader
+from qdeploy.errors import InputError, UsageError, foreign_reader
 from qdeploy.fleet.store import Blobs, unclaimed
 
 if TYPE_CHECKING:
@@ -40,11 +40,6 @@ class Url:
             with self.files.transaction, self.files.open(path, "wb") as file:
                 file.write(data)
 
-    def size(self, name: str) -> int | None:
-        path = f"{self.root}/{name}"
-        with self._asking():
-            return int(self.files.size(path)) if self.files.exists(path) else None
-
     def claim(self, name: str) -> AbstractContextManager[bool]:  # noqa: ARG002 - nobody is kept out
         return unclaimed()
 
@@ -65,8 +60,9 @@ def open_url(url: str) -> Blobs:
             f"store {url}: needs fsspec, which is not installed",
             hint="pip install 'qdeploy[fsspec]'",
         ) from error
-    try:
+    protocol, _, place = url.partition("://")
+    if not protocol or not place.strip("/"):
+        raise UsageError(f"store {url}: names no place")
+    with foreign_reader(f"store {url}"):
         files, root = url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"store {url}: {first_line(error)}") from error
     return Url(files, root.rstrip("/"), url)

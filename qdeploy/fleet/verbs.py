@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.api.requests import gate_request, quantize_request
-from qdeploy.errors import InputError
+from qdeploy.compare.matrix import parse_matrix
+from qdeploy.errors import InputError, UsageError
 from qdeploy.fleet.facts import Digests
 from qdeploy.fleet.options import Verb, arguments
 from qdeploy.fleet.seen import (
@@ -60,6 +61,7 @@ class Row:
         command: Its words, given a folder for what it leaves and one for what it may go on from.
         left: The file that shows that it came to its end.
         seen: What came of it, from its exit code and the folder.
+        goes_on: From what an earlier attempt has left there.
     """
 
     axes: tuple[str, ...]
@@ -67,6 +69,7 @@ class Row:
     command: Callable[[Asked, Path, Path], list[str]]
     left: str
     seen: Callable[[int, Path], Seen]
+    goes_on: bool = False
 
 
 def verb_of(name: Verb) -> Row:
@@ -137,11 +140,26 @@ def _scan_facts(asked: Asked, digests: Digests) -> dict[str, Any]:
 
 def _compare_facts(asked: Asked, digests: Digests) -> dict[str, Any]:
     matrix = ("methods", "grids", "widths", "activation_widths", "seeds", "steps")
+    _check_matrix(asked.options)
     known: Any = {key: value for key, value in asked.settings.items() if key not in matrix}
     return {
         **_quantize_facts(quantize_request(asked.model, known), digests),
         "matrix": {key: asked.options.get(key) for key in matrix},
     }
+
+
+def _check_matrix(options: Mapping[str, Any]) -> None:
+    """Find out before the work that no such comparison can be made.
+
+    Raises:
+        UsageError: a method or a grid is unknown, or a number is less than one.
+    """
+    said = {"methods": "nearest", "grids": "absmax", "widths": "4", "activation_widths": "8"}
+    words = [str(options.get(key, usual)) for key, usual in said.items()]
+    for key in ("seeds", "steps"):
+        if options.get(key, 1) < 1:
+            raise UsageError(f"{key} {options[key]}: must be at least 1")
+    parse_matrix(words[0], words[1], words[2], words[3], 1)
 
 
 def _redteam_facts(asked: Asked, digests: Digests) -> dict[str, Any]:
@@ -191,5 +209,5 @@ ROWS: Mapping[Verb, Row] = {
     "gate": Row(("policies", "devices"), _gate_facts, _gate, REPORT, judged),
     "scan": Row((), _scan_facts, _scan, REPORT, scanned),
     "compare": Row(("devices",), _compare_facts, _compare, TABLE, compared),
-    "redteam": Row((), _redteam_facts, _redteam, "training.json", made),
+    "redteam": Row((), _redteam_facts, _redteam, "training.json", made, goes_on=True),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,12 +15,13 @@ from shlex import join
 from signal import Signals
 from threading import Event
 
-from qdeploy.disk.files import file_sha256, make_folder
-from qdeploy.disk.state import KEY_VARIABLE
+from qdeploy.disk.files import file_sha256, make_folder, remove, write_atomically
+from qdeploy.disk.state import KEY_VARIABLE, opened, sealed
 from qdeploy.errors import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
     EXIT_NO_VERDICT,
+    OutputError,
     QdeployError,
     first_line,
 )
@@ -27,12 +29,19 @@ from qdeploy.fleet.cells import Cell
 from qdeploy.fleet.document import Record, WrittenFile
 from qdeploy.fleet.process import End, Limits, Starter, watch
 from qdeploy.fleet.seen import VERDICTS, CellOutcome, Seen
-from qdeploy.fleet.store import Store, open_store
+from qdeploy.fleet.store import Folder, Store, open_store
 from qdeploy.fleet.verbs import verb_of
 from qdeploy.runs.rundir import UNDER_WAY
 
 LOG, LEFT, KEPT = "log.txt", "left", "kept"
 KEPT_OUTCOMES = frozenset(VERDICTS.values()) | {CellOutcome.DONE, CellOutcome.DUD}
+SEAL = ".sealed"
+# as our own errors begin: names of strangers stand further on in a line
+BUSY = re.compile(rf"^error: run \S+ {UNDER_WAY} \(", re.MULTILINE)
+FULL = re.compile(
+    rf"^error: cannot write .*({os.strerror(errno.ENOSPC)}|{os.strerror(errno.EDQUOT)})$",
+    re.MULTILINE,
+)
 TAIL_BYTES, LONGEST_REASON = 4096, 300
 
 
@@ -65,40 +74,49 @@ def work(task: Task, starter: Starter, stop: Event) -> Ended:
     """
     try:
         store = open_store(task.store, task.key)
-        with store.blobs.claim(task.cell.id) as mine:
-            if not mine:
+        claims = Folder(task.work.parent)  # of others with the same folder; the store's, of all
+        with store.blobs.claim(task.cell.id) as mine, claims.claim(task.cell.id) as here:
+            if not (mine and here):
                 return Ended(task.cell.id, None, again=True, elsewhere=True)
             record = store.record(task.cell.id)
-            return (
-                Ended(task.cell.id, record, again=False)
-                if record
-                else _run(task, store, starter, stop)
-            )
+            if record is not None and store.whole(record):
+                return Ended(task.cell.id, record, again=False)
+            return _run(task, store, starter, stop)
     except QdeployError as error:  # the store, or the disk
-        said = str(error)
+        said, again = str(error), True
     except Exception as error:  # noqa: BLE001 - a bug in one cell does not end the others
-        said = f"bug: {type(error).__name__}: {first_line(error)}"
+        said, again = f"bug: {type(error).__name__}: {first_line(error)}", False
     failed = Seen(CellOutcome.FAILED, said)
-    return Ended(task.cell.id, record_of(task.cell, failed, task.attempt), again=True)
+    return Ended(task.cell.id, record_of(task.cell, failed, task.attempt), again=again)
+
+
+def labelled(cell: Cell, record: Record) -> Record:
+    """A record as this fleet calls its cell: whoever made it may have called it otherwise."""
+    asked = cell.asked
+    labels = {"title": cell.title, "model": asked.label, "recipe": asked.recipe}
+    labels |= {"policy": asked.policy, "device": asked.device}
+    return record.model_copy(update=labels)
 
 
 def record_of(cell: Cell, seen: Seen, attempts: int) -> Record:
     """What is said of a cell that has left nothing."""
     asked = cell.asked
     return Record(
-        id=cell.id, title=asked.title, model=asked.label, verb=asked.verb, recipe=asked.recipe,
+        id=cell.id, title=cell.title, model=asked.label, verb=asked.verb, recipe=asked.recipe,
         policy=asked.policy, device=asked.device, attempts=attempts,
         **{key: value for key, value in asdict(seen).items() if key != "read"},
     )  # fmt: skip
 
 
 def _run(task: Task, store: Store, starter: Starter, stop: Event) -> Ended:
-    cell, folder = task.cell, task.work / task.cell.id
+    cell, folder = task.cell, _own_folder(task, store.key)
     left, kept, log = folder / LEFT, folder / KEPT, folder / LEFT / LOG
     row = verb_of(cell.asked.verb)
+    if not row.goes_on:
+        remove(left)
     make_folder(left)
     make_folder(kept)
-    (left / row.left).unlink(missing_ok=True)  # of an attempt that was killed after it
+    remove(left / row.left)  # of an attempt that was killed after it
     command = [*row.command(cell.asked, left, kept), "--quiet"]
     started = datetime.now(UTC).isoformat(timespec="seconds")
     said_before = log.stat().st_size if log.exists() else 0
@@ -107,9 +125,11 @@ def _run(task: Task, store: Store, starter: Starter, stop: Event) -> Ended:
     if end.stopped:
         return Ended(cell.id, None, again=True)
     said = _tail(log, said_before)
-    if UNDER_WAY in said and end.result.code == EXIT_BAD_INPUT:
+    if BUSY.search(said) and end.result.code == EXIT_BAD_INPUT:
         return Ended(cell.id, None, again=True, elsewhere=True)
     seen = _seen(task, end) or _unfinished(end, said)
+    if seen.outcome in KEPT_OUTCOMES and (changed := _changed(cell)) is not None:
+        seen = Seen(CellOutcome.FAILED, f"{changed} was written to while the fleet ran")
     complete = seen.outcome in KEPT_OUTCOMES and (left / row.left).exists()
     record = record_of(cell, seen, task.attempt).model_copy(
         update={
@@ -138,8 +158,33 @@ def _seen(task: Task, end: End) -> Seen | None:
     except QdeployError as error:
         return Seen(CellOutcome.FAILED, str(error))
     if seen.read is not None and seen.read not in task.cell.digests:
-        return Seen(CellOutcome.FAILED, "the model was written to while the fleet ran")
+        return Seen(
+            CellOutcome.FAILED, f"{task.cell.asked.model} was written to while the fleet ran"
+        )
     return seen
+
+
+def _changed(cell: Cell) -> Path | None:
+    """A file that is not any more what the cell was called by."""
+    return next((one.path for one in cell.inputs if one.changed), None)
+
+
+def _own_folder(task: Task, key: bytes) -> Path:
+    """What is under way of a cell; what lies there and is not sealed with the key is taken away.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    folder = task.work / task.cell.id
+    if task.work.is_symlink():
+        raise OutputError(f"cannot write {task.work}: is a link", hint="remove it")
+    seal = folder / SEAL
+    held = seal.is_file() and not seal.is_symlink() and not folder.is_symlink()
+    if not held or opened(seal.read_bytes(), "cell folder", task.cell.id, key=key) is None:
+        remove(folder)
+        make_folder(folder)
+        write_atomically(seal, sealed(b"", "cell folder", task.cell.id, key=key))
+    return folder
 
 
 def _unfinished(end: End, said: str) -> Seen:
@@ -162,7 +207,7 @@ def _may_differ(end: End, said: str) -> bool:
 
 
 def _disk_full(said: str) -> bool:
-    return any(os.strerror(number) in said for number in (errno.ENOSPC, errno.EDQUOT))
+    return FULL.search(said) is not None
 
 
 def _last_line(said: str) -> str:
@@ -183,7 +228,11 @@ def _tail(log: Path, before: int) -> str:
 def _files(folder: Path) -> Iterator[WrittenFile]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and not any(part.startswith(".") for part in Path(name).parts):
+        if (
+            path.is_file()
+            and not path.is_symlink()
+            and not any(part.startswith(".") for part in Path(name).parts)
+        ):
             yield WrittenFile(
                 name=name, sha256=file_sha256(path, what="result"), size_bytes=path.stat().st_size
             )
