@@ -108,6 +108,15 @@ MANY = {
     ),
     "Max": lambda n: n.node("Max", n.x, number(n, 0.1), number(n, 0.2, -1, 0)),
     "Min": lambda n: n.node("Min", n.x, number(n, 0.1)),
+    "Mod": lambda n: n.node("Mod", n.x, number(n, 0.3), fmod=1),
+    "Mod of sizes": lambda n: n.node("Add", n.x, n.node("Cast", n.node(
+        "Mod", n.node("Sub", whole(n, 3), n.node("Shape", n.x, start=3)), whole(n, 7)), to=1)),
+    "Slice backwards": lambda n: n.node(
+        "Slice", n.x, whole(n, -1, 6), whole(n, -(2**63) + 1, 0), whole(n, 2, 3), whole(n, -1, -2)),
+    "ConstantOfShape": lambda n: n.node("Mul", n.x, n.node(
+        "ConstantOfShape", n.node("Shape", n.x), value=ir.tensor(np.array([0.5], np.float32)))),
+    "ConstantOfShape of zeros": lambda n: n.node("Add", n.x, n.node(
+        "ConstantOfShape", n.node("Shape", n.x))),
     "PRelu": lambda n: n.node("PRelu", n.x, number(n, 0.1, 0.2, 0.3)),
     "Pow": lambda n: n.node("Pow", n.node("Abs", n.x), number(n, 1.5)),
     "Sqrt of Log of Reciprocal": lambda n: n.node("Sqrt", n.node("Abs", n.node(

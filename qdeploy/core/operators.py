@@ -72,7 +72,10 @@ def _slice(x: Inputs, _: Attributes) -> list[Tensor]:
     steps = x[4].tolist() if len(x) > 4 and x[4] is not None else [1] * len(starts)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         if step < 0:
-            raise PlanError("no gradients here through Slice with a negative step")
+            places = list(range(result.shape[axis])[start:end:step])
+            at = torch.tensor(places, dtype=torch.int64, device=result.device)
+            result = result.index_select(axis, at)
+            continue
         index = [slice(None)] * result.dim()
         index[axis] = slice(start, end, step)
         result = result[tuple(index)]
@@ -191,6 +194,11 @@ def _expand(x: Inputs, _: Attributes) -> list[Tensor]:
     return [x[0].expand(shape)]
 
 
+def _constant_of_shape(x: Inputs, a: Attributes) -> list[Tensor]:
+    value = torch.tensor(a["value"].numpy()) if "value" in a else torch.zeros(1)
+    return [value.expand(x[0].tolist())]
+
+
 def _shape(x: Inputs, a: Attributes) -> list[Tensor]:
     sizes = list(x[0].shape)[a.get("start", 0) : a.get("end")]
     return [torch.tensor(sizes, dtype=torch.int64)]
@@ -231,6 +239,7 @@ OPERATORS: Mapping[str, Callable[[Inputs, Attributes], list[Tensor]]] = {
     "Cast": lambda x, a: [x[0].to(CASTS[a["to"]])],
     "Clip": _clip,
     "Concat": lambda x, a: [torch.cat(x, a["axis"])],
+    "ConstantOfShape": _constant_of_shape,
     "Conv": _convolution,
     "DequantizeLinear": _dequantize,
     "Div": _of_each(lambda x, y: x / y if x.is_floating_point() else x // y),
@@ -257,6 +266,7 @@ OPERATORS: Mapping[str, Callable[[Inputs, Attributes], list[Tensor]]] = {
     "MaxPool": _max_pool,
     "Min": lambda x, _: [reduce(torch.minimum, x)],
     "Mish": _of_each(F.mish),
+    "Mod": lambda x, a: [(torch.fmod if a.get("fmod", 0) else torch.remainder)(*x)],
     "Mul": _of_each(torch.mul),
     "Neg": _of_each(torch.neg),
     "PRelu": _of_each(lambda x, slope: torch.where(x < 0, slope * x, x)),
