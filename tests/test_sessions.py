@@ -122,3 +122,25 @@ def test_slow_exact_kernels_are_asked_for_where_products_would_saturate(
     open_session(residual_net(), saturating=saturating)
     slow = ("session.x64quantprecision", "1") in asked
     assert slow is (not vnni and not saturating)
+
+
+SHARED_WEIGHT = """
+<ir_version: 8, opset_import: ["" : 13]>
+net (float[batch, 2] x) => (float[batch, 2] y) <
+    float s = {0.05}, uint8 z = {128}, int8[2, 2] w = {100, -3, 7, 90}, float t = {0.01},
+    int8 n = {0}
+> {
+    a = QuantizeLinear(x, s, z)   b = DequantizeLinear(a, s, z)   c = DequantizeLinear(w, t, n)
+    m = MatMul(b, c)
+    d = QuantizeLinear(m, s, z)   e = DequantizeLinear(d, s, z)   f = DequantizeLinear(w, t, n)
+    y = MatMul(e, f)
+}
+"""
+
+
+def test_two_products_may_share_a_weight_where_exact_ones_have_to_be_asked_for(monkeypatch):
+    monkeypatch.setattr(sessions, "processor_flags", lambda: frozenset({"avx2"}))
+    model = onnx.parser.parse_model(SHARED_WEIGHT).SerializeToString()
+    x = np.float32([[1, -2], [0.5, 3]])
+    want = open_session(model, optimizations="off").logits(x)
+    np.testing.assert_allclose(open_session(model).logits(x), want, rtol=1e-6)

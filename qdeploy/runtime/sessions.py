@@ -33,6 +33,7 @@ INSTALL_HINTS = {
     "cuda": "install onnxruntime-gpu[cuda,cudnn] in place of onnxruntime, or use another --device"
 }
 FATAL_ONLY = 4
+COPIED_TWICE = "Attempt to replace the existing tensor"
 VALUES_BESIDE = "session.optimized_model_external_initializers_file_name"
 FOR_THIS_PROCESSOR = ("NchwcTransformer",)
 LONGEST_RUN_SECONDS = 120.0  # of one batch; onnxruntime stops between two nodes
@@ -193,7 +194,7 @@ def open_session(
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
         with _quiet():
-            inference = _loaded(model, options, provider)
+            inference = _loaded_whole(model, options, provider)
     except RUNTIME_ERRORS as error:
         if provider == "cpu":
             raise InputError(f"onnxruntime cannot load the model: {first_line(error)}") from error
@@ -260,6 +261,21 @@ def _loaded(
                 f"the model takes more than {LONGEST_LOAD_SECONDS:g} s to load"
             ) from error
         raise
+
+
+def _loaded_whole(model: bytes, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+    """The session; products of weights that two nodes share are computed in float if need be.
+
+    With `session.x64quantprecision` onnxruntime gives the integers of every node a copy in another
+    type, and fails at the second copy. In float the products are as exact.
+    """
+    try:
+        return _loaded(model, options, provider)
+    except RUNTIME_ERRORS as error:
+        if COPIED_TWICE not in str(error):
+            raise
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        return _loaded(model, options, provider)
 
 
 def _options(provider: str, optimizations: str, threads: int) -> ort.SessionOptions:
