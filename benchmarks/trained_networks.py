@@ -25,7 +25,6 @@ from zipfile import ZipFile
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from PIL import Image
@@ -33,7 +32,7 @@ from PIL import Image
 import qdeploy
 from qdeploy.graph.ends import as_classifier_bytes
 from qdeploy.inputs.sources import Given, Sources, resolve
-from qdeploy.machine import cores
+from qdeploy.runtime.sessions import open_session
 
 CALIBRATION, TEST = 256, 1000
 METHODS: Mapping[str, Mapping[str, object]] = {
@@ -143,14 +142,8 @@ def inputs(sources: Sources) -> np.ndarray:
 
 def answers(data: bytes, x: np.ndarray) -> np.ndarray:
     """In products that are exact on every processor."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = cores()
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    session = ort.InferenceSession(data, options)
-    name = session.get_inputs()[0].name
-    return np.concatenate(
-        [session.run(None, {name: x[i : i + 50]})[0] for i in range(0, len(x), 50)]
-    )
+    session = open_session(data)
+    return np.concatenate([session.logits(x[i : i + 50]) for i in range(0, len(x), 50)])
 
 
 def figures(want: np.ndarray, got: np.ndarray, owners: np.ndarray) -> str:
