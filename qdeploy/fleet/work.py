@@ -74,9 +74,9 @@ def work(task: Task, starter: Starter, stop: Event) -> Ended:
     """
     try:
         store = open_store(task.store, task.key)
-        claims = Folder(task.work.parent)  # of others with the same folder; the store's, of all
-        with store.blobs.claim(task.cell.id) as mine, claims.claim(task.cell.id) as here:
-            if not (mine and here):
+        here = Folder(task.work)  # a store at a URL keeps nobody out of this folder
+        with store.blobs.claim(task.cell.id) as mine, here.claim(task.cell.id) as alone:
+            if not (mine and alone):
                 return Ended(task.cell.id, None, again=True, elsewhere=True)
             record = store.record(task.cell.id)
             if record is not None and store.whole(record):
