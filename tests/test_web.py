@@ -143,7 +143,7 @@ def test_a_page_in_a_browser_speaks_the_same_messages(imitation):
     assert runner.interface(where="it") == Interface((3, 8, 8), 2)
     x = inputs(300)
     np.testing.assert_allclose(runner.logits(x)[:, 0], 2 * x[:, 0, 0, 0], rtol=1e-6)
-    assert 0 < runner.seconds(x) < 60
+    assert 0 <= runner.seconds(x) < 60  # a browser's clock goes by tenths of milliseconds
 
 
 @needs_browser
