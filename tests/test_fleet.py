@@ -758,6 +758,19 @@ def test_a_cell_that_another_fleet_is_at_is_waited_for_and_no_attempt(quick):
     assert executor.started.count("m0.onnx") == 6
 
 
+def test_what_another_fleet_has_done_meanwhile_is_not_counted_as_computed(tmp_path):
+    (cell,) = cells(1)
+    task = Task(cell, 1, LIMITS, str(tmp_path / "store"), None, tmp_path / "work")
+    done = record_of(cell, Seen(CellOutcome.ACCEPT), 1)
+    open_store(task.store, None).keep(done, tmp_path)
+    ended = work(task, Spawned(), Event())
+    assert (ended.record, ended.elsewhere) == (done, True)
+    executor = Scripted()
+    executor._end = lambda task: ended  # type: ignore[method-assign]
+    state = run_with(executor, (cell,))
+    assert (len(state.records), state.computed) == (1, 0)
+
+
 def test_what_is_done_is_not_begun(quick):
     done = record_of(cells(1)[0], Seen(CellOutcome.REJECT), 1)
     executor = Scripted()

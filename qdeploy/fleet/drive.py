@@ -143,11 +143,11 @@ def _settle(
 ) -> None:
     """The record of a cell, or another attempt at it."""
     now = time.monotonic()
-    if ended.elsewhere or ended.record is None:
+    if ended.record is None:
         one.not_before = now + ELSEWHERE_SECONDS
         heappush(waiting, one)
     elif ended.again and one.attempt <= retries:
         one.not_before, one.attempt = now + pause_before(one.attempt), one.attempt + 1
         heappush(waiting, one)
     else:
-        state.add(ended.record)
+        state.add(ended.record, kept=ended.elsewhere)

@@ -64,7 +64,7 @@ class Ended:
     id: str
     record: Record | None  # None: somebody else is at it, or it was stopped
     again: bool  # another attempt may end otherwise
-    elsewhere: bool = False
+    elsewhere: bool = False  # it is another's doing
 
 
 def work(task: Task, starter: Starter, stop: Event) -> Ended:
@@ -80,7 +80,7 @@ def work(task: Task, starter: Starter, stop: Event) -> Ended:
                 return Ended(task.cell.id, None, again=True, elsewhere=True)
             record = store.record(task.cell.id)
             if record is not None and store.whole(record):
-                return Ended(task.cell.id, record, again=False)
+                return Ended(task.cell.id, record, again=False, elsewhere=True)
             return _run(task, store, starter, stop)
     except QdeployError as error:  # the store, or the disk
         said, again = str(error), True
