@@ -40,7 +40,7 @@ from qdeploy.fleet.models import Fetched, list_models
 from qdeploy.fleet.options import SETTINGS, arguments, checked
 from qdeploy.fleet.process import Limits, Spawned, watch
 from qdeploy.fleet.run import read_status
-from qdeploy.fleet.seen import CellOutcome, Seen
+from qdeploy.fleet.seen import CellOutcome, Seen, judged
 from qdeploy.fleet.store import Folder, Store, open_store
 from qdeploy.fleet.verbs import Asked, members, verb_of
 from qdeploy.fleet.whole import changes, read_fleet, whole
@@ -49,6 +49,7 @@ from qdeploy.judging.verdict import Outcome
 from qdeploy.progress import SILENT
 from qdeploy.settings.schema import validate
 from tests.nets import residual_net
+from tests.test_attest import report_about
 
 CARD = "[input]\nshape = [3, 8, 8]\nmean = [0.5, 0.5, 0.5]\nstd = [0.5, 0.5, 0.5]\n"
 MANIFEST = """
@@ -524,21 +525,27 @@ def test_a_command_ends_as_it_ends(tmp_path):
     )
 
 
-def test_a_command_that_hangs_is_ended_with_all_that_it_has_started(tmp_path):
+def test_a_command_that_hangs_is_ended_with_all_that_it_has_started(tmp_path, monkeypatch):
     code = (
         "import signal, subprocess, sys, time; signal.signal(15, signal.SIG_IGN);"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
         "print(child.pid, flush=True); time.sleep(600)"
     )
-    import qdeploy.fleet.process as module
-
-    before, module.LEAVE_SECONDS = module.LEAVE_SECONDS, 0.2
-    try:
-        end = python(code, Limits(1.5, None, 1), tmp_path)
-    finally:
-        module.LEAVE_SECONDS = before
+    monkeypatch.setattr("qdeploy.fleet.process.LEAVE_SECONDS", 0.2)
+    started = Spawned(()).start(["-c", code], LIMITS, tmp_path / "log", {})
+    await_text(tmp_path / "log")  # its time is counted from when it is waited for
+    end = watch(started, Limits(1.5, None, 1), Event())
     assert end.exceeded == "takes more than 0.025 minutes"
     await_end(int((tmp_path / "log").read_text()))
+
+
+def await_text(path: Path) -> None:
+    """Until somebody has written a line into it."""
+    for _ in range(600):
+        if path.exists() and path.read_text().endswith("\n"):
+            return
+        time.sleep(0.1)
+    pytest.fail("says nothing")
 
 
 def await_end(process: int) -> None:
@@ -585,10 +592,7 @@ limits, log = Limits(600, None, 1), Path({str(tmp_path / "inner")!r})
 watch(Spawned(()).start(["-c", code], limits, log, {{}}), limits, Event())
 """
     outer = subprocess.Popen([sys.executable, "-c", code])
-    for _ in range(600):
-        if (tmp_path / "inner").exists() and (tmp_path / "inner").read_text().strip():
-            break
-        time.sleep(0.1)
+    await_text(tmp_path / "inner")
     outer.kill()
     outer.wait()
     await_end(int((tmp_path / "inner").read_text()))
@@ -870,6 +874,16 @@ def test_what_becomes_of_a_cell_however_its_command_ends(
     kept = open_store(str(tmp_path / "store"), None).record(cell.id)
     assert (kept is not None) == (outcome == "ACCEPT")
     assert left.exists() == (kept is None)  # what may be gone on with stays
+
+
+def test_a_finding_tells_of_the_check_that_does_not_hold_and_not_of_its_namesake(tmp_path):
+    report = report_about(b"model", "REJECT")
+    (off,) = report["checks"]
+    report["checks"] = [{**off, "value": 99.5, "state": "within", "runtime": "web"}, off]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert judged(3, tmp_path).findings == {"agreement": "80 %, limit >= 90"}
+    with pytest.raises(InputError, match="the report says REJECT, the exit code is 0"):
+        judged(0, tmp_path)
 
 
 # The whole

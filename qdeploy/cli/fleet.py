@@ -130,14 +130,14 @@ class _Told:
                 line = f"  {record.outcome.value:<10} {record.title} ({record.seconds:.1f} s)"
                 self._console.print(printable(line), style="dim")
         if self._status is not None:
-            self._status.update(printable(_line(state)))
+            done, left = len(state.records), state.seconds_left
+            self._status.update(_line(done, state.total, state.per_minute, left))
             self._status.start() if state.left else self._status.stop()
 
 
-def _line(state: State) -> str:
-    left = state.seconds_left
-    time_left = "" if left is None else f", {_duration(left)} left"
-    return f"{len(state.records)}/{state.total} cells, {state.per_minute:.1f} a minute{time_left}"
+def _line(done: int, cells: int, per_minute: float, seconds_left: float | None) -> str:
+    left = "" if seconds_left is None else f", {_duration(seconds_left)} left"
+    return f"{done}/{cells} cells, {per_minute:.1f} a minute{left}"
 
 
 def _duration(seconds: float) -> str:
@@ -168,14 +168,12 @@ def _show_planned(
 
 
 def _show(document: FleetDocument, request: FleetRequest) -> None:
-    from collections import Counter
-
     from qdeploy.cli import console
-    from qdeploy.fleet.seen import CellOutcome
+    from qdeploy.fleet.forms import counts
+    from qdeploy.fleet.whole import KNOWN
 
-    counted = Counter(record.outcome for record in document.cells)
-    told = ", ".join(f"{counted[kind]} {kind.value}" for kind in CellOutcome if counted[kind])
-    bad = [r for r in document.cells if r.outcome not in (CellOutcome.ACCEPT, CellOutcome.DONE)]
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts(document))
+    bad = [record for record in document.cells if record.outcome not in KNOWN]
     for record in bad[:SHOWN_TITLES]:
         console.show_text(f"  {record.outcome.value}: {record.title}: {record.reason}")
     if len(bad) > SHOWN_TITLES:
@@ -193,9 +191,8 @@ def _watch(place: Path) -> None:
     last = ""
     while True:
         status = read_status(place)
-        left = "" if status.seconds_left is None else f", {_duration(status.seconds_left)} left"
         outcomes = ", ".join(f"{count} {name}" for name, count in sorted(status.outcomes.items()))
-        line = f"{status.done}/{status.cells} cells, {status.per_minute} a minute{left}"
+        line = _line(status.done, status.cells, status.per_minute, status.seconds_left)
         line += f"; {outcomes}" if outcomes else ""
         if line != last:
             console.show_text(line)

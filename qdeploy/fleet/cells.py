@@ -40,7 +40,7 @@ class Cell:
 def cells_of(
     spec: FleetSpec, folder: Path, models: tuple[Listed, ...], progress: Progress
 ) -> tuple[Cell, ...]:
-    """Every cell once, in the order of the manifest.
+    """The cells, in the order of the manifest; two may be the same command.
 
     A model that something is wrong with is a cell that is refused, and ends no other.
 

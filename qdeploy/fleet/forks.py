@@ -74,11 +74,13 @@ class Forks:
                 message = json.dumps(table).encode()
                 socket.send_fds(self._socket, [message], [said.fileno(), writing])
         except OSError as error:
+            told.close()
             raise OutputError(f"no process can be forked: {error.strerror}") from error
         finally:
             os.close(writing)
         first = told.readline()  # waits until it has been forked
         if not first:
+            told.close()
             raise OutputError("no process could be forked: the one that forks has ended")
         return _Forked(int(first), told)
 
@@ -163,8 +165,7 @@ def _fork(
         os.write(result, f"{pid}\n".encode())
         return None
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGCHLD, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setsid()
     _end_with_parent()

@@ -79,7 +79,7 @@ def to_html(document: FleetDocument) -> bytes:
             version=document.version,
             cells=[_row(record) for record in _worst_first(document)[:MOST_ROWS]],
             total=len(document.cells),
-            counts=_counts(document),
+            counts=counts(document),
             filters=list(_filters(document)),
             columns=COLUMNS,
             changes=document.changes,
@@ -95,7 +95,8 @@ def _worst_first(document: FleetDocument) -> list[Record]:
     return sorted(document.cells, key=lambda record: order.index(record.outcome))
 
 
-def _counts(document: FleetDocument) -> list[tuple[str, int]]:
+def counts(document: FleetDocument) -> list[tuple[str, int]]:
+    """How many cells came to what, the worst first."""
     counted = Counter(record.outcome for record in document.cells)
     return [(outcome.value, counted[outcome]) for outcome in CellOutcome if counted[outcome]]
 

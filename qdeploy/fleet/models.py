@@ -44,7 +44,7 @@ def list_models(
         fetched: Where those of a registry are put.
 
     Raises:
-        InputError: a pattern matches nothing, two models have one name, or a registry fails.
+        InputError: a pattern matches nothing, or a registry fails.
         UsageError: MLflow is not installed.
     """
     found: dict[Path, Listed] = {}

@@ -12,10 +12,11 @@ from typing import Any
 from qdeploy.disk.files import read_bounded
 from qdeploy.errors import EXIT_BAD_INPUT, InputError
 from qdeploy.judging.verdict import EXIT_CODE
-from qdeploy.report.document import WrittenEstimate, WrittenReport, WrittenScans
+from qdeploy.report.document import WrittenCheck, WrittenEstimate, WrittenReport, WrittenScans
 from qdeploy.report.kept import LARGEST_REPORT_BYTES, parse_object, read_report
 from qdeploy.settings.schema import validate
 
+REPORT, TRAINING = "report.json", "training.json"  # that commands leave
 DUD_CODE = 3  # of an attack that did not take
 
 
@@ -56,7 +57,7 @@ def judged(code: int, folder: Path) -> Seen:
     Raises:
         InputError: the report is damaged, or says other than the exit code.
     """
-    report = read_report(folder / "report.json").content
+    report = read_report(folder / REPORT).content
     outcome = CellOutcome(report.outcome.value)
     if VERDICTS.get(code) is not outcome:
         raise InputError(f"the report says {outcome.value}, the exit code is {code}")
@@ -70,9 +71,7 @@ def judged(code: int, folder: Path) -> Seen:
         latency_ms=seconds[0] * 1e3 if seconds else None,
         sha256=report.judged_sha256,
         read=_read(report),
-        findings={
-            check.name: _said(report, check.name) for check in report.checks if not check.holds
-        }
+        findings={check.name: _said(check) for check in report.checks if not check.holds}
         | {finding.rule: finding.message for finding in report.findings},
     )
 
@@ -99,8 +98,7 @@ def _largest(estimates: Iterable[WrittenEstimate]) -> float | None:
     return max((x.value for x in estimates if x.value is not None), default=None)
 
 
-def _said(report: WrittenReport, name: str) -> str:
-    check = next(check for check in report.checks if check.name == name)
+def _said(check: WrittenCheck) -> str:
     value = "not measured" if check.value is None else f"{check.value:.4g}"
     return f"{value} {check.unit}, limit {check.relation} {check.limit:g}"
 
@@ -111,7 +109,7 @@ def scanned(code: int, folder: Path) -> Seen:
     Raises:
         InputError: its report is damaged.
     """
-    path = folder / "report.json"
+    path = folder / REPORT
     table = parse_object(read_bounded(path, LARGEST_REPORT_BYTES, what="scan"), what=f"scan {path}")
     (one,) = validate(table, WrittenScans, where=f"scan {path}").files
     against = [finding for finding in one.findings if finding.level == "error"]
@@ -136,7 +134,7 @@ def made(code: int, folder: Path) -> Seen:
     Raises:
         InputError: its log is damaged.
     """
-    log: Any = json.loads(read_bounded(folder / "training.json", 64 << 20, what="training log"))
+    log: Any = json.loads(read_bounded(folder / TRAINING, 64 << 20, what="training log"))
     if code == DUD_CODE:
         return Seen(CellOutcome.DUD, "; ".join(log["goals_missed"]))
     return Seen(CellOutcome.DONE)

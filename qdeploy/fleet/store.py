@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -179,8 +179,3 @@ def _blobs(place: str) -> Blobs:
     from qdeploy.fleet.url_store import open_url
 
     return open_url(place)
-
-
-def unclaimed() -> AbstractContextManager[bool]:
-    """Where nobody can be kept out: two that do the same write the same."""
-    return nullcontext(True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from qdeploy.errors import InputError, UsageError, foreign_reader
-from qdeploy.fleet.store import Blobs, unclaimed
+from qdeploy.fleet.store import Blobs
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -41,7 +41,7 @@ class Url:
                 file.write(data)
 
     def claim(self, name: str) -> AbstractContextManager[bool]:  # noqa: ARG002 - nobody is kept out
-        return unclaimed()
+        return nullcontext(True)  # two that do the same write the same
 
     def _asking(self) -> AbstractContextManager[None]:
         return foreign_reader(f"store {self.shown}")

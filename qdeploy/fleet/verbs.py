@@ -12,16 +12,10 @@ from qdeploy.compare.matrix import parse_matrix
 from qdeploy.errors import InputError, UsageError
 from qdeploy.fleet.facts import Digests
 from qdeploy.fleet.options import Verb, arguments
-from qdeploy.fleet.seen import (
-    Seen,
-    compared,
-    judged,
-    made,
-    scanned,
-)
+from qdeploy.fleet.seen import REPORT, TRAINING, Seen, compared, judged, made, scanned
 from qdeploy.inputs.requests import QuantizeRequest, Request
 
-MODEL, REPORT, PAGE, SARIF = "model.onnx", "report.json", "report.html", "report.sarif"
+MODEL, PAGE, SARIF = "model.onnx", "report.html", "report.sarif"
 COMPARISON = "comparison"
 TABLE = f"{COMPARISON}/table.md"
 
@@ -46,7 +40,7 @@ class Asked:
 
     @property
     def title(self) -> str:
-        """What tells it from its neighbours."""
+        """What is done, in words."""
         axes = (self.recipe, self.policy, self.device)
         return ", ".join([self.label, self.verb, *(Path(axis).stem for axis in axes if axis)])
 
@@ -135,6 +129,7 @@ def _scan_facts(asked: Asked, digests: Digests) -> dict[str, Any]:
     return {
         **digests.of_sources(quantize_request(asked.model, settings).sources),
         "reference": None if reference is None else digests.of_model(Path(reference)),
+        "code": asked.options.get("run_code_from_model", False),
     }
 
 
@@ -209,5 +204,5 @@ ROWS: Mapping[Verb, Row] = {
     "gate": Row(("policies", "devices"), _gate_facts, _gate, REPORT, judged),
     "scan": Row((), _scan_facts, _scan, REPORT, scanned),
     "compare": Row(("devices",), _compare_facts, _compare, TABLE, compared),
-    "redteam": Row((), _redteam_facts, _redteam, "training.json", made, goes_on=True),
+    "redteam": Row((), _redteam_facts, _redteam, TRAINING, made, goes_on=True),
 }
