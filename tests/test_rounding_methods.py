@@ -161,7 +161,7 @@ def test_groups_are_solved_independently(rng):
     for g in range(3):
         one = slice(g, g + 1)
         part = RoundingProblem.symmetric(problem.weight[one], problem.scale[one], 7)
-        own = Quadratic(quadratic.gram[one], quadratic.cross[one], quadratic.energy[one])
+        own = Quadratic(quadratic.gram[one], quadratic.weight[one], quadratic.energy[one])
         alone = descent(part, own, SETTINGS, rng)
         np.testing.assert_array_equal(together[one], alone)
 
@@ -183,7 +183,7 @@ def test_the_price_is_never_more_than_its_share_of_the_output(rng):
 
 def test_inputs_that_are_not_finite_are_refused(rng):
     problem = make_problem(rng)
-    bad = Quadratic(np.full((1, 6, 6), np.nan), np.zeros((1, 3, 6)), np.zeros((1, 3)))
+    bad = Quadratic(np.full((1, 6, 6), np.nan, np.float32), np.zeros((1, 3, 6)), np.zeros((1, 3)))
     with pytest.raises(DivergedError, match="not finite"):
         descent(problem, bad, SETTINGS, rng)
 
@@ -212,18 +212,18 @@ def test_gptq_lowers_the_output_error_of_nearest_rounding(rng):
 def test_gptq_is_nearest_where_inputs_have_nothing_in_common(rng):
     problem = make_problem(rng, rows=4, fan_in=40)
     weight = problem.weight.astype(np.float64)
-    gram = np.diag(rng.uniform(1, 2, 40))[None]
-    quadratic = Quadratic(gram, weight @ gram, np.ones((1, 4)))
+    gram = np.diag(rng.uniform(1, 2, 40)).astype(np.float32)[None]
+    quadratic = Quadratic(gram, weight, np.ones((1, 4)))
     np.testing.assert_array_equal(gptq(problem, quadratic, GPTQ), nearest(problem))
 
 
 def test_gptq_is_nearest_in_a_group_whose_inputs_are_always_zero(rng):
     problem = make_problem(rng, groups=2)
     quadratic = make_quadratic(rng, problem)
-    live = np.array([1.0, 0.0])
+    live = np.array([1.0, 0.0], np.float32)
     dead = Quadratic(
         quadratic.gram * live[:, None, None],
-        quadratic.cross * live[:, None, None],
+        quadratic.weight,
         quadratic.energy * live[:, None],
     )
     codes = gptq(problem, dead, GPTQ)
@@ -252,7 +252,12 @@ def test_gptq_aims_at_what_the_float_model_wants(rng):
     """With other inputs than the float model's, other weights than the float ones are best."""
     problem = make_problem(rng, rows=6, fan_in=20)
     quadratic = make_quadratic(rng, problem, samples=2000)
-    shifted = Quadratic(quadratic.gram, quadratic.cross * 1.2, quadratic.energy * 1.44)
+    shifted = Quadratic.around(
+        quadratic.gram.astype(np.float64),
+        problem.weight,
+        1.2 * problem.weight.astype(np.float64) @ quadratic.gram,
+        1.44 * quadratic.energy,
+    )
     aimed, blind = gptq(problem, shifted, GPTQ), gptq(problem, quadratic, GPTQ)
     error = [shifted.error(problem.dequantized(codes)).sum() for codes in (aimed, blind)]
     assert error[0] < error[1]
@@ -260,7 +265,7 @@ def test_gptq_aims_at_what_the_float_model_wants(rng):
 
 def test_inputs_that_are_not_finite_are_refused_by_gptq(rng):
     problem = make_problem(rng)
-    bad = Quadratic(np.full((1, 6, 6), np.nan), np.zeros((1, 3, 6)), np.zeros((1, 3)))
+    bad = Quadratic(np.full((1, 6, 6), np.nan, np.float32), np.zeros((1, 3, 6)), np.zeros((1, 3)))
     with pytest.raises(DivergedError, match="not finite"):
         gptq(problem, bad, GPTQ)
 

@@ -58,7 +58,7 @@ def convolution_rows(
     images, channels, *spatial = x.shape
     if channels % window.groups:
         raise ShapeError(f"{channels} channels cannot be divided into {window.groups} groups")
-    padded = np.pad(x, ((0, 0), (0, 0), *window.pads))
+    padded = np.pad(x, ((0, 0), (0, 0), *window.pads)) if np.any(window.pads) else x
     out = window.output_shape(tuple(spatial))
     per_image, per_channel, *steps = padded.strides
     view = as_strided(

@@ -14,18 +14,19 @@ date with one matrix product per block, as GPTQ does (Frantar et al., 2022).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int32, Int64
+from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 from qdeploy.core.moments import Quadratic
 from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.errors import DivergedError
 
-BLOCK = 64
-ROUNDOFF = 1e-13  # of float64 gains, relative to the row's energy
+BLOCK = 96
+MOVING = 0.7  # share of rows below which the others are left behind
+ROUNDOFF = 1e-9  # of gains whose products are float32, relative to the row's energy
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +48,16 @@ def descent(
 ) -> Int32[np.ndarray, "groups rows fan_in"]:
     """Codes at which no single flip lowers the objective (or `sweeps` sweeps were made).
 
-    Deterministic but for the seeded start. All arithmetic is float64: gradients are updated in
-    place over thousands of flips, and in float32 a flip could be made and unmade for ever.
+    Deterministic but for the seeded start. Within a block of columns all arithmetic is float64,
+    or a flip could be made and unmade for ever; what a block does to the others is float32.
 
     Raises:
         DivergedError: the inputs were not finite, so that there is nothing to descend.
     """
-    if not (np.isfinite(quadratic.gram).all() and np.isfinite(quadratic.cross).all()):
+    if not (np.isfinite(quadratic.gram).all() and np.isfinite(quadratic.energy).all()):
         raise DivergedError("the layer's inputs are not finite on the calibration images")
     up = _start(problem, settings.start, generator)
-    damped = _damp(quadratic, problem, settings.damping)
+    damped = _damp(quadratic, settings.damping)
     price = flip_price(problem, damped, settings.flip_weight, settings.flip_bound)
     return problem.codes(_sweep(problem, damped, price, up, settings.sweeps))
 
@@ -90,16 +91,14 @@ def _start(
     return np.where(problem.free, choice, problem.nearest_up)
 
 
-def _damp(quadratic: Quadratic, problem: RoundingProblem, damping: float) -> Quadratic:
+def _damp(quadratic: Quadratic, damping: float) -> Quadratic:
     """`quadratic` plus a small pull of every weight to its float value; never quite singular."""
-    weight = problem.weight.astype(np.float64)
-    diagonal = np.einsum("gkk->gk", quadratic.gram).mean(axis=1, keepdims=True)
-    pull = damping * diagonal  # groups 1
-    return Quadratic(
-        gram=quadratic.gram + pull[:, :, None] * np.eye(weight.shape[-1]),
-        cross=quadratic.cross + pull[:, :, None] * weight,
-        energy=quadratic.energy + pull * np.square(weight).sum(-1),
-    )
+    diagonal = np.einsum("gkk->gk", quadratic.gram)
+    pull = damping * diagonal.mean(axis=1, keepdims=True, dtype=np.float64)  # groups 1
+    gram = quadratic.gram.copy()
+    np.einsum("gkk->gk", gram)[:] += pull
+    energy = quadratic.energy + pull * np.square(quadratic.weight).sum(-1)
+    return replace(quadratic, gram=gram, energy=energy)
 
 
 @dataclass(slots=True, eq=False)
@@ -136,14 +135,15 @@ def _sweep(
 ) -> Bool[np.ndarray, "groups rows fan_in"]:
     """Flip whatever lowers the objective, block of columns after block, until nothing does."""
     gram, (groups, rows, fan_in) = quadratic.gram, up.shape
-    weight = problem.dequantized(problem.codes(up))
-    gradient = weight @ gram - quadratic.cross
+    gradient = quadratic.slope(problem.dequantized(problem.codes(up))).astype(np.float32)
+    room = np.empty_like(gradient)
     above = problem.dequantized(problem.codes(np.ones_like(up)))
     below = problem.dequantized(problem.codes(np.zeros_like(up)))
     step = np.where(up, below - above, above - below)
     toll = np.where(problem.free, np.where(up == problem.nearest_up, -price, price), np.inf)
     made = np.zeros_like(up)
-    curvature = np.broadcast_to(np.einsum("gkk->gk", gram)[:, None], up.shape)
+    diagonal = np.einsum("gkk->gk", gram).astype(np.float64)
+    curvature = np.broadcast_to(diagonal[:, None], up.shape)
     group = np.repeat(np.arange(groups), rows)
     least = -ROUNDOFF * quadratic.energy.reshape(-1)
     for _ in range(sweeps):
@@ -151,8 +151,9 @@ def _sweep(
         for first in range(0, fan_in, BLOCK):
             block = np.s_[:, :, first : first + BLOCK]
             views = (gradient[block], step[block], toll[block], curvature[block])
-            flips = _Flips(*(view.copy().reshape(groups * rows, -1) for view in views))
-            changed = _descend(gram[block[0], block[2], block[2]], flips, group, least)
+            flips = _Flips(*(view.astype(np.float64).reshape(groups * rows, -1) for view in views))
+            own = gram[block[0], block[2], block[2]].astype(np.float64)
+            changed = _descend(own, flips, group, least)
             if not changed.any():
                 continue
             delta = np.where(changed, -flips.step, 0).reshape(step[block].shape)
@@ -160,7 +161,7 @@ def _sweep(
                 values.reshape(delta.shape) for values in (flips.step, flips.toll)
             )
             made[block] ^= changed.reshape(delta.shape)
-            _add_product(gradient, delta, gram[block[0], block[2]])
+            _add_product(gradient, delta.astype(np.float32), gram[block[0], block[2]], room)
             moved = True
         if not moved:
             break
@@ -175,8 +176,8 @@ def _descend(
 ) -> Bool[np.ndarray, "rows columns"]:
     """Steepest descent within one block of columns, in `flips`: which weights end up flipped.
 
-    In every round each row makes its best flip; rows that have none left drop out. A gain smaller
-    than roundoff does not count, or a flip could be made and unmade for ever.
+    In every round each row makes its best flip; rows that have none left drop out, once they are
+    many. A gain smaller than roundoff does not count, or a flip could be made and unmade for ever.
     """
     start = flips.step.copy()
     live = np.flatnonzero((flips.gain < least[:, None]).any(axis=1))
@@ -184,14 +185,14 @@ def _descend(
     while live.size:
         gain = part.gain
         best = gain.argmin(axis=1)
-        improves = gain[np.arange(live.size), best] < least[live]
-        if not improves.all():
-            done, kept = np.flatnonzero(~improves), np.flatnonzero(improves)
-            flips.put(live[done], part.of(done))
-            live, best, part = live[kept], best[kept], part.of(kept)
-        here = np.arange(live.size)
+        here = np.flatnonzero(gain[np.arange(live.size), best] < least[live])
+        if here.size < MOVING * live.size:
+            flips.put(live, part)
+            live, best, part = live[here], best[here], part.of(here)
+            here = np.arange(live.size)
+        best = best[here]
         delta = part.step[here, best]
-        part.gradient += gram[group[live], best] * delta[:, None]
+        part.gradient[here] += gram[group[live[here]], best] * delta[:, None]
         part.step[here, best] = -delta
         part.toll[here, best] *= -1
     changed: np.ndarray = flips.step != start
@@ -199,13 +200,18 @@ def _descend(
 
 
 def _add_product(
-    gradient: Float64[np.ndarray, "groups rows fan_in"],
-    delta: Float64[np.ndarray, "groups rows columns"],
-    gram: Float64[np.ndarray, "groups columns fan_in"],
+    gradient: Float32[np.ndarray, "groups rows fan_in"],
+    delta: Float32[np.ndarray, "groups rows columns"],
+    gram: Float32[np.ndarray, "groups columns fan_in"],
+    room: Float32[np.ndarray, "groups rows fan_in"],
 ) -> None:
-    """Bring the gradient up to date with the flips of one block, for the rows that had any."""
+    """Bring the gradient up to date with the flips of one block, for the rows that had any.
+
+    Args:
+        room: For the product: new memory each time would cost as much as the product itself.
+    """
     rows = np.flatnonzero(delta.any(axis=(0, 2)))
     if len(gram) > 1 or 2 * rows.size > delta.shape[1]:
-        gradient += delta @ gram
+        gradient += np.matmul(delta, gram, out=room)
     else:
         gradient[0, rows] += delta[0, rows] @ gram[0]

@@ -18,7 +18,6 @@ from qdeploy.core.rounding.problem import RoundingProblem
 from qdeploy.errors import DivergedError
 
 BLOCK = 128
-ROUNDOFF = 1e-12  # of float64 products, relative
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +44,12 @@ def _solve_group(
     problem: RoundingProblem, quadratic: Quadratic, settings: GptqSettings, group: int
 ) -> Float64[np.ndarray, "rows fan_in"]:
     """The codes of one group in steps. Inputs that are always 0 say nothing: nearest then."""
-    gram = quadratic.gram[group]
+    gram = quadratic.gram[group].astype(np.float64)
     if not gram.any():
         return np.rint(problem.steps[group]).astype(np.float64)
     order = np.argsort(-np.diagonal(gram), kind="stable")
     factor = _inverse_factor(gram[np.ix_(order, order)], settings.damping)
-    target = _best_float(problem, quadratic, group, settings.damping)[:, order]
+    target = _best_float(quadratic, group, settings.damping)[:, order]
     scale = problem.scale[group].astype(np.float64)
     least, most = problem.least[group][:, 0], problem.most[group][:, 0]
     steps = np.empty_like(target)
@@ -86,16 +85,15 @@ def _inverse_factor(
 
 
 def _best_float(
-    problem: RoundingProblem, quadratic: Quadratic, group: int, damping: float
+    quadratic: Quadratic, group: int, damping: float
 ) -> Float64[np.ndarray, "rows fan_in"]:
     """The float weights whose output is closest to the wanted one: where the errors start from.
 
     With the float model's inputs those are the weights themselves.
     """
-    weight = problem.weight[group].astype(np.float64)
-    gram, cross = quadratic.gram[group], quadratic.cross[group]
-    missing = cross - weight @ gram
-    if np.abs(missing).max() <= ROUNDOFF * np.abs(cross).max():
-        return weight
+    weight, gram = quadratic.weight[group], quadratic.gram[group].astype(np.float64)
+    if quadratic.missing is None:
+        return weight.copy()
+    missing = quadratic.missing[group]
     mean = max(float(np.diagonal(gram).mean()), np.finfo(np.float64).tiny)
     return weight + np.linalg.solve(gram + damping * mean * np.eye(len(gram)), missing.T).T

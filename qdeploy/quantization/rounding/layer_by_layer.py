@@ -135,7 +135,7 @@ def _paired_moments(
 ) -> list[PairedMoments]:
     moments = []
     for use in layer.site.uses:
-        moment = PairedMoments(*problem.weight.shape)
+        moment = PairedMoments(problem.weight)
         generator = np.random.default_rng(task.seed)
         float_inputs, inputs = pair.floats.values[use.input], pair.inputs(task, use)
         for first in range(0, len(inputs), BATCH):
