@@ -52,6 +52,20 @@ def test_a_runtime_may_take_either_class_but_no_third(images):
     assert (forked(images).argmax(1) == linear(images).argmax(1)).all()  # nothing else shows it
 
 
+def test_a_third_class_that_hardly_leads_is_no_other_answer(images):
+    """Where three classes nearly tie, honest arithmetic may take any of them."""
+
+    def near(x: np.ndarray, by: float) -> np.ndarray:
+        given = np.concatenate([linear(x), np.full((len(x), 1), -9.0)], axis=1)
+        given[:, 3] = given[:, :3].max(axis=1) + by
+        return given
+
+    found = boundary(linear, images, 16)
+    span = np.ptp(linear(found.inputs), axis=1)
+    assert one_of_two(lambda x: near(x, 0.01 * span.min()), found).all()
+    assert not one_of_two(lambda x: near(x, span.max()), found).any()
+
+
 def test_images_that_are_all_answered_alike_have_no_boundary(images):
     found = boundary(lambda x: np.tile([[1.0, 0.0]], (len(x), 1)), images, 16)
     assert found.inputs.shape == (0, 3, 2, 2)

@@ -3,8 +3,9 @@
 After the probes of DcL-BD, a backdoor that compiling a model switches on: what tells runtimes apart
 are inputs whose answer hangs on the last digit.
 Between two images that are answered differently such an input is found by bisection. Which of the
-two classes a runtime gives there says nothing; honest ones differ. A third one says that a small
-difference of arithmetic has been made into a large one.
+two classes a runtime gives there says nothing; honest ones differ. A third one, and by far, says
+that a small difference of arithmetic has been made into a large one. (Not by far: among a thousand
+classes three can meet in one place.)
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from qdeploy.runtime.measure import argmax
+from qdeploy.runtime.answers import argmax
 
 Logits = Callable[[np.ndarray], np.ndarray]
 PAIRS, FEWER_PAIRS = 64, 16  # of small images and of large ones
 LARGE = 1 << 16  # values of an image
 HALVINGS = 22  # as far as float32 goes
+FAR = 0.05  # of the range of an input's logits: honest runtimes differ by half of that
 AT_ONCE = 1 << 20  # values that are asked about at a time
 
 
@@ -57,9 +59,15 @@ def boundary(
 
 
 def one_of_two(logits: Logits, found: Boundary) -> Bool[np.ndarray, " inputs"]:
-    """Which of the inputs are given one of the two classes that meet there."""
-    answers = _answers(logits, found.inputs)
-    same: np.ndarray = (answers[:, None] == found.classes).any(axis=1)
+    """Which of the inputs are given one of the two classes that meet there, or hardly another."""
+    if not len(found.inputs):
+        return np.zeros(0, bool)
+    given = _logits(logits, found.inputs)
+    answers = argmax(given)
+    best_of_two = np.take_along_axis(given, found.classes, axis=1).max(axis=1)
+    with np.errstate(invalid="ignore"):
+        hardly = given.max(axis=1) - best_of_two <= FAR * np.ptp(given, axis=1)
+    same: np.ndarray = (answers[:, None] == found.classes).any(axis=1) | (hardly & (answers >= 0))
     return same
 
 
@@ -75,8 +83,9 @@ def _pairs(answers: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _answers(logits: Logits, inputs: np.ndarray) -> np.ndarray:
-    if not len(inputs):
-        return np.zeros(0, np.int32)
+    return argmax(_logits(logits, inputs)) if len(inputs) else np.zeros(0, np.int32)
+
+
+def _logits(logits: Logits, inputs: np.ndarray) -> np.ndarray:
     each = max(1, AT_ONCE // inputs[0].size)
-    parts = [inputs[i : i + each] for i in range(0, len(inputs), each)]
-    return np.concatenate([argmax(logits(part)) for part in parts])
+    return np.concatenate([logits(inputs[i : i + each]) for i in range(0, len(inputs), each)])
