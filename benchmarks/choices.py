@@ -26,7 +26,7 @@ from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
-from qdeploy.runtime.measure import predict
+from qdeploy.runtime.answers import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.methods import EfrapDescent, Nearest, Rounding, Stochastic
 from qdeploy.settings.recipe import ActivationSpec

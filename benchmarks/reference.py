@@ -26,7 +26,7 @@ from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, round_to_nearest
 from qdeploy.runs.rundir import StoredLayers
-from qdeploy.runtime.measure import predict
+from qdeploy.runtime.answers import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.device import load_device
 from qdeploy.settings.methods import EfrapAdam, Rounding

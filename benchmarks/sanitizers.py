@@ -27,7 +27,7 @@ from qdeploy.inputs.opened import open_evidence
 from qdeploy.judging.rates import rates
 from qdeploy.progress import SILENT
 from qdeploy.runs.opening import open_source
-from qdeploy.runtime.measure import predict
+from qdeploy.runtime.answers import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.values import Arm
 

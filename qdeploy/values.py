@@ -251,11 +251,15 @@ class Compared:
 
     same: Bool[np.ndarray, " asked"]  # whether the class is; fewer than all may have been asked
     difference: float | None  # largest of a logit, percent of their range; None: not all finite
+    early: bool = False  # whether no more were asked because the answer was clear
+
+
+NOT_FINITE, UNASKED = -1, -2  # where the logits are no numbers; where nobody has asked
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictions:
-    """What every arm answered: a class per image, -1 for logits that were not finite."""
+    """What every arm answered: a class per image, or `NOT_FINITE`, or `UNASKED`."""
 
     labels: Int64[np.ndarray, " images"]
     clean: Mapping[Arm, Int32[np.ndarray, " images"]]
@@ -267,6 +271,10 @@ class Predictions:
         default_factory=dict
     )  # how many classes the clean image's own comes after
     compared: Mapping[Arm, Compared] = field(default_factory=dict)  # the result, on other runtimes
+
+    def asked(self, arm: Arm) -> Bool[np.ndarray, " images"]:
+        """The images that an arm was asked about, clean and with those triggers that concern it."""
+        return self.clean[arm] != UNASKED
 
 
 @dataclass(frozen=True, slots=True)

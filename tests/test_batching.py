@@ -12,7 +12,14 @@ from qdeploy.data import Preprocessing, open_images
 from qdeploy.exporting.exporter import export
 from qdeploy.formats.opening import load
 from qdeploy.runtime import batching
-from qdeploy.runtime.batching import BATCH, PROBES, probes_of, same_in_any_batch
+from qdeploy.runtime.batching import (
+    BATCH,
+    FEWEST_PROBES,
+    PROBES,
+    probes_of,
+    same_alone,
+    same_in_any_batch,
+)
 from qdeploy.runtime.sessions import Session, open_session
 from qdeploy.settings.policy import GateSpec
 from qdeploy.values import Architecture, Stated
@@ -124,6 +131,17 @@ def test_large_images_are_asked_in_small_batches_and_fewer_of_them(rng, mixed):
     assert len(images) < PROBES
     assert 8 < max(counting.sizes) <= 27
     assert sum(counting.sizes) <= 6 * len(images)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_further_runtime_is_asked_in_batches_and_alone(rng, mixed):
+    images = rng.normal(size=(FEWEST_PROBES, 1, 2, 2)).astype(np.float32)
+    counting = Counting(mixed=mixed)
+    found = same_alone(counting, images)
+    assert (found.mean() < 0.9) if mixed else found.all()
+    assert sum(counting.sizes) == 2 * FEWEST_PROBES
+    assert set(counting.sizes) == {1, BATCH}
+    assert rate(found).low > GateSpec().min_batch_invariance or mixed
 
 
 @pytest.mark.slow

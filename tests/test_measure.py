@@ -10,11 +10,12 @@ from qdeploy.data import Images, images_from_array
 from qdeploy.data.triggers import Trigger
 from qdeploy.judging.rates import RuntimeAgreement, rates, with_answers
 from qdeploy.runs.rundir import StoredPredictions
-from qdeploy.runtime import measure
-from qdeploy.runtime.measure import argmax, measure_latency, predict, ranks
+from qdeploy.runtime import answers, measure
+from qdeploy.runtime.answers import argmax, predict, ranks
+from qdeploy.runtime.measure import measure_latency
 from qdeploy.runtime.sessions import Session, open_session
 from qdeploy.settings.device import RuntimeSpec
-from qdeploy.values import Arm, Compared, Predictions
+from qdeploy.values import UNASKED, Arm, Compared, Predictions
 from tests.nets import Net
 
 FP32, RESULT = Arm("fp32", "cpu"), Arm("result", "cpu")
@@ -53,12 +54,12 @@ def sessions() -> dict[Arm, Session]:
 
 
 def test_answers_are_those_of_the_model(test_images, green, sessions):
-    answers = predict(sessions, test_images, [green])
+    found = predict(sessions, test_images, [green])
     wrong = np.arange(30) % 5 == 0
-    np.testing.assert_array_equal(answers.clean[FP32] == answers.labels, ~wrong)
-    asked = answers.labels != 1
-    assert np.all(answers.triggered["green"][RESULT][asked] == 1)
-    assert np.all(answers.triggered["green"][RESULT][~asked] == -1)  # never asked
+    np.testing.assert_array_equal(found.clean[FP32] == found.labels, ~wrong)
+    asked = found.labels != 1
+    assert np.all(found.triggered["green"][RESULT][asked] == 1)
+    assert np.all(found.triggered["green"][RESULT][~asked] == UNASKED)  # never asked
 
 
 def test_the_size_of_a_batch_changes_nothing(monkeypatch, test_images, green, sessions):
@@ -75,7 +76,7 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(
     monkeypatch, tmp_path, test_images, green, sessions
 ):
     monkeypatch.setattr("qdeploy.data.images.BATCH_VALUES", 48 * 7)
-    monkeypatch.setattr(measure, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(answers, "SAVE_EVERY_SECONDS", 0.0)
     store = StoredPredictions(tmp_path / "partial" / "predictions.npz")
 
     class Interrupted(StoredPredictions):
@@ -228,5 +229,13 @@ def test_of_a_slow_model_fewer_runs_are_timed(monkeypatch):
     clock: list[float] = []
     monkeypatch.setattr(measure.time, "monotonic", lambda: sum(clock))
     assert measure._run_times(Slow(), (1, 3, 2, 2), 50) == [4.0] * 3
+    assert measure._run_times(Slow(), (32, 3, 2, 2), 50) == [4.0]
     monkeypatch.setattr(measure, "LONGEST_TURN_SECONDS", 100.0)
     assert len(measure._run_times(Slow(), (1, 3, 2, 2), 50)) == 25
+
+
+def test_a_batch_that_takes_seconds_is_not_timed(monkeypatch):
+    data = brightness_net()
+    monkeypatch.setattr(measure, "LONGEST_BATCH_SECONDS", 0.0)
+    times = measure_latency([("a", data), ("b", data)], (3, 4, 4), runtime=CPU, runs=2)
+    assert {(t.variant, t.batch) for t in times} == {("a", 1), ("b", 1)}

@@ -21,9 +21,9 @@ import pytest
 
 from qdeploy.errors import InputError, NoAnswerError, ProviderError, UsageError
 from qdeploy.runs.rundir import StoredPredictions
-from qdeploy.runtime import agent, measure, remote
+from qdeploy.runtime import agent, answers, remote
+from qdeploy.runtime.answers import predict
 from qdeploy.runtime.known import Runner, runtime_of
-from qdeploy.runtime.measure import predict
 from qdeploy.runtime.remote import RemoteRunner
 from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import Arm, Interface
@@ -236,7 +236,7 @@ def test_a_measurement_that_a_device_broke_off_goes_on_where_it_was(
     device, tmp_path, monkeypatch, test_images  # noqa: F811
 ):  # fmt: skip
     monkeypatch.setattr("qdeploy.data.images.BATCH_VALUES", 48 * 5)
-    monkeypatch.setattr(measure, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(answers, "SAVE_EVERY_SECONDS", 0.0)
     store = StoredPredictions(tmp_path / "predictions.npz")
     here = opened("cpu", brightness_net())
     sessions = {RESULT: here, FAR: Dying(on(device, brightness_net()))}

@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from qdeploy.errors import InputError, ProviderError, UsageError
 from qdeploy.graph.io import identity
 from qdeploy.runtime import known, openvino_cpu
+from qdeploy.runtime.answers import Sampling, predict
 from qdeploy.runtime.known import RUNTIMES, Runner, Runtime, runtime_of
-from qdeploy.runtime.measure import predict
 from qdeploy.settings.device import DeviceProfile, RuntimeSpec, load_device
 from qdeploy.values import Arm, Interface
 from tests.gate_lab import copied, fixed_batch, run
@@ -200,15 +200,15 @@ class TurnedRuntime:
         return {"Conv": len(model[:2])}
 
 
-def test_a_slow_runtime_is_asked_about_few_images_evenly_spread(test_images):  # noqa: F811
+def test_a_slow_runtime_is_asked_about_few_images_drawn_by_chance(test_images):  # noqa: F811
     slow = Arm("result", "slow")
     turned = Turned(opened("cpu", brightness_net()))
     sessions = {RESULT: opened("cpu", brightness_net()), slow: turned}
-    found = predict(sessions, test_images, [], few={slow: 7})
+    found = predict(sessions, test_images, [], sampling=Sampling(seed=3, few={slow: 7}))
     assert turned.asked == len(found.compared[slow].same) == 7
     assert set(found.clean) == {RESULT}  # of a few images no rate is made
-    spread = [0, 5, 10, 14, 19, 24, 29]
-    middle = found.clean[RESULT][spread] == 1
+    drawn = np.sort(np.random.default_rng(3).permutation(30)[:7])
+    middle = found.clean[RESULT][drawn] == 1
     np.testing.assert_array_equal(found.compared[slow].same, middle)
     assert 20 < found.compared[slow].difference <= 100
 

@@ -24,7 +24,7 @@ from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding.layers import RoundingTask, round_layers
 from qdeploy.runs.opening import open_model
-from qdeploy.runtime.measure import predict
+from qdeploy.runtime.answers import predict
 from qdeploy.runtime.sessions import open_session
 from qdeploy.settings.methods import EfrapDescent
 from qdeploy.settings.recipe import Recipe

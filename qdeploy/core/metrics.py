@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 Z95 = NormalDist().inv_cdf(0.975)
+EARLY = 0.001  # error allowed to a decision that is taken before everything was asked
+Z_EARLY = NormalDist().inv_cdf(1 - EARLY / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,20 +23,54 @@ class Estimate:
     high: float
     samples: int
 
+    def wider(
+        self, points: float, samples: int, ends: tuple[float, float] = (-math.inf, math.inf)
+    ) -> Estimate:
+        """The same on fewer samples, and by what the others may be off."""
+        low, high = max(self.low - points, ends[0]), min(self.high + points, ends[1])
+        return replace(self, low=low, high=high, samples=samples)
 
-def rate(hits: Bool[np.ndarray, " samples"]) -> Estimate:
+
+def rate(hits: Bool[np.ndarray, " samples"], z: float = Z95) -> Estimate:
     """Share of true values in percent, with Wilson's score interval.
 
     Wilson, "Probable inference", JASA 1927: unlike the textbook interval it stays inside
     [0, 100] and does not shrink to a point at 0 or 100.
+
+    Args:
+        z: Half-width of the interval in standard errors.
     """
     n = hits.size
     if n == 0:
         return Estimate(math.nan, 0.0, 100.0, 0)
     p = float(np.count_nonzero(hits)) / n
-    centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return Estimate(100 * p, 100 * max(centre - half, 0.0), 100 * min(centre + half, 1.0), n)
+
+
+def unseen_at_most(found: int, drawn: int, left: int) -> int:
+    """How many of `left` samples may be hits where `found` of `drawn` ones are.
+
+    The upper end of Clopper and Pearson's interval (Biometrika 1934) for the share among all, less
+    what was found. It errs once in a thousand times, so that it may be asked for after a few looks
+    and the last word still be one of 95 % (Haybittle and Peto's rule); and less often than that,
+    since the samples are drawn without replacement.
+    """
+    if left == 0 or found == drawn:
+        return left
+    counts = np.arange(found + 1)
+    ways = np.array([_log_binomial(drawn, int(k)) for k in counts])
+    low, high = found / drawn, 1.0
+    for _ in range(40):
+        share = (low + high) / 2
+        terms = ways + counts * np.log(share) + (drawn - counts) * np.log1p(-share)
+        low, high = (share, high) if np.exp(terms).sum() > EARLY else (low, share)
+    return min(left, math.ceil(high * (drawn + left) - found))
+
+
+def _log_binomial(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def images_for(percent: float, points: float) -> int:

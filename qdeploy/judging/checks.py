@@ -12,7 +12,7 @@ from qdeploy.core.metrics import Estimate
 from qdeploy.detectors.known import Answer, Detected
 from qdeploy.inputs.opened import Calibration, Evidence
 from qdeploy.judging.measure import Measured
-from qdeploy.judging.rates import AgainstFloat, ArmRates
+from qdeploy.judging.rates import AgainstFloat, ArmRates, RuntimeAgreement
 from qdeploy.judging.verdict import Check
 from qdeploy.provenance.trace import LayerTrace, Provenance
 from qdeploy.settings.checks import ROWS, CheckRow
@@ -32,6 +32,7 @@ from qdeploy.values import (
 )
 
 LayerDigest = tuple[str, str]  # sha256 of a layer's codes and of its scales
+NOWHERE = Origin("", "", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,29 @@ def checks_of(results: Results, gate: GateSpec, budget: BudgetSpec) -> tuple[Che
         for row in ROWS
         if (limit := gate.limit(row, budget)) is not None
         for found in MEASURES[row.name](results, gate)
+    )
+
+
+def decided(
+    one: ArmRates, first: ArmRates, beside: RuntimeAgreement, evidence: Evidence, gate: GateSpec
+) -> bool:
+    """Whether more answers of one runtime would decide nothing.
+
+    So it is where all that is known lies on one side of its limit. What is open on the first
+    runtime, which has been asked everything, no other one can close.
+    """
+    measured = Measured((), (first, one), runtimes=(beside,))
+    known = Results(NOWHERE, len(one.class_accuracy), evidence, measured, ())
+    checks = checks_of(known, gate, BudgetSpec())
+    open_anyway = {
+        (check.name, check.subject)
+        for check in checks
+        if check.runtime == first.arm.runtime and check.state in {"unclear", "few"}
+    }
+    return all(
+        check.state in {"within", "off"} or (check.name, check.subject) in open_anyway
+        for check in checks
+        if check.runtime == one.arm.runtime
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -29,17 +29,13 @@ from qdeploy.judging.rates import (
 )
 from qdeploy.machine import exact_8bit_products, processor_flags
 from qdeploy.progress import SILENT, Progress
-from qdeploy.runtime.batching import probes_of, same_in_any_batch
+from qdeploy.runtime.answers import FORGETFUL, PredictionStore, Sampling, predict
+from qdeploy.runtime.batching import FEWEST_PROBES, probes_of, same_alone, same_in_any_batch
 from qdeploy.runtime.boundary import FEWER_PAIRS, PAIRS, boundary, one_of_two
 from qdeploy.runtime.known import Runner, runtime_of
-from qdeploy.runtime.measure import (
-    FORGETFUL,
-    PredictionStore,
-    measure_latency,
-    milliseconds,
-    predict,
-)
+from qdeploy.runtime.measure import measure_latency, milliseconds
 from qdeploy.runtime.ort_format import on_phones
+from qdeploy.runtime.remembered import Answers
 from qdeploy.settings.device import (
     EMULATED,
     LARGEST_CODE_WITHOUT_SATURATION,
@@ -47,10 +43,24 @@ from qdeploy.settings.device import (
     DeviceProfile,
     RuntimeSpec,
 )
-from qdeploy.values import NOTHING_STATED, Arm, FileMade, Interface, Latency, Stated, Variant
+from qdeploy.values import (
+    NOTHING_STATED,
+    Arm,
+    FileMade,
+    Interface,
+    Latency,
+    Predictions,
+    Stated,
+    Variant,
+)
 
 EMULATED_IMAGES, FEWER, LARGE = 500, 200, 1 << 16  # fewer of so many values: seconds an image
 FEW_RUNS = 10  # of a runtime that nothing is held against
+SHOWN = 1200  # images that a file is asked about which is there to compare with, at least
+
+
+# By the rates of a runtime, those of the first one, and how far they agree.
+Decided = Callable[[ArmRates, ArmRates, RuntimeAgreement], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,8 @@ class Trial:
     latency_runs: int
     seen: Mapping[str, Bool[np.ndarray, " images"]] = field(default_factory=dict)  # by trigger
     stated: Stated = NOTHING_STATED  # of the result's ends
+    decided: Decided | None = None  # None: everything is asked of every arm
+    of_float: Answers | None = None  # what the float model is known to say
 
     def classifiers(self) -> Mapping[Variant, bytes]:
         """The files as they are run: the result, which may be a stranger's, between its ends."""
@@ -111,6 +123,9 @@ def validate(
         saturating=saturating,
     )
     sessions, unsupported = _sessions(run, device, saturating=saturating)
+    reference = Arm("fp32", first.label)
+    if trial.of_float is not None and reference in sessions:
+        sessions[reference] = trial.of_float.of(sessions[reference])
     _check_interface(sessions, trial.interface)
     runtimes = _others(run["result"], device, sessions, unsupported, trial)
     batches = _batch_invariance(trial, device, sessions, progress)
@@ -120,9 +135,13 @@ def validate(
     )
     if trial.images is None:
         return without_images
-    few = {Arm("result", r.label): r.images for r in device.runtimes if r.images is not None}
     predictions = predict(
-        sessions, trial.images, trial.triggers, few=few, store=store, progress=progress
+        sessions,
+        trial.images,
+        trial.triggers,
+        sampling=_sampling(trial, device, sessions),
+        store=store,
+        progress=progress,
     )
     return replace(
         without_images,
@@ -130,6 +149,26 @@ def validate(
         runtimes=_at_boundary(with_answers(runtimes, predictions), trial, device, sessions),
         samples=samples(predictions, trial.images, trial.triggers),
     )
+
+
+def _sampling(trial: Trial, device: DeviceProfile, sessions: Mapping[Arm, Runner]) -> Sampling:
+    """All that is judged is asked on the first runtime; of the rest, until it is decided."""
+    few = {Arm("result", r.label): r.images for r in device.runtimes if r.images is not None}
+    seed = private_number("images", hashlib.sha256(trial.files["result"]).hexdigest())
+    decided = trial.decided
+    if decided is None:
+        return Sampling(seed, few)
+    first = device.runtimes[0].label
+    whole = {Arm("result", first), Arm("fp32", first), *few}
+
+    def enough(arm: Arm, known: Predictions) -> bool:
+        if arm.variant != "result":
+            return int(known.asked(arm).sum()) >= SHOWN
+        found = {one.arm: one for one in rates(known, trial.interface.classes, trial.seen)}
+        (beside,) = with_answers([RuntimeAgreement(arm.runtime)], known)
+        return decided(found[arm], found[Arm("result", first)], beside)
+
+    return Sampling(seed, few, frozenset(sessions.keys() - whole), enough)
 
 
 def _for_phones(device: DeviceProfile) -> bool:
@@ -165,10 +204,15 @@ def _batch_invariance(
     probes = _probes(trial, seed)
     slow = {runtime.label for runtime in device.runtimes if runtime.images is not None}
     arms = [arm for arm in sessions if arm.variant == "result" and arm.runtime not in slow]
-    return tuple(
-        BatchInvariance(arm.runtime, rate(same_in_any_batch(sessions[arm], probes, seed)))
-        for arm in progress.track(arms, "batches", len(arms))
-    )
+    found = []
+    for arm in progress.track(arms, "batches", len(arms)):
+        alike = (
+            same_in_any_batch(sessions[arm], probes, seed)
+            if arm.runtime == device.runtimes[0].label
+            else same_alone(sessions[arm], probes[:FEWEST_PROBES])
+        )
+        found.append(BatchInvariance(arm.runtime, rate(alike)))
+    return tuple(found)
 
 
 def _probes(trial: Trial, seed: int) -> Float32[np.ndarray, "probes channels height width"]:

@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from qdeploy.core.metrics import (
+    Z95,
+    Z_EARLY,
     Estimate,
     largest_drop,
     paired_difference,
@@ -19,6 +21,7 @@ from qdeploy.core.metrics import (
 )
 from qdeploy.data import Images
 from qdeploy.data.triggers import Trigger
+from qdeploy.judging.sampled import Unseen, filled, part, unseen
 from qdeploy.values import Arm, Predictions
 
 
@@ -84,6 +87,7 @@ class Sample:
 
 
 SHOWN_IMAGES = 4
+SHARE = (0.0, 100.0)  # percent
 MANY_CLASSES = 20  # from which on one of the best five says something
 
 
@@ -94,8 +98,9 @@ def samples(
     first = next(iter(predictions.clean)).runtime
     arms = [arm for arm in predictions.clean if arm.runtime == first]
     targets = {trigger.target for trigger in triggers}
+    asked = np.flatnonzero(np.all([predictions.asked(arm) for arm in arms], axis=0))
     found: list[Sample] = []
-    for at in _of_different_classes(predictions.labels, targets):
+    for at in asked[_of_different_classes(predictions.labels[asked], targets)].tolist():
         batch = next(images.skip(at).batches(1)).pixels
         clean: dict[str, int] = {arm.variant: int(predictions.clean[arm][at]) for arm in arms}
         label = int(predictions.labels[at])
@@ -109,6 +114,7 @@ def samples(
 
 
 def _of_different_classes(labels: np.ndarray, not_of: set[int]) -> list[int]:
+    """Where the first of a few classes are."""
     seen: dict[int, int] = {}
     for at, label in enumerate(labels.tolist()):
         if label not in not_of:
@@ -129,15 +135,31 @@ def rates(
 ) -> tuple[ArmRates, ...]:
     """The rates of every arm, and beside the float model on the same images if there is one.
 
+    Of the result, where it was asked about a part of the images, as if it answered the others as
+    on the first runtime, with intervals that hold what it may answer otherwise; of other files,
+    over what they were asked about.
+
     Args:
         seen: The images that each trigger changes; those that it does not change do not count.
     """
     asked = _asked(predictions, seen or {})
     floats = [arm for arm in predictions.clean if arm.variant == "fp32"]
-    return tuple(
-        _rates(predictions, arm, floats[0] if floats else None, classes, asked)
-        for arm in predictions.clean
-    )
+    reference = floats[0] if floats else None
+    results = [arm for arm in predictions.clean if arm.variant == "result"]
+    found = []
+    for arm in predictions.clean:
+        kept = predictions.asked(arm)
+        if kept.all():
+            found.append(_rates(predictions, arm, reference, classes, asked))
+        elif arm in results:
+            whole = filled(predictions, arm, results[0])
+            off = unseen(predictions, arm, results[0], asked)
+            of_all = _rates(whole, arm, reference, classes, asked)
+            found.append(_widened(of_all, off, predictions, asked))
+        else:
+            counted = {name: of[kept] for name, of in asked.items()}
+            found.append(_rates(part(predictions, kept), arm, reference, classes, counted))
+    return tuple(found)
 
 
 def with_answers(
@@ -148,7 +170,9 @@ def with_answers(
     return tuple(
         replace(
             runtime,
-            agreement=rate(compared[runtime.runtime].same),
+            agreement=rate(
+                compared[runtime.runtime].same, Z_EARLY if compared[runtime.runtime].early else Z95
+            ),
             difference=compared[runtime.runtime].difference,
         )
         if runtime.runtime in compared
@@ -166,6 +190,60 @@ def _asked(
         name: (predictions.labels != target) & seen.get(name, everywhere)
         for name, target in predictions.targets.items()
     }
+
+
+def _widened(
+    found: ArmRates,
+    off: Unseen,
+    predictions: Predictions,
+    counted: Mapping[str, Bool[np.ndarray, " images"]],
+) -> ArmRates:
+    """The rates, which may be off by so many answers that nobody asked for."""
+    asked, labels = predictions.asked(found.arm), predictions.labels
+    clean = 100 * off.clean / labels.size
+    samples = int(asked.sum())
+    success, rises = {}, {}
+    for name, of in counted.items():
+        points = 100 * off.triggered[name] / max(int(of.sum()), 1)
+        success[name] = found.attack_success[name].wider(points, int((asked & of).sum()), SHARE)
+        if found.against_float is not None:
+            rise = found.against_float.attack_success_rise[name]
+            rises[name] = rise.wider(points, int((asked & of).sum()))
+    return replace(
+        found,
+        accuracy=found.accuracy.wider(clean, samples, SHARE),
+        attack_success=success,
+        against_float=_drops_widened(found, clean, asked, labels, rises),
+        top5_accuracy=found.top5_accuracy and found.top5_accuracy.wider(clean, samples, SHARE),
+    )
+
+
+def _drops_widened(
+    found: ArmRates,
+    points: float,
+    asked: Bool[np.ndarray, " images"],
+    labels: np.ndarray,
+    rises: Mapping[str, Estimate],
+) -> AgainstFloat | None:
+    """Each by as many points as the same number of answers are of what it is a share of."""
+    beside = found.against_float
+    if beside is None:
+        return None
+    samples, classes = int(asked.sum()), len(found.class_accuracy)
+    share = (found.accuracy.value + beside.accuracy_drop.value) / 100  # the float model's
+    smallest = np.bincount(labels, minlength=classes)
+    of_class = points * labels.size / max(int(smallest[smallest > 0].min()), 1)
+    return AgainstFloat(
+        accuracy_drop=beside.accuracy_drop.wider(points, samples),
+        accuracy_drop_relative=beside.accuracy_drop_relative.wider(
+            points / share if share else math.inf, samples
+        ),
+        class_drop=beside.class_drop.wider(
+            of_class, int(np.bincount(labels[asked], minlength=classes).min())
+        ),
+        agreement=beside.agreement.wider(points, samples, SHARE),
+        attack_success_rise=rises,
+    )
 
 
 def _rates(

@@ -21,8 +21,16 @@ from qdeploy.progress import Clock, Progress
 from qdeploy.provenance.trace import Provenance, trace
 from qdeploy.report.compose import compose
 from qdeploy.report.values import Report
+from qdeploy.runs.answered import note_on
 from qdeploy.runs.made import recall
-from qdeploy.runs.measuring import answers_of, check_providers, measure, suspect
+from qdeploy.runs.measuring import (
+    Contestants,
+    answers_of,
+    check_providers,
+    measure,
+    said_before,
+    suspect,
+)
 from qdeploy.runs.opening import open_model
 from qdeploy.runs.run_id import data_facts, facts_digest, input_facts, run_id
 from qdeploy.runs.rundir import RunDir, open_run
@@ -74,7 +82,9 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
         with clock.stage("compare"):
             origin, provenance = model.origin, trace(run, model)
     with clock.stage("data"):
-        reference = answers_of(model if subject.has_reference else None, request)
+        float_model = model if subject.has_reference else None
+        said = said_before(float_model, request)
+        reference = answers_of(float_model, request, said)
         evidence = open_evidence(request, interface.classes, (), progress, reference)
     with clock.stage("detect"):
         suspected = suspect(request, model, run, None, evidence)
@@ -84,7 +94,7 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
     digest = _digest(request, subject, data, model, evidence)
     with open_run(request.artifacts, run_id(digest), digest) as folder:
         files = keep(folder, _variants(data, model, provenance))
-        measured = measure(request, interface, files, evidence, folder, clock)
+        measured = measure(request, Contestants(interface, files, said), evidence, folder, clock)
         found = Results(
             origin=origin,
             classes=interface.classes,
@@ -94,7 +104,7 @@ def gate(request: Request, subject: Subject, progress: Progress) -> Report:
             detected=detected,
             provenance=provenance,
             known=subject.known,
-            notes=(OWN,) if own else (),
+            notes=(*((OWN,) if own else ()), *note_on(said)),
         )
         return _deliver(compose(request, found, clock, folder.path.name), request, subject, folder)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 from qdeploy.data import Images
@@ -11,10 +12,13 @@ from qdeploy.graph.io import identity
 from qdeploy.inputs.opened import Answers, Calibration, Evidence
 from qdeploy.inputs.requests import QuantizeRequest, Request
 from qdeploy.inputs.sources import CARD
+from qdeploy.judging.checks import decided
 from qdeploy.judging.measure import Measured, Trial, validate
 from qdeploy.progress import Clock
+from qdeploy.runs.answered import answers_to, keep_answers
 from qdeploy.runs.rundir import RunDir
 from qdeploy.runtime.known import runtime_of
+from qdeploy.runtime.remembered import Answers as Known
 from qdeploy.settings.checks import ROWS
 from qdeploy.settings.device import EMULATED, RuntimeSpec
 from qdeploy.values import FloatModel, Interface, Variant
@@ -38,12 +42,17 @@ def form_of(model: FloatModel) -> str:
     return f"float32 (N, {shape}) to (N, {model.classes})"
 
 
-def answers_of(model: FloatModel | None, request: Request) -> Answers | None:
+def said_before(model: FloatModel | None, request: Request) -> Known:
+    """What the float model has said in earlier runs."""
+    return Known() if model is None else answers_to(model.onnx, request.device.runtimes[0])
+
+
+def answers_of(model: FloatModel | None, request: Request, said: Known) -> Answers | None:
     """What stands for labels, if the policy takes it from the float model, and there is one."""
     if model is None or request.policy.validation.labels == "data":
         return None
     first = request.device.runtimes[0]
-    return runtime_of(first).open(model.onnx, first).logits
+    return said.of(runtime_of(first).open(model.onnx, first)).logits
 
 
 def suspect(
@@ -98,19 +107,29 @@ def _calibration(request: Request, calibration: Calibration | None) -> Images | 
     return request.sources.calibration_images(SEARCHED, request.policy.seed)
 
 
+@dataclass(frozen=True, slots=True)
+class Contestants:
+    """The files that are measured beside each other."""
+
+    interface: Interface  # of all of them
+    files: Mapping[Variant, bytes]  # as they lie in the run's folder
+    said: Known  # by the float model so far; more of it afterwards
+
+
 def measure(
-    request: Request,
-    interface: Interface,
-    files: Mapping[Variant, bytes],
-    evidence: Evidence,
-    run: RunDir,
-    clock: Clock,
+    request: Request, given: Contestants, evidence: Evidence, run: RunDir, clock: Clock
 ) -> Measured:
     """What the files do on every runtime; an interrupted measurement goes on."""
     runs, store = request.policy.validation.latency_runs, run.predictions
+    gate = request.policy.gate
     trial = Trial(
-        interface, files, evidence.images, evidence.triggers, runs, evidence.seen,
+        given.interface, given.files, evidence.images, evidence.triggers, runs, evidence.seen,
         request.sources.stated,
+        lambda one, first, beside: decided(one, first, beside, evidence, gate),
+        given.said,
     )  # fmt: skip
     with clock.stage("validate"):
-        return validate(trial, request.device, store=store, progress=clock.progress)
+        found = validate(trial, request.device, store=store, progress=clock.progress)
+        if "fp32" in given.files:
+            keep_answers(given.said, given.files["fp32"], request.device.runtimes[0])
+        return found

@@ -37,9 +37,17 @@ from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, rou
 from qdeploy.quantization.search import Searched, search
 from qdeploy.report.compose import compose
 from qdeploy.report.values import Report
+from qdeploy.runs.answered import note_on
 from qdeploy.runs.converting import beside, places_beside
 from qdeploy.runs.made import remember
-from qdeploy.runs.measuring import answers_of, check_providers, form_of, measure
+from qdeploy.runs.measuring import (
+    Contestants,
+    answers_of,
+    check_providers,
+    form_of,
+    measure,
+    said_before,
+)
 from qdeploy.runs.opening import exported, open_model, open_source
 from qdeploy.runs.run_id import data_facts, facts_digest, input_facts, run_id
 from qdeploy.runs.rundir import RunDir, open_run
@@ -76,9 +84,9 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
     with clock.stage("data"):
         calibration = open_calibration(request, loaded, plan, progress)
         fitted = [calibration.fitted, *_fitted_to(student)]
-        evidence = open_evidence(
-            request, model.classes, fitted, progress, answers_of(model, request)
-        )
+        said = said_before(model, request)
+        reference = answers_of(model, request, said)
+        evidence = open_evidence(request, model.classes, fitted, progress, reference)
     request, plan, searched = _searched(request, model, plan, calibration, clock)
     digest = _digest(request, model, calibration, evidence)
     with open_run(request.artifacts, run_id(digest), digest) as run:
@@ -89,7 +97,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
         quantized, files, detected = secured.made.quantized, secured.made.files, secured.detected
         if before is not None:
             files = {**keep(run, {"source": before.onnx}), **files}
-        measured = measure(request, model.interface, files, evidence, run, clock)
+        measured = measure(request, Contestants(model.interface, files, said), evidence, run, clock)
         wrong = wrong_codes(files["result"], plan, quantized.layers)
         provenance = trace(files["result"], model)
         known = _chosen(provenance, quantized)
@@ -103,7 +111,12 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             detected=detected,
             provenance=provenance,
             known=known,
-            notes=(*_ends_note(model), *_search_note(searched), *calibration.notes),
+            notes=(
+                *_ends_note(model),
+                *_search_note(searched),
+                *calibration.notes,
+                *note_on(said),
+            ),
             calibration=calibration,
             plan=plan.layers,
             made=LayersAsMade(quantized.layers, quantized.left_float, wrong),

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from qdeploy.runtime.answers import argmax
 from qdeploy.runtime.known import Runner
-from qdeploy.runtime.measure import argmax
 
 PROBES, FEWEST_PROBES = 256, 128  # of small images and of large ones; 128 of 128 is 97 % at least
 LARGE = 1 << 16  # values of an image
@@ -32,6 +32,17 @@ def probes_of(shape: tuple[int, ...]) -> int:
     return FEWEST_PROBES if np.prod(shape) > LARGE else PROBES
 
 
+def same_alone(
+    session: Runner, probes: Float32[np.ndarray, "probes channels height width"]
+) -> Bool[np.ndarray, " probes"]:
+    """Which probes are answered alike alone and in batches: what is asked of further runtimes.
+
+    That the file itself looks at no neighbours is seen on the first one, in batches of all kinds.
+    """
+    together = _in_order(probes, _together(probes))
+    return _alike(_logits(session, _in_order(probes, 1)), _logits(session, together))
+
+
 def same_in_any_batch(
     session: Runner, probes: Float32[np.ndarray, "probes channels height width"], seed: int
 ) -> Bool[np.ndarray, " probes"]:
@@ -46,20 +57,33 @@ def same_in_any_batch(
         seed: Of orders, sizes and strangers; whoever made the file must not know it.
     """
     rng = np.random.default_rng(seed)
-    most = int(np.clip(BATCH_VALUES // np.prod(probes.shape[1:]), FEWEST, MOST))
-    wanted = _logits(session, _in_order(probes, min(BATCH, most)))
-    threshold = NOISE * np.ptp(wanted[np.isfinite(wanted)]) if np.isfinite(wanted).any() else 0.0
+    most = _most(probes)
+    wanted = _logits(session, _in_order(probes, _together(probes)))
     alike = np.ones(len(probes), bool)
     for batches in (
         _in_order(probes, 1),
         _drawn(probes, most, rng),
         _among_strangers(probes, most, rng),
     ):
-        found = _logits(session, batches)
-        with np.errstate(invalid="ignore"):
-            still = (np.abs(found - wanted) <= threshold).all(axis=1)
-        alike &= still | (argmax(found) == argmax(wanted))
+        alike &= _alike(_logits(session, batches), wanted)
     return alike
+
+
+def _most(probes: np.ndarray) -> int:
+    """Of a batch."""
+    return int(np.clip(BATCH_VALUES // np.prod(probes.shape[1:]), FEWEST, MOST))
+
+
+def _together(probes: np.ndarray) -> int:
+    """The size of the batches that others are compared with."""
+    return min(BATCH, _most(probes))
+
+
+def _alike(found: np.ndarray, wanted: np.ndarray) -> Bool[np.ndarray, " probes"]:
+    threshold = NOISE * np.ptp(wanted[np.isfinite(wanted)]) if np.isfinite(wanted).any() else 0.0
+    with np.errstate(invalid="ignore"):
+        still = (np.abs(found - wanted) <= threshold).all(axis=1)
+    return still | (argmax(found) == argmax(wanted))
 
 
 def _logits(session: Runner, batches: Iterator[_Batch]) -> np.ndarray:

@@ -29,8 +29,8 @@ class RuntimeSpec(Spec):
     images: int | None = Field(
         None, gt=0,
         description=(
-            "Test images that a slow runtime is asked about, at most, evenly spread: for agreement"
-            " with the first runtime alone. Not for the first."
+            "Test images that a slow runtime is asked about, at most, drawn by chance: for"
+            " agreement with the first runtime alone. Not for the first."
         ),
     )  # fmt: skip
 
