@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -49,12 +50,17 @@ class Clock:
 
     progress: Progress
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    times: list[tuple[str, float]] = field(default_factory=list)  # name, seconds
+    times: list[tuple[str, float, float]] = field(default_factory=list)  # name, wall, CPU seconds
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """A stage whose time is taken while the context is open."""
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), _cpu_seconds()
         with self.progress.stage(name):
             yield
-        self.times.append((name, time.perf_counter() - began))
+        self.times.append((name, time.perf_counter() - began, _cpu_seconds() - worked))
+
+
+def _cpu_seconds() -> float:
+    """Of all threads of this process, and of those that it has waited for."""
+    return sum(os.times()[:4])

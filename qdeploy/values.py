@@ -176,11 +176,12 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class FloatLayer:
-    """A node with weights that nothing here can quantize."""
+    """A node with weights that stay float: nothing here can quantize it, or it was so chosen."""
 
     name: str
     op_type: str
     reason: str
+    chosen: bool = False  # by the recipe, and not for want of a way
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +316,7 @@ class StageTime:
 
     name: str
     seconds: float
+    cpu_seconds: float | None = None  # of all threads; None where nobody has counted
 
 
 Explanation = Literal["nearest", "as reported", "unexplained"]  # how a layer's integers came about

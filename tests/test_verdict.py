@@ -241,6 +241,12 @@ def test_budgets_are_checked_where_the_device_has_them():
     assert {c.state for c in within(BudgetSpec(file_bytes=10**7, latency_ms=5.0))} == {"within"}
     close = BudgetSpec(latency_ms=4.1)
     assert [c.state for c in within(close)] == ["unclear"]
+    slow = (Latency("result", 1, 2.0, 30, 1.9, 2.1), Latency("fp32", 1, 1.0, 30, 0.9, 1.1))
+    slower = replace(measured, latencies=slow)
+    (ratio,) = checked(budget=BudgetSpec(latency_ratio=1.5), measured=slower)
+    assert (ratio.name, ratio.value, ratio.state) == ("latency_ratio", 2.0, "off")
+    assert (ratio.low, ratio.high) == pytest.approx((1.9 / 1.1, 2.1 / 0.9))
+    assert {c.state for c in within(BudgetSpec(latency_ratio=1.0))} == {"within"}
 
 
 def test_every_check_is_measured_and_has_a_key_of_its_own():

@@ -235,7 +235,7 @@ def _recipe_name(settings: QuantizationSettings) -> str:
 
 def _recipe(settings: SanitizeSettings) -> Recipe:
     table = load_recipe(_recipe_name(settings)).model_dump()
-    for keyword in ("bits", "seed"):
+    for keyword in ("bits", "seed", "optimize"):
         if keyword in settings:
             table[keyword] = settings[keyword]
     if "calibration_images" in settings:

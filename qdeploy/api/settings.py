@@ -55,6 +55,7 @@ class QuantizationSettings(TypedDict, total=False):
     keep_at_8: Sequence[str]  # patterns of layer names
     keep_float: Sequence[str]  # layers that run in float, on 8-bit weights
     recipe: PathLike  # name or TOML file
+    optimize: Literal["size", "latency"]
     device: PathLike  # name or TOML file
     rounding: str
     solver: Literal["descent", "adam"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+from qdeploy.cli.groups import given, option, takes
 from qdeploy.cli.options import (
     Arch,
     ArchArgs,
@@ -16,10 +17,7 @@ from qdeploy.cli.options import (
     Out,
     Settings,
     TestImages,
-    given,
-    option,
     parse_arguments,
-    takes,
 )
 
 

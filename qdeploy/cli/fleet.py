@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qdeploy.api.settings import ARTIFACTS
+from qdeploy.cli.groups import option
 from qdeploy.cli.leaving import leave_by
 from qdeploy.cli.loudness import Loudness, loudness
-from qdeploy.cli.options import AsJson, option
+from qdeploy.cli.options import AsJson
 from qdeploy.errors import InputError, UsageError
 
 if TYPE_CHECKING:

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-import shlex
-import sys
 import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from functools import wraps
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import typer
 
+from qdeploy.cli.groups import Group, given, option
 from qdeploy.errors import UsageError
 
 Settings = dict[str, Any]  # keywords of a verb
-
-
-def option(
-    flag: str,
-    help_text: str,
-    panel: str,
-    *,
-    at_least: int | None = None,
-    at_most: int | None = None,
-) -> Any:
-    """One option of typer; `flag` may name several, separated by spaces."""
-    return typer.Option(
-        *flag.split(), help=help_text, rich_help_panel=panel, min=at_least, max=at_most
-    )
 
 
 Model = Annotated[
@@ -103,14 +85,6 @@ Reference = Annotated[
     Path | None,
     typer.Option("--reference", help="The float model that it was made from, in any format."),
 ]
-
-
-class Group:
-    """Options that commands take together. Subclasses are dataclasses of typer's annotations."""
-
-    def settings(self) -> dict[str, Any]:
-        """What was said, as keywords of the verbs."""
-        return given({field.name: getattr(self, field.name) for field in fields(self)})  # type: ignore[arg-type]
 
 
 def place_of(out: Path | None, model: Path, ending: str) -> Path:
@@ -250,6 +224,14 @@ class QuantizationOptions(Group):
     recipe: Annotated[
         str | None, option("--recipe", "Name (see qdeploy recipes) or TOML file.", "Quantization")
     ] = None
+    optimize: Annotated[
+        Literal["size", "latency"] | None,
+        option(
+            "--optimize",
+            "latency leaves layers in float that integers make slower here; else size.",
+            "Quantization",
+        ),
+    ] = None
     device: Device = None
     seed: Seed = None
     rounding: Annotated[
@@ -327,50 +309,6 @@ class TeachingOptions(Group):
         Literal["cpu", "cuda"] | None,
         option("--accelerator", "Where the student is trained; else on the CPU.", "Cleaning"),
     ] = None
-
-
-def given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that were said."""
-    unsaid: tuple[object, ...] = (None, False)
-    return {k: v for k, v in options.items() if not any(v is u for u in unsaid) and v != []}
-
-
-def takes(*groups: type[Group]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of a function that takes options of its own, and `settings` for `groups`."""
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(function, include_extras=True)
-        own = [
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
-            for name, parameter in inspect.signature(function).parameters.items()
-            if name != "settings"
-        ]
-        of_groups = [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.default,
-                annotation=get_type_hints(group, include_extras=True)[field.name],
-            )
-            for group in groups
-            for field in fields(group)  # type: ignore[arg-type]
-        ]
-
-        @wraps(function)
-        def command(**values: Any) -> None:
-            settings: dict[str, Any] = {"command": shlex.join(["qdeploy", *sys.argv[1:]])}
-            for group in groups:
-                names = [field.name for field in fields(group)]  # type: ignore[arg-type]
-                settings |= group(**{name: values.pop(name) for name in names}).settings()
-            function(**values, settings=settings)
-
-        needed = [p for p in own if p.default is inspect.Parameter.empty]
-        parameters = [*needed, *of_groups, *(p for p in own if p not in needed)]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        return command
-
-    return decorate
 
 
 def parse_arguments(texts: list[str] | None) -> dict[str, Any] | None:

@@ -10,8 +10,9 @@ import typer
 
 from qdeploy.api.settings import ARTIFACTS
 from qdeploy.cli.bundled import BundledName, show_bundled
+from qdeploy.cli.groups import option
 from qdeploy.cli.loudness import with_loudness
-from qdeploy.cli.options import ArchArgs, Artifacts, Out, Seed, TestImages, option
+from qdeploy.cli.options import ArchArgs, Artifacts, Out, Seed, TestImages
 from qdeploy.machine import require_torch
 
 TrainingImages = Annotated[

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qdeploy.api.settings import ARTIFACTS, SanitizerKind
+from qdeploy.cli.groups import given, option, takes
 from qdeploy.cli.leaving import leave_by
 from qdeploy.cli.options import (
     Arch,
@@ -34,12 +35,9 @@ from qdeploy.cli.options import (
     TeachingOptions,
     Test,
     TestImages,
-    given,
-    option,
     parse_arguments,
     parse_shape,
     place_of,
-    takes,
 )
 from qdeploy.errors import EXIT_BAD_INPUT
 

@@ -8,11 +8,9 @@ from typing import Annotated
 
 import typer
 
+from qdeploy.cli.groups import option
 from qdeploy.cli.leaving import leave_by
-from qdeploy.cli.options import (
-    File,
-    option,
-)
+from qdeploy.cli.options import File
 from qdeploy.errors import UsageError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from typing import Literal, cast
 
 import onnx_ir as ir
@@ -51,7 +52,9 @@ def find_sites(model: ir.Model) -> tuple[tuple[WeightSite, ...], tuple[FloatLaye
     return tuple(sites), tuple(left)
 
 
-def find_activations(model: ir.Model, sites: tuple[WeightSite, ...]) -> dict[str, str]:
+def find_activations(
+    model: ir.Model, sites: tuple[WeightSite, ...], in_float: AbstractSet[str] = frozenset()
+) -> dict[str, str]:
     """The tensors that integer kernels read or write, each with the tensor whose grid it shares.
 
     A tensor between an operator and the ReLU that is fused into it is left out: the runtime then
@@ -60,10 +63,16 @@ def find_activations(model: ir.Model, sites: tuple[WeightSite, ...]) -> dict[str
 
     What a float weight writes stays float: between integers onnxruntime would round that weight
     itself, to nearest, when it loads the file (its WeightBiasQuantization).
+
+    Args:
+        in_float: Nodes with weights that are to run in float, and what lies between them too.
     """
     at_sites: set[str | None] = {use.node for site in sites for use in site.uses}
     shared: dict[str, str] = {}
+    left = _left_in_float(model, in_float)
     for node in model.graph:
+        if node in left:
+            continue
         if node.op_type in INTEGER_OPS and _runs_in_integers(node, at_sites):
             inputs = node.inputs[:1] if node.name in at_sites else node.inputs
             for value in (*inputs, fused_output(node)):
@@ -80,6 +89,17 @@ def find_activations(model: ir.Model, sites: tuple[WeightSite, ...]) -> dict[str
         for value in (node.outputs[0], fused_output(node))
     }
     return {t: source for t, source in shared.items() if not {t, source} & of_floats}
+
+
+def _left_in_float(model: ir.Model, chosen: AbstractSet[str]) -> set[ir.Node]:
+    """The chosen nodes, and those whose every input comes from them."""
+    left: set[ir.Node] = set()
+    for node in model.graph:
+        made = [value.producer() for value in node.inputs if value and not value.is_initializer()]
+        between = node.op_type not in WEIGHTED and made and all(p in left for p in made)
+        if node.name in chosen or between:
+            left.add(node)
+    return left
 
 
 def fused_output(node: ir.Node) -> ir.Value:

@@ -220,7 +220,7 @@ def _layers_as_planned(results: Results, gate: GateSpec) -> Iterator[Found]:
     """No layer was left float or lost its method, but for those that somebody has allowed."""
     if results.made is not None:
         lost = [layer.name for layer in results.made.layers if layer.degraded is not None]
-        left = [layer.name for layer in results.made.left_float]
+        left = [layer.name for layer in results.made.left_float if not layer.chosen]
         unplanned = [
             *(name for name in left if not _matches(name, gate.waived("float"))),
             *(name for name in lost if not _matches(name, gate.waived("degraded"))),
@@ -316,6 +316,15 @@ def _latency_ms(results: Results, _: GateSpec) -> Iterator[Found]:
         yield Found(value, samples=one.runs, low=low, high=high)
 
 
+def _latency_ratio(results: Results, _: GateSpec) -> Iterator[Found]:
+    """The ends are those of the medians that favour the ratio most and least."""
+    of = {x.variant: x for x in results.measured.latencies if x.batch == 1}
+    if "result" in of and "fp32" in of:
+        file, model = of["result"], of["fp32"]
+        ends = file.low / model.high, file.high / model.low
+        yield Found(file.seconds / model.seconds, None, None, file.runs, *ends)
+
+
 MEASURES: Mapping[str, Measure] = {
     "static_findings": _static_findings,
     "accuracy": _alone(lambda arm: {None: arm.accuracy}),
@@ -340,6 +349,7 @@ MEASURES: Mapping[str, Measure] = {
     "hardening_rounds": _hardening_rounds,
     "file_bytes": _file_bytes,
     "latency_ms": _latency_ms,
+    "latency_ratio": _latency_ratio,
     **{row.name: _detected(row.name) for row in ROWS if row.detector is not None},
 }
 

@@ -12,10 +12,11 @@ from qdeploy.graph.io import parse
 from qdeploy.graph.sites import find_activations, find_sites
 from qdeploy.settings.device import DeviceProfile
 from qdeploy.settings.recipe import Override, Recipe
-from qdeploy.values import FloatModel, LayerPlan, QuantPlan, WeightSite
+from qdeploy.values import FloatLayer, FloatModel, LayerPlan, QuantPlan, WeightSite
 
 LARGEST_4_BIT_CODE = 7
 LARGEST_8_BIT_CODE = 127
+CHOSEN = "as the recipe says"  # why a layer that could be quantized is not
 
 
 def plan_layers(model: FloatModel, recipe: Recipe, device: DeviceProfile) -> QuantPlan:
@@ -36,8 +37,20 @@ def plan_layers(model: FloatModel, recipe: Recipe, device: DeviceProfile) -> Qua
         _must_match(override.layers, names, "overrides")
     for pattern in (*recipe.gate.waived("float"), *recipe.gate.waived("degraded")):
         _must_match(pattern, [*names, *(layer.name for layer in left_float)], "gate")
+    chosen = [site for site in sites if _in_float(site.name, recipe.overrides)]
+    left_float = (
+        *left_float,
+        *(FloatLayer(s.name, s.uses[0].op_type, CHOSEN, chosen=True) for s in chosen),
+    )
+    sites = tuple(site for site in sites if site not in chosen)
+    if not sites:
+        raise PlanError(
+            "recipe: overrides: all layers are left in float; there is nothing to round"
+        )
     layers = tuple(_layer(site, recipe, device) for site in sites)
-    activations = find_activations(graph, sites) if recipe.activations.bits == 8 else {}
+    in_float = {use.node for site in chosen for use in site.uses}
+    whole = recipe.activations.bits == 8
+    activations = find_activations(graph, sites, in_float) if whole else {}
     float_inputs = _float_inputs(sites, recipe.overrides)
     activations = {
         tensor: source
@@ -76,7 +89,13 @@ def _check_grid(recipe: Recipe, device: DeviceProfile) -> None:
 def _bits(name: str, default: int, overrides: Sequence[Override]) -> int:
     """The bit width of the last override that matches and gives one."""
     given = (o.bits for o in reversed(overrides) if fnmatchcase(name, o.layers))
-    return next((bits for bits in given if bits is not None), default)
+    return next((bits for bits in given if isinstance(bits, int)), default)
+
+
+def _in_float(name: str, overrides: Sequence[Override]) -> bool:
+    """Whether the last override that matches and gives bits leaves the layer in float."""
+    given = (o.bits for o in reversed(overrides) if fnmatchcase(name, o.layers))
+    return next((bits for bits in given if bits is not None), None) == "float"
 
 
 def _float_inputs(sites: Sequence[WeightSite], overrides: Sequence[Override]) -> frozenset[str]:

@@ -25,7 +25,7 @@ from qdeploy.settings.checks import ANYTHING_ELSE, CHECKS, ROWS, SUPPLY, CheckRo
 from qdeploy.settings.device import EMULATED, misfit
 from qdeploy.settings.policy import GateSpec
 from qdeploy.settings.recipe import Recipe
-from qdeploy.values import Cleaning, HardeningRound, StageTime, named_classes
+from qdeploy.values import Cleaning, HardeningRound, Latency, StageTime, named_classes
 
 MADE_HERE = frozenset(row.name for row in ROWS if row.made_here)
 OTHER_IMAGES = "give test images that the float model answers in more than one way"
@@ -69,7 +69,7 @@ def compose(
         policy=request.policy.model_dump(mode="json"),
         device=request.device.model_dump(mode="json"),
         data=(*(calibration.used if calibration is not None else ()), *evidence.used),
-        stages=tuple(StageTime(name, seconds) for name, seconds in clock.times),
+        stages=tuple(StageTime(*times) for times in clock.times),
         plan=results.plan,
         layers=tuple(made.layers) if made is not None else (),
         left_float=tuple(made.left_float) if made is not None else (),
@@ -89,6 +89,7 @@ def compose(
             *results.notes,
             *_notes(request, evidence),
             *_saturation_notes(request, measured.saturable),
+            *_latency_notes(measured.latencies),
             *measured.phones,
             *_waiver_notes(request, results),
             *evidence.notes,
@@ -243,6 +244,17 @@ def _crowding_notes(scan: WeightScan) -> tuple[str, ...]:
         f" times as many as there should be in {found.layer}; the model was made for that"
         " quantizer",
     )
+
+
+def _latency_notes(latencies: Sequence[Latency]) -> Iterator[str]:
+    """That integers do not pay here, where that is sure."""
+    of = {x.variant: x for x in latencies if x.batch == 1}
+    if "result" in of and "fp32" in of and of["result"].low > of["fp32"].high:
+        file, model = (1e3 * of[variant].seconds for variant in ("result", "fp32"))
+        yield (
+            f"slower here than its float model: {file:.2f} ms at batch 1 against {model:.2f}"
+            " (--optimize latency leaves in float what integers make slower)"
+        )
 
 
 def _waiver_notes(request: Request, results: Results) -> Iterator[str]:

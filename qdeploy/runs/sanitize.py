@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdeploy.disk.files import require_writable, set_aside, write_atomically
-from qdeploy.errors import UsageError
 from qdeploy.formats.static import findings_in
 from qdeploy.inputs.opened import (
     NO_EVIDENCE,
@@ -34,11 +33,11 @@ from qdeploy.quantization.calibrate import calibrate
 from qdeploy.quantization.emit import emit, wrong_codes
 from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding.layers import RoundingTask, round_layers, round_to_nearest
-from qdeploy.quantization.search import Searched, search
 from qdeploy.report.compose import compose
 from qdeploy.report.values import Report
 from qdeploy.runs.answered import note_on
 from qdeploy.runs.converting import beside, places_beside
+from qdeploy.runs.deciding import decide
 from qdeploy.runs.made import remember
 from qdeploy.runs.measuring import (
     Contestants,
@@ -87,12 +86,13 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
         said = said_before(model, request)
         reference = answers_of(model, request, said)
         evidence = open_evidence(request, model.classes, fitted, progress, reference)
-    request, plan, searched = _searched(request, model, plan, calibration, clock)
+    decided = decide(request, model, plan, calibration, clock)
+    request, plan = decided.request, decided.plan
     digest = _digest(request, model, calibration, evidence)
     with open_run(request.artifacts, run_id(digest), digest) as run:
         made = _quantize(request, model, plan, calibration, run, clock)
-        if searched is not None:
-            run.write("sensitivity.csv", searched.as_csv())
+        for name, table in decided.tables.items():
+            run.write(name, table)
         secured = secure(made, request, calibration, evidence, run, clock)
         quantized, files, detected = secured.made.quantized, secured.made.files, secured.detected
         if before is not None:
@@ -113,7 +113,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             known=known,
             notes=(
                 *_ends_note(model),
-                *_search_note(searched),
+                *decided.notes,
                 *calibration.notes,
                 *note_on(said),
             ),
@@ -122,7 +122,7 @@ def sanitize(request: QuantizeRequest, out: Path, progress: Progress) -> Report:
             made=LayersAsMade(quantized.layers, quantized.left_float, wrong),
             cleaning=student.cleaning() if student is not None else None,
             hardening=secured.rounds,
-            bits=searched.found if searched is not None else None,
+            bits=decided.bits,
         )
         report = compose(request, results, clock, run.path.name, request.recipe)
         return _deliver(report, request, run, files["result"], out, aside)
@@ -139,12 +139,13 @@ def quantize(request: QuantizeRequest, out: Path, progress: Progress) -> Quantiz
         calibration = open_calibration(request, loaded, plan, progress)
         for note in calibration.notes:
             progress.note(note)
-    request, plan, searched = _searched(request, model, plan, calibration, clock)
+    decided = decide(request, model, plan, calibration, clock)
+    request, plan = decided.request, decided.plan
     digest = _digest(request, model, calibration, NO_EVIDENCE)
     with open_run(request.artifacts, run_id(digest), digest) as run:
         made = _quantize(request, model, plan, calibration, run, clock)
-        if searched is not None:
-            run.write("sensitivity.csv", searched.as_csv())
+        for name, table in decided.tables.items():
+            run.write(name, table)
         if request.recipe.hardens:
             made = secure(made, request, calibration, NO_EVIDENCE, run, clock).made
         for place, data in beside(made.files["result"], out, request.device).files.items():
@@ -184,36 +185,6 @@ def _cleaned(request: QuantizeRequest, progress: Progress) -> Student | None:
     from qdeploy.runs.clean import clean_alone
 
     return clean_alone(request.cleaning, progress)
-
-
-def _searched(
-    request: QuantizeRequest,
-    model: FloatModel,
-    plan: QuantPlan,
-    calibration: Calibration,
-    clock: Clock,
-) -> tuple[QuantizeRequest, QuantPlan, Searched | None]:
-    """The request with its bits decided, and its plan, where they were to be looked for."""
-    recipe, images = request.recipe, calibration.images
-    if recipe.bits != "auto":
-        return request, plan, None
-    if images is None:
-        raise UsageError(
-            "--bits auto compares files on calibration images, and there are none",
-            hint="--calibration FOLDER, or synthetic ones by --synthetic-calibration",
-        )
-    with clock.stage("search"):
-        grids = calibrate(model, plan, images, recipe.activations, clock.progress)
-        task = RoundingTask(model, plan, grids, images, recipe.seed)
-        found = search(task, recipe, request.device, clock.progress)
-        clock.progress.note(found.summary)
-    decided = replace(request, recipe=found.recipe)
-    return decided, plan_layers(model, found.recipe, request.device), found
-
-
-def _search_note(searched: Searched | None) -> tuple[str, ...]:
-    """What was given how many bits."""
-    return () if searched is None else (f"bits were looked for: {searched.summary}",)
 
 
 def _fitted_to(student: Student | None) -> Iterator[Fitted]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
 import numpy as np
@@ -13,7 +13,7 @@ from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import Latency, Variant
 
 LATENCY_BATCHES = (1, 32)
-LATENCY_TURNS = 3
+LATENCY_TURNS, RUNS_OF_A_TURN = 3, 15
 LONGEST_TURN_SECONDS = 1.0  # of a large model fewer runs say as much
 FEWEST_RUNS = {1: 3, 32: 1}  # of a turn, by batch
 LONGEST_BATCH_SECONDS = 2.0  # a batch that takes longer says nothing that one image does not
@@ -46,6 +46,22 @@ def measure_latency(
         Latency(name, size, median(times), len(times), *_span_of_median(times))
         for (name, size), times in seconds.items()
     )
+
+
+def milliseconds_by_turn(
+    files: Mapping[str, bytes], shape: tuple[int, int, int], *, runtime: RuntimeSpec, turns: int
+) -> dict[str, list[float]]:
+    """Median time of one image by each file, in each of so many turns."""
+
+    def opened(name: str) -> Runner:
+        return runtime_of(runtime).open(files[name], runtime)
+
+    found: dict[str, list[float]] = {name: [] for name in files}
+    for _ in range(turns):
+        for name in files:
+            times = _run_times(opened(name), (1, *shape), RUNS_OF_A_TURN)
+            found[name].append(1e3 * median(times))
+    return found
 
 
 def milliseconds(runner: Runner, shape: tuple[int, int, int], runs: int) -> float | None:

@@ -218,6 +218,12 @@ ROWS = (
         says="The file is slower than the device allows.",
         then="int8 storage, or another device profile",
     ),
+    CheckRow(
+        name="latency_ratio", unit="times float", needs=("budget", "timing", "reference"),
+        key="latency_ratio", of_budget=True,
+        says="The file is slower than its float model, by more than the budget allows.",
+        then="--optimize latency, which leaves in float what integers make slower",
+    ),
 )  # fmt: skip
 SUPPLY: Mapping[Need, str] = {
     "limit": "set its limit in the policy",

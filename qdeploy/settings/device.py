@@ -65,6 +65,9 @@ class BudgetSpec(Spec):
 
     file_bytes: int | None = Field(None, gt=0)
     latency_ms: float | None = Field(None, gt=0, description="Median at batch 1.")
+    latency_ratio: float | None = Field(
+        None, gt=0, description="The same over that of the float model, in turn: 1 is as fast."
+    )
 
 
 class DeviceProfile(Spec):

@@ -42,7 +42,9 @@ class Override(Spec):
     """What is done otherwise with the layers whose names match a pattern."""
 
     layers: str = Field(description="Shell-style pattern; must match at least one layer.")
-    bits: Literal[4, 8] | None = None
+    bits: Literal[4, 8, "float"] | None = Field(
+        None, description="float: these layers keep their float32 weights, and run in float."
+    )
     activations: Literal["none"] | None = Field(
         None, description="none: what these layers read stays float, so they run in float."
     )
@@ -103,6 +105,10 @@ class Recipe(Spec):
     validation: ValidationSpec = ValidationSpec()
     gate: GateSpec = GateSpec()
     search: SearchSpec = SearchSpec()
+    optimize: Literal["size", "latency"] = Field(
+        "size",
+        description="latency: layers that integers make slower on this machine are left in float.",
+    )
     hardening: HardeningSpec = HardeningSpec()
     overrides: tuple[Override, ...] = ()
 
