@@ -43,6 +43,7 @@ LIBRARIES = {
         "inputs", "redteam", "runs", "detectors", "graph",
     },
     "PIL": {"data"},
+    "portalocker": {"disk"},
     "threadpoolctl": {"quantization", "fleet"},
     "jinja2": {"report"},
     "matplotlib": {"disk", "redteam"},

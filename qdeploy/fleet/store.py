@@ -8,18 +8,16 @@ sealed, or whose files are not there as it says, is not done.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import portalocker
-from portalocker import LockFlags
 from pydantic import ValidationError
 
 from qdeploy.disk.files import make_folder, open_regular, read_bounded, write_atomically
+from qdeploy.disk.locks import held
 from qdeploy.disk.state import MAC_BYTES, opened, own_key, read_key, sealed
 from qdeploy.errors import InputError, OutputError
 from qdeploy.fleet.document import Record, WrittenFile
@@ -67,17 +65,8 @@ class Folder:
     def claim(self, name: str) -> Iterator[bool]:
         path = self.root / "claims" / name
         make_folder(path.parent)
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror}") from error
-        with os.fdopen(handle, "r+") as lock:  # the system opens it when its process dies
-            try:
-                portalocker.lock(lock, LockFlags.EXCLUSIVE | LockFlags.NON_BLOCKING)
-            except (portalocker.AlreadyLocked, BlockingIOError):
-                yield False
-                return
-            yield True
+        with held(path) as ours:
+            yield ours
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import portalocker
-from portalocker import LockFlags
 
 from qdeploy.disk.files import TEMPORARY, write_atomically
+from qdeploy.disk.locks import held
 from qdeploy.disk.state import sealed, unsealed
 from qdeploy.errors import OutputError, UsageError
 
@@ -27,7 +26,6 @@ REPORT = "report.json"
 PARTIAL = "partial"
 LOCK = ".lock"
 UNDER_WAY = "is under way in another process"
-OWN_FILE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +80,14 @@ def open_run(root: Path, run_id: str, digest: str | None = None) -> Iterator[Run
         path.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(path)
         (path / PARTIAL).mkdir(exist_ok=True)
-        # never emptied: a lock that came with the folder may be a name of another file
-        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | OWN_FILE, 0o666)
-        lock = os.fdopen(handle, "r+")
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    with lock:
-        try:
-            portalocker.lock(lock, LockFlags.EXCLUSIVE | LockFlags.NON_BLOCKING)
-        except (portalocker.AlreadyLocked, BlockingIOError) as error:
+    with held(path / LOCK) as ours:
+        if not ours:
             raise UsageError(
                 f"run {run_id} {UNDER_WAY} ({path})",
                 hint="wait for it, or give another --artifacts",
-            ) from error
+            )
         if (path / MANIFEST).exists():
             (path / MANIFEST).unlink()
             shutil.rmtree(path / PARTIAL, ignore_errors=True)
