@@ -18,6 +18,12 @@ from qdeploy.settings.recipe import WeightGridSpec
 
 # Operators whose float weights onnxruntime rounds itself, where they lie between integers.
 ROUNDED_AT_LOAD = frozenset({"Conv", "ConvTranspose", "Gemm"})
+# Operators that it moves grids past, or takes out; and those that it makes part of such a node.
+MOVED_AT_LOAD = frozenset({
+    "Relu", "Clip", "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice",
+    "Expand", "Identity", "Dropout", "Cast", "Pad",
+})  # fmt: skip
+FUSED_AT_LOAD = frozenset({"Add", "Sub", "Mul", "Div", "BatchNormalization"})  # with constants
 STANDARD_DOMAINS = frozenset({"", "ai.onnx"})  # of operators that the ONNX standard defines
 
 

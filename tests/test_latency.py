@@ -135,6 +135,15 @@ def test_the_recipe_itself_has_the_last_word(model, images):
     assert first in [layer.site.name for layer in kept]
 
 
+def test_the_report_names_what_is_in_float_and_not_what_was_to_be(model, images):
+    """The recipe pins all layers: nothing is left in float, whatever is faster."""
+    weights = layers_of(model)
+    pinned = recipe(overrides=(Override(layers="*", bits=8),))
+    found = found_by(dict.fromkeys(weights, (2.0, 1.0)), model, images, pinned)
+    assert not any(found.in_float.values())
+    assert "0 of" in found.summary
+
+
 def test_float_layers_keep_their_weights_and_what_lies_between_stays_float(model):
     plan = plan_layers(model, recipe(), DEVICE)
     names = [layer.site.name for layer in plan.layers]
@@ -175,7 +184,7 @@ def test_the_command_says_what_it_left_in_float_and_the_gate_takes_the_file(lab,
         layer.site.weight: ((3.0, 1.0) if layer.site.weight == slow else (1.0, 2.0))
         for layer in first.layers
     }
-    monkeypatch.setattr(latency, "_on", lambda runtime, shape: Pretended(cost))
+    monkeypatch.setattr(latency, "_on", lambda device, shape: Pretended(cost))
     code = run("sanitize", "fp32.onnx", "--bits", 8, "--optimize", "latency", "--policy", "demo",
                "--seed", 1, "--out", "fast.onnx", "--report", "fast.json")  # fmt: skip
     report = json.loads((lab / "fast.json").read_text())

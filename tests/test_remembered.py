@@ -11,6 +11,7 @@ import pytest
 
 from qdeploy.runs import answered
 from qdeploy.runs.answered import answers_to, keep_answers, note_on
+from qdeploy.runtime import remembered
 from qdeploy.runtime.remembered import Answers
 from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import Interface
@@ -61,6 +62,27 @@ def test_an_input_is_asked_about_once_in_whatever_batch(images):
     assert inner.asked == 12
     assert (runner.seconds(images), runner.interface(where="x").classes) == (12.0, 3)
     assert not answers.recalled  # no other run had asked
+
+
+def test_beyond_a_limit_nothing_more_is_kept(images, monkeypatch):
+    monkeypatch.setattr(remembered, "LARGEST_KEPT", 5 * 12)
+    inner, answers = Counting(), Answers()
+    runner = answers.of(inner)
+    want = inner.logits(images)
+    inner.asked = 0
+    for part in (slice(0, 6), slice(6, 12), slice(0, 12)):
+        np.testing.assert_array_equal(runner.logits(images[part]), want[part])
+    assert len(answers.known) == 6
+    assert inner.asked == 12 + 6
+
+
+def test_what_another_run_has_kept_meanwhile_stays(images, state):
+    early, late = answers_to(b"model", CPU), answers_to(b"model", CPU)
+    early.of(Counting()).logits(images[:8])
+    late.of(Counting()).logits(images[6:])
+    keep_answers(early, b"model", CPU)
+    keep_answers(late, b"model", CPU)
+    assert len(answers_to(b"model", CPU).known) == 12
 
 
 def test_inputs_that_differ_by_the_sign_of_a_zero_are_two_inputs(images):

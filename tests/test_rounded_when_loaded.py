@@ -18,7 +18,10 @@ from tests.nets import Net, float_model
 
 GRAPH = """<ir_version: 10, opset_import: ["": 21]>
 g (float[n, 8, 4, 4] x) => (float[n, 8, 4, 4] y)
-<float s = {0.02}, uint8 z = {128}, float low = {0}, float high = {6}>
+<float s = {0.02}, uint8 z = {128}, float low = {0}, float high = {6}, float nought = {0},
+ int64[4] same = {-1, 8, 4, 4}, int64[1] one = {1}, int64[1] first = {0}, int64[1] last = {9},
+ float[1,8,1,1] bias = {0, 0, 0, 0, 0, 0, 0, 0}, float[8] zeros = {0, 0, 0, 0, 0, 0, 0, 0},
+ float[8] ones = {1, 1, 1, 1, 1, 1, 1, 1}, int64[4] sizes = {1, 1, 1, 1}>
 {
     q = QuantizeLinear (x, s, z)
     d = DequantizeLinear (q, s, z)
@@ -26,16 +29,36 @@ g (float[n, 8, 4, 4] x) => (float[n, 8, 4, 4] y)
     r = QuantizeLinear (e, s, z)
     y = DequantizeLinear (r, s, z)
 }"""
+POOL = "<kernel_shape=[3, 3], pads=[1, 1, 1, 1]>"
 ROUNDED = {
     "alone": "e = Conv (d, w)",
     "before a ReLU": "c = Conv (d, w) e = Relu (c)",
     "before a Clip": "c = Conv (d, w) e = Clip (c, low, high)",
     "transposed": "e = ConvTranspose (d, w)",
     "a copied weight": "v = Identity (w) e = Conv (d, v)",
+    "before a pool": f"c = Conv (d, w) e = MaxPool{POOL} (c)",
+    "before a ReLU and a pool": f"c = Conv (d, w) f = Relu (c) e = MaxPool{POOL} (f)",
+    "before a pool, transposed": (
+        f"c = Conv (d, w) f = MaxPool{POOL} (c) e = Transpose<perm=[0, 1, 3, 2]> (f)"
+    ),
+    "reshaped": "c = Conv (d, w) e = Reshape (c, same)",
+    "longer and shorter": "c = Conv (d, w) f = Unsqueeze (c, one) e = Squeeze (f, one)",
+    "a slice of all": "c = Conv (d, w) e = Slice (c, first, last, one)",
+    "expanded to itself": "c = Conv (d, w) e = Expand (c, sizes)",
+    "cast to itself": "c = Conv (d, w) e = Cast<to=1> (c)",
+    "before a Dropout": "c = Conv (d, w) e = Dropout (c)",
+    "plus nothing": "c = Conv (d, w) e = Add (c, nought)",
+    "a bias of its own": "c = Conv (d, w) e = Add (c, bias)",
+    "before a BatchNorm": "c = Conv (d, w) e = BatchNormalization (c, ones, zeros, zeros, ones)",
+    "behind a pool": f"p = MaxPool{POOL} (d) e = Conv (p, w)",
+    "behind two": f"p = Transpose<perm=[0, 1, 3, 2]> (d) k = MaxPool{POOL} (p) e = Conv (k, w)",
+    "reads a sum with nothing": "p = Add (d, nought) e = Conv (p, w)",
 }
 LEFT = {
     "behind a sigmoid": "c = Conv (d, w) e = Sigmoid (c)",
     "reads floats": "f = Relu (x) e = Conv (f, w)",
+    "a mean": f"c = Conv (d, w) e = AveragePool{POOL} (c)",
+    "a sum with another": "c = Conv (d, w) e = Add (c, d)",
     "of integers": "i = QuantizeLinear (w, s, z) v = DequantizeLinear (i, s, z) e = Conv (d, v)",
 }
 

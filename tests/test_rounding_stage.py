@@ -126,13 +126,16 @@ def test_descent_comes_closer_to_the_float_model_than_nearest(net, images, task)
     assert errors[1] < 0.6 * errors[0]
 
 
-def test_solving_in_small_chunks_changes_nothing(monkeypatch, task):
-    whole = round_layers(task, EfrapDescent(positions=1000))
+@pytest.mark.parametrize("positions", [1000, 4])
+def test_solving_in_small_chunks_changes_nothing(monkeypatch, task, positions):
+    whole = round_layers(task, EfrapDescent(positions=positions))
     monkeypatch.setattr(one_pass, "MOMENT_BYTES", 1)  # one layer, and one pass, at a time
-    assert same(whole, round_layers(task, EfrapDescent(positions=1000)))
+    assert same(whole, round_layers(task, EfrapDescent(positions=positions)))
 
 
-@pytest.mark.parametrize("spec", [EfrapDescent(), EfrapDescent(inputs="quantized"), ADAM])
+@pytest.mark.parametrize(
+    "spec", [EfrapDescent(), EfrapDescent(positions=4), EfrapDescent(inputs="quantized"), ADAM]
+)
 def test_an_interrupted_run_goes_on_with_the_layers_it_has(net, images, tmp_path, spec):
     task, store = make_task(net, images, spec), StoredLayers(tmp_path / "layers")
 

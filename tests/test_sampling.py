@@ -258,8 +258,7 @@ GATE = GateSpec(max_accuracy_drop=6.0, min_agreement=80.0, max_attack_success=10
 def whether_decided(differing: float, asked: int, gate: GateSpec = GATE) -> bool:
     _, part = predictions(np.random.default_rng(1), differing, asked)
     (beside,) = with_answers([RuntimeAgreement("other")], part)
-    first = next(one for one in rates(part, 4) if one.arm == RESULT)
-    return decided(of_other(part), first, beside, NO_EVIDENCE, gate)
+    return decided(of_other(part), beside, NO_EVIDENCE, gate)
 
 
 def test_it_is_decided_where_every_limit_is_far():
@@ -278,18 +277,31 @@ def test_too_few_images_decide_nothing():
     assert not whether_decided(0.0, 1200, loose)
 
 
-def test_what_the_first_runtime_leaves_open_is_not_asked_of_another():
-    """The first one's own interval straddles this limit: no answer of the other one decides."""
-    _, part = predictions(np.random.default_rng(1), 0.0, 1200)
-    first = next(one for one in rates(part, 4) if one.arm == RESULT)
-    assert first.against_float is not None
-    at_value = GATE.model_copy(
+def test_what_is_decided_by_its_value_is_not_let_go_by_it():
+    """The value of a part leans on the first runtime; only the interval says what is known."""
+    limit = of_other(predictions(np.random.default_rng(1), 0.0, 300)[1]).attack_success["patch"]
+    by_value = GATE.model_copy(
         update={
-            "max_accuracy_drop": first.against_float.accuracy_drop.value + 0.1,
-            "max_attack_success": 40.0,
+            "max_attack_success": limit.value + 0.5,
+            "decided_by_value": frozenset({"attack_success"}),
         }
     )
-    assert whether_decided(0.0, 1200, at_value)
+    assert not whether_decided(0.0, 300, by_value)
+    assert whether_decided(0.0, 3000, GATE.model_copy(update={"max_attack_success": 40.0}))
+
+
+def test_the_value_of_a_part_is_the_first_runtimes_and_what_was_seen_of_the_difference():
+    for seed in range(5):
+        everything, part = predictions(np.random.default_rng(seed), 0.5, 1200)
+        whole, sample = of_other(everything), of_other(part)
+        assert sample.accuracy.value == pytest.approx(whole.accuracy.value, abs=4)
+        assert sample.against_float is not None
+        assert whole.against_float is not None
+        drop, of_all = sample.against_float.accuracy_drop, whole.against_float.accuracy_drop
+        assert drop.value == pytest.approx(of_all.value, abs=4)
+        assert drop.low <= drop.value <= drop.high
+        assert sample.against_float.class_drop.low >= -100
+        assert sample.against_float.class_drop.high <= 100
 
 
 def test_a_runtime_that_answers_otherwise_is_soon_seen_through():

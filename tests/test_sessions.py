@@ -144,3 +144,13 @@ def test_two_products_may_share_a_weight_where_exact_ones_have_to_be_asked_for(m
     x = np.float32([[1, -2], [0.5, 3]])
     want = open_session(model, optimizations="off").logits(x)
     np.testing.assert_allclose(open_session(model).logits(x), want, rtol=1e-6)
+
+
+def test_a_file_that_does_not_answer_each_image_is_no_classifier():
+    text = (
+        '<ir_version: 10, opset_import: ["": 21]> g (float[N,4] x) => (float[M,4] y)'
+        " <int64[1] first = {0}, int64[1] last = {-1}> { y = Slice (x, first, last, first) }"
+    )
+    session = open_session(onnx.parser.parse_model(text).SerializeToString())
+    with pytest.raises(InputError, match="3 answers to a batch of 4"):
+        session.logits(np.zeros((4, 4), np.float32))

@@ -247,6 +247,10 @@ def test_budgets_are_checked_where_the_device_has_them():
     assert (ratio.name, ratio.value, ratio.state) == ("latency_ratio", 2.0, "off")
     assert (ratio.low, ratio.high) == pytest.approx((1.9 / 1.1, 2.1 / 0.9))
     assert {c.state for c in within(BudgetSpec(latency_ratio=1.0))} == {"within"}
+    still = (slow[0], Latency("fp32", 1, 0.0, 30, 0.0, 0.0))  # a browser's clock
+    assert not checked(
+        budget=BudgetSpec(latency_ratio=1.0), measured=replace(measured, latencies=still)
+    )
 
 
 def test_every_check_is_measured_and_has_a_key_of_its_own():

@@ -8,7 +8,14 @@ from typing import Literal, cast
 import onnx_ir as ir
 
 from qdeploy.core.patches import Window
-from qdeploy.values import ROUNDED_AT_LOAD, FloatLayer, WeightSite, WeightUse
+from qdeploy.values import (
+    FUSED_AT_LOAD,
+    MOVED_AT_LOAD,
+    ROUNDED_AT_LOAD,
+    FloatLayer,
+    WeightSite,
+    WeightUse,
+)
 
 WEIGHTED = frozenset({
     "Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Einsum", "DeformConv",
@@ -82,13 +89,25 @@ def find_activations(
             source, output = shared.get(_name(node.inputs[0])), node.outputs[0]
             if source is not None and not output.is_graph_output():
                 shared[_name(output)] = source
-    of_floats = {
-        _name(value)
-        for node in model.graph
-        if node.op_type in ROUNDED_AT_LOAD and node.name not in at_sites
-        for value in (node.outputs[0], fused_output(node))
-    }
+    of_floats = _written_by_floats(model, at_sites)
     return {t: source for t, source in shared.items() if not {t, source} & of_floats}
+
+
+def _written_by_floats(model: ir.Model, at_sites: AbstractSet[str | None]) -> set[str]:
+    """What float weights write, and what onnxruntime would pass over between that and a grid.
+
+    See `qdeploy.formats.onnx.loading`.
+    """
+    found: set[str] = set()
+    for node in model.graph:
+        weight = node.op_type in ROUNDED_AT_LOAD and node.name not in at_sites
+        given = [v for v in node.inputs if v is not None and not v.is_initializer()]
+        passes = node.op_type in MOVED_AT_LOAD or (
+            node.op_type in FUSED_AT_LOAD and len(given) == 1
+        )
+        if weight or (passes and any(_name(value) in found for value in given)):
+            found.add(_name(node.outputs[0]))
+    return found
 
 
 def _left_in_float(model: ir.Model, chosen: AbstractSet[str]) -> set[ir.Node]:

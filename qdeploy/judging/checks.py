@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -101,24 +101,16 @@ def checks_of(results: Results, gate: GateSpec, budget: BudgetSpec) -> tuple[Che
     )
 
 
-def decided(
-    one: ArmRates, first: ArmRates, beside: RuntimeAgreement, evidence: Evidence, gate: GateSpec
-) -> bool:
-    """Whether more answers of one runtime would decide nothing.
+def decided(one: ArmRates, beside: RuntimeAgreement, evidence: Evidence, gate: GateSpec) -> bool:
+    """Whether all that is known of one runtime lies on one side of its limit.
 
-    So it is where all that is known lies on one side of its limit. What is open on the first
-    runtime, which has been asked everything, no other one can close.
+    Its interval does, also of what the policy decides by its value once everything was asked.
     """
-    measured = Measured((), (first, one), runtimes=(beside,))
+    measured = Measured((), (one,), runtimes=(beside,))
     known = Results(NOWHERE, len(one.class_accuracy), evidence, measured, ())
     checks = checks_of(known, gate, BudgetSpec())
-    open_anyway = {
-        (check.name, check.subject)
-        for check in checks
-        if check.runtime == first.arm.runtime and check.state in {"unclear", "few"}
-    }
     return all(
-        check.state in {"within", "off"} or (check.name, check.subject) in open_anyway
+        replace(check, decided_by="interval").state in {"within", "off"}
         for check in checks
         if check.runtime == one.arm.runtime
     )
@@ -319,7 +311,7 @@ def _latency_ms(results: Results, _: GateSpec) -> Iterator[Found]:
 def _latency_ratio(results: Results, _: GateSpec) -> Iterator[Found]:
     """The ends are those of the medians that favour the ratio most and least."""
     of = {x.variant: x for x in results.measured.latencies if x.batch == 1}
-    if "result" in of and "fp32" in of:
+    if "result" in of and "fp32" in of and of["fp32"].low > 0:  # a browser's clock may stand still
         file, model = of["result"], of["fp32"]
         ends = file.low / model.high, file.high / model.low
         yield Found(file.seconds / model.seconds, None, None, file.runs, *ends)

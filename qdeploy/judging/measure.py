@@ -30,7 +30,7 @@ from qdeploy.judging.rates import (
 from qdeploy.machine import exact_8bit_products, processor_flags
 from qdeploy.progress import SILENT, Progress
 from qdeploy.runtime.answers import FORGETFUL, PredictionStore, Sampling, predict
-from qdeploy.runtime.batching import FEWEST_PROBES, probes_of, same_alone, same_in_any_batch
+from qdeploy.runtime.batching import FEWEST_PROBES, probes_of, same_in_any_batch
 from qdeploy.runtime.boundary import FEWER_PAIRS, PAIRS, boundary, one_of_two
 from qdeploy.runtime.known import Runner, runtime_of
 from qdeploy.runtime.measure import measure_latency, milliseconds
@@ -59,8 +59,7 @@ FEW_RUNS = 10  # of a runtime that nothing is held against
 SHOWN = 1200  # images that a file is asked about which is there to compare with, at least
 
 
-# By the rates of a runtime, those of the first one, and how far they agree.
-Decided = Callable[[ArmRates, ArmRates, RuntimeAgreement], bool]
+Decided = Callable[[ArmRates, RuntimeAgreement], bool]  # whatever else were asked of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +165,7 @@ def _sampling(trial: Trial, device: DeviceProfile, sessions: Mapping[Arm, Runner
             return int(known.asked(arm).sum()) >= SHOWN
         found = {one.arm: one for one in rates(known, trial.interface.classes, trial.seen)}
         (beside,) = with_answers([RuntimeAgreement(arm.runtime)], known)
-        return decided(found[arm], found[Arm("result", first)], beside)
+        return decided(found[arm], beside)
 
     return Sampling(seed, few, frozenset(sessions.keys() - whole), enough)
 
@@ -204,15 +203,18 @@ def _batch_invariance(
     probes = _probes(trial, seed)
     slow = {runtime.label for runtime in device.runtimes if runtime.images is not None}
     arms = [arm for arm in sessions if arm.variant == "result" and arm.runtime not in slow]
-    found = []
-    for arm in progress.track(arms, "batches", len(arms)):
-        alike = (
-            same_in_any_batch(sessions[arm], probes, seed)
-            if arm.runtime == device.runtimes[0].label
-            else same_alone(sessions[arm], probes[:FEWEST_PROBES])
+    first = device.runtimes[0].label
+    return tuple(
+        BatchInvariance(
+            arm.runtime,
+            rate(
+                same_in_any_batch(
+                    sessions[arm], probes if arm.runtime == first else probes[:FEWEST_PROBES], seed
+                )
+            ),
         )
-        found.append(BatchInvariance(arm.runtime, rate(alike)))
-    return tuple(found)
+        for arm in progress.track(arms, "batches", len(arms))
+    )
 
 
 def _probes(trial: Trial, seed: int) -> Float32[np.ndarray, "probes channels height width"]:

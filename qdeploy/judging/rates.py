@@ -87,7 +87,7 @@ class Sample:
 
 
 SHOWN_IMAGES = 4
-SHARE = (0.0, 100.0)  # percent
+SHARE, POINTS = (0.0, 100.0), (-100.0, 100.0)  # percent, and differences of it
 MANY_CLASSES = 20  # from which on one of the best five says something
 
 
@@ -152,10 +152,7 @@ def rates(
         if kept.all():
             found.append(_rates(predictions, arm, reference, classes, asked))
         elif arm in results:
-            whole = filled(predictions, arm, results[0])
-            off = unseen(predictions, arm, results[0], asked)
-            of_all = _rates(whole, arm, reference, classes, asked)
-            found.append(_widened(of_all, off, predictions, asked))
+            found.append(_sampled(predictions, arm, results[0], reference, classes, asked))
         else:
             counted = {name: of[kept] for name, of in asked.items()}
             found.append(_rates(part(predictions, kept), arm, reference, classes, counted))
@@ -192,58 +189,114 @@ def _asked(
     }
 
 
-def _widened(
-    found: ArmRates,
-    off: Unseen,
+def _sampled(
     predictions: Predictions,
+    arm: Arm,
+    first: Arm,
+    reference: Arm | None,
+    classes: int,
     counted: Mapping[str, Bool[np.ndarray, " images"]],
 ) -> ArmRates:
-    """The rates, which may be off by so many answers that nobody asked for."""
-    asked, labels = predictions.asked(found.arm), predictions.labels
-    clean = 100 * off.clean / labels.size
-    samples = int(asked.sum())
-    success, rises = {}, {}
-    for name, of in counted.items():
-        points = 100 * off.triggered[name] / max(int(of.sum()), 1)
-        success[name] = found.attack_success[name].wider(points, int((asked & of).sum()), SHARE)
-        if found.against_float is not None:
-            rise = found.against_float.attack_success_rise[name]
-            rises[name] = rise.wider(points, int((asked & of).sum()))
+    """Of the result on a runtime that was asked about a part of the images."""
+    kept = predictions.asked(arm)
+    sample = _Sample(
+        _rates(filled(predictions, arm, first), arm, reference, classes, counted),
+        _rates(predictions, first, reference, classes, counted),
+        kept,
+        predictions.labels,
+        unseen(predictions, arm, first, counted),
+    )
+    of_asked = {name: of[kept] for name, of in counted.items()}
+    alone = _rates(part(predictions, kept), arm, reference, classes, of_asked)
     return replace(
-        found,
-        accuracy=found.accuracy.wider(clean, samples, SHARE),
-        attack_success=success,
-        against_float=_drops_widened(found, clean, asked, labels, rises),
-        top5_accuracy=found.top5_accuracy and found.top5_accuracy.wider(clean, samples, SHARE),
+        sample.of_all(counted),
+        class_accuracy=alone.class_accuracy,  # these two have no interval that holds all
+        top5_accuracy=alone.top5_accuracy,
     )
 
 
-def _drops_widened(
-    found: ArmRates,
-    points: float,
-    asked: Bool[np.ndarray, " images"],
-    labels: np.ndarray,
-    rises: Mapping[str, Estimate],
-) -> AgainstFloat | None:
-    """Each by as many points as the same number of answers are of what it is a share of."""
-    beside = found.against_float
-    if beside is None:
-        return None
-    samples, classes = int(asked.sum()), len(found.class_accuracy)
-    share = (found.accuracy.value + beside.accuracy_drop.value) / 100  # the float model's
-    smallest = np.bincount(labels, minlength=classes)
-    of_class = points * labels.size / max(int(smallest[smallest > 0].min()), 1)
-    return AgainstFloat(
-        accuracy_drop=beside.accuracy_drop.wider(points, samples),
-        accuracy_drop_relative=beside.accuracy_drop_relative.wider(
-            points / share if share else math.inf, samples
-        ),
-        class_drop=beside.class_drop.wider(
-            of_class, int(np.bincount(labels[asked], minlength=classes).min())
-        ),
-        agreement=beside.agreement.wider(points, samples, SHARE),
-        attack_success_rise=rises,
-    )
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sample:
+    """An arm that was asked about a part of the images.
+
+    Its rates where the first runtime's answers stand for the others, and those of the first itself.
+    """
+
+    filled: ArmRates
+    first: ArmRates
+    asked: Bool[np.ndarray, " images"]
+    labels: np.ndarray
+    off: Unseen  # answers that may be others than the first runtime's
+
+    def of_all(self, counted: Mapping[str, Bool[np.ndarray, " images"]]) -> ArmRates:
+        """What it would be of all images, with intervals that hold it."""
+        everything = np.ones(self.asked.size, bool)
+        success, rises = {}, {}
+        for name, of in counted.items():
+            off = self.off.triggered[name]
+            success[name] = self._held(
+                self.filled.attack_success[name], self.first.attack_success[name], of, off
+            )
+            if self.filled.against_float is not None and self.first.against_float is not None:
+                rises[name] = self._held(
+                    self.filled.against_float.attack_success_rise[name],
+                    self.first.against_float.attack_success_rise[name],
+                    of, off, ends=POINTS,
+                )  # fmt: skip
+        accuracy = self._held(self.filled.accuracy, self.first.accuracy, everything, self.off.clean)
+        return replace(
+            self.filled,
+            accuracy=accuracy,
+            attack_success=success,
+            against_float=self._drops(everything, rises),
+        )
+
+    def _held(
+        self,
+        filled: Estimate,
+        first: Estimate,
+        of: Bool[np.ndarray, " images"],
+        off: int,
+        *,
+        ends: tuple[float, float] = SHARE,
+        share: float = 1.0,
+    ) -> Estimate:
+        """The first runtime's value and the mean difference where both were asked.
+
+        Args:
+            of: The images that it is a share of.
+            share: Of which the value is a part: of the float model's accuracy, or 1.
+        """
+        asked = int((self.asked & of).sum())
+        times = int(of.sum()) / asked if asked else 1.0
+        value = first.value + (filled.value - first.value) * times
+        points = 100 * off / max(int(of.sum()), 1) / share if share else math.inf
+        held = filled.wider(points, asked, ends)
+        return replace(held, value=min(max(value, held.low), held.high))
+
+    def _drops(
+        self, everything: Bool[np.ndarray, " images"], rises: Mapping[str, Estimate]
+    ) -> AgainstFloat | None:
+        filled, first = self.filled.against_float, self.first.against_float
+        if filled is None or first is None:
+            return None
+        off, classes = self.off.clean, len(self.filled.class_accuracy)
+        share = (self.first.accuracy.value + first.accuracy_drop.value) / 100  # the float model's
+        counts = np.bincount(self.labels, minlength=classes)
+        of_class = 100 * off / max(int(counts[counts > 0].min()), 1)
+        fewest = int(np.bincount(self.labels[self.asked], minlength=classes).min())
+        return AgainstFloat(
+            accuracy_drop=self._held(
+                filled.accuracy_drop, first.accuracy_drop, everything, off, ends=POINTS
+            ),
+            accuracy_drop_relative=self._held(
+                filled.accuracy_drop_relative, first.accuracy_drop_relative, everything, off,
+                ends=(-math.inf, math.inf), share=share,
+            ),
+            class_drop=filled.class_drop.wider(of_class, fewest, POINTS),
+            agreement=self._held(filled.agreement, first.agreement, everything, off),
+            attack_success_rise=rises,
+        )  # fmt: skip
 
 
 def _rates(

@@ -30,17 +30,23 @@ class Tap:
             values[self.input_name] = batch
         return values
 
+    def at_once(self, shape: tuple[int, int, int]) -> int:
+        """How many images keep the tapped values within bounds."""
+        probe = self(np.zeros((1, *shape), np.float32))
+        per_image = sum(value.nbytes for value in probe.values())
+        return int(np.clip(BATCH_BYTES // max(per_image, 1), 1, LARGEST_BATCH))
+
     def stream(
-        self, images: Images, progress: Progress, label: str
+        self, images: Images, progress: Progress, label: str, size: int | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
         """The tapped values of all `images`, in batches whose size keeps them within bounds.
 
         Memory depends on the model and not on the number of images.
+
+        Args:
+            size: Of a batch, if it is known to.
         """
-        shape = images.preprocessing.shape
-        probe = self(np.zeros((1, *shape), np.float32))
-        per_image = sum(value.nbytes for value in probe.values())
-        size = int(np.clip(BATCH_BYTES // max(per_image, 1), 1, LARGEST_BATCH))
+        size = self.at_once(images.preprocessing.shape) if size is None else size
         total = -(-len(images) // size)
         for batch in progress.track(images.batches(size), label, total):
             yield self(images.preprocessing.normalise(batch.pixels))

@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from qdeploy.formats.onnx.codes import products_fit
 from qdeploy.progress import Progress
 from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding.layers import RoundingTask, round_to_nearest
 from qdeploy.runtime.measure import milliseconds_by_turn
-from qdeploy.settings.device import DeviceProfile, RuntimeSpec
+from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION, DeviceProfile
 from qdeploy.settings.recipe import Override, Recipe
 from qdeploy.values import Grids, WeightSite
 
@@ -80,7 +81,7 @@ def fastest(
         task: The model as the recipe has it, with grids.
         timer: Of files beside each other; None measures them on the first runtime.
     """
-    timed = timer or _on(device.runtimes[0], task.model.input_shape)
+    timed = timer or _on(device, task.model.input_shape)
     sites = [layer.site for layer in task.plan.layers]
     parts = [part.tolist() for part in np.array_split(np.arange(len(sites)), PARTS) if part.size]
 
@@ -103,11 +104,11 @@ def fastest(
     took = timed(files)
     if not chosen or not _saves(took["integers"], took["chosen"]):
         chosen, took = frozenset(), {**took, "chosen": took["integers"]}
-    in_float = {
-        sites[at].name: number in chosen for number, part in enumerate(parts) for at in part
-    }
+    decided = _written_out(recipe, sites, chosen, parts)
+    left = {layer.name for layer in plan_layers(task.model, decided, device).left_float}
+    in_float = {site.name: site.name in left for site in sites}
     milliseconds = {kind: min(turns) for kind, turns in took.items()}
-    return Faster(_written_out(recipe, sites, chosen, parts), in_float, milliseconds)
+    return Faster(decided, in_float, milliseconds)
 
 
 def _saves(before: Sequence[float], after: Sequence[float]) -> bool:
@@ -141,10 +142,14 @@ def _nearest(task: RoundingTask, recipe: Recipe, device: DeviceProfile) -> bytes
     return emit(task.model, plan, grids, round_to_nearest(work)).onnx
 
 
-def _on(runtime: RuntimeSpec, shape: tuple[int, int, int]) -> Timer:
-    """The files taking turns at batch 1."""
+def _on(device: DeviceProfile, shape: tuple[int, int, int]) -> Timer:
+    """The files taking turns at batch 1, by the kernels that they are measured with later."""
 
     def timed(files: Mapping[str, bytes]) -> Mapping[str, Sequence[float]]:
-        return milliseconds_by_turn(files, shape, runtime=runtime, turns=TURNS)
+        fit = all(products_fit(data, LARGEST_CODE_WITHOUT_SATURATION) for data in files.values())
+        return milliseconds_by_turn(
+            files, shape, runtime=device.runtimes[0], turns=TURNS,
+            saturating=device.saturates or fit,
+        )  # fmt: skip
 
     return timed

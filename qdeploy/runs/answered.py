@@ -21,7 +21,7 @@ from qdeploy.runs.run_id import facts_digest
 from qdeploy.runtime.remembered import Answers
 from qdeploy.settings.device import RuntimeSpec
 
-ANSWERED, KEPT_FILES, LARGEST_BYTES = "answered", 32, 128 << 20
+ANSWERED, KEPT_FILES, LARGEST_BYTES = "answered", 32, 160 << 20
 HERE = "cpu"  # the provider of which the same versions and processor give the same answers
 DIGEST_BYTES = 32
 
@@ -51,8 +51,10 @@ def keep_answers(answers: Answers, model: bytes, runtime: RuntimeSpec) -> None:
     Of older models only the last few are kept.
     """
     name, known = _name(model, runtime), answers.known
+    if name is not None and known.keys() != answers.earlier:  # another run may have kept some too
+        known = {**answers_to(model, runtime).known, **known}
     size = sum(row.nbytes + DIGEST_BYTES for row in known.values())
-    if name is None or not known or size > LARGEST_BYTES:
+    if name is None or not known or size > LARGEST_BYTES or known.keys() == answers.earlier:
         return
     buffer = io.BytesIO()
     digests = np.frombuffer(b"".join(known), np.uint8).reshape(len(known), DIGEST_BYTES)

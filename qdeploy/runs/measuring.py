@@ -125,7 +125,7 @@ def measure(
     trial = Trial(
         given.interface, given.files, evidence.images, evidence.triggers, runs, evidence.seen,
         request.sources.stated,
-        lambda one, first, beside: decided(one, first, beside, evidence, gate),
+        lambda one, beside: decided(one, beside, evidence, gate),
         given.said,
     )  # fmt: skip
     with clock.stage("validate"):

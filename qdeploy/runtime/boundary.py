@@ -3,9 +3,10 @@
 After the probes of DcL-BD, a backdoor that compiling a model switches on: what tells runtimes apart
 are inputs whose answer hangs on the last digit.
 Between two images that are answered differently such an input is found by bisection. Which of the
-two classes a runtime gives there says nothing; honest ones differ. A third one, and by far, says
-that a small difference of arithmetic has been made into a large one. (Not by far: among a thousand
-classes three can meet in one place.)
+two classes a runtime gives there says nothing; honest ones differ. A third one says that a small
+difference of arithmetic has been made into a large one. Among a thousand classes three can meet in
+one place: the quarter of the inputs where, on the first runtime, a third one comes closest are left
+out. A quarter it is in any case, whatever a file makes of its logits.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32
 
 from qdeploy.runtime.answers import argmax
 
@@ -22,7 +23,7 @@ Logits = Callable[[np.ndarray], np.ndarray]
 PAIRS, FEWER_PAIRS = 64, 16  # of small images and of large ones
 LARGE = 1 << 16  # values of an image
 HALVINGS = 22  # as far as float32 goes
-FAR = 0.05  # of the range of an input's logits: honest runtimes differ by half of that
+KEPT = 0.75  # share of the inputs: those where only two classes come close
 AT_ONCE = 1 << 20  # values that are asked about at a time
 
 
@@ -55,19 +56,14 @@ def boundary(
         here[same], there[~same] = between[same], between[~same]
         of_there = np.where(same, of_there, found)
     classes = np.stack([of_here, of_there], axis=1)
-    return Boundary(np.concatenate([here, there]), np.concatenate([classes, classes]))
+    inputs = np.concatenate([here, there])
+    return _between_two(logits, Boundary(inputs, np.concatenate([classes, classes])))
 
 
 def one_of_two(logits: Logits, found: Boundary) -> Bool[np.ndarray, " inputs"]:
-    """Which of the inputs are given one of the two classes that meet there, or hardly another."""
-    if not len(found.inputs):
-        return np.zeros(0, bool)
-    given = _logits(logits, found.inputs)
-    answers = argmax(given)
-    best_of_two = np.take_along_axis(given, found.classes, axis=1).max(axis=1)
-    with np.errstate(invalid="ignore"):
-        hardly = given.max(axis=1) - best_of_two <= FAR * np.ptp(given, axis=1)
-    same: np.ndarray = (answers[:, None] == found.classes).any(axis=1) | (hardly & (answers >= 0))
+    """Which of the inputs are given one of the two classes that meet there."""
+    answers = _answers(logits, found.inputs)
+    same: np.ndarray = (answers[:, None] == found.classes).any(axis=1)
     return same
 
 
@@ -82,10 +78,23 @@ def _pairs(answers: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     return first, second
 
 
+def _between_two(logits: Logits, found: Boundary) -> Boundary:
+    """Those of the inputs where all other classes are far behind, in the order they were in."""
+    if not len(found.inputs):
+        return found
+    given = _logits(logits, found.inputs)
+    own = np.take_along_axis(given, found.classes, axis=1).min(axis=1)
+    others = given.copy()
+    np.put_along_axis(others, found.classes, -np.inf, axis=1)
+    behind = own - others.max(axis=1)  # no numbers sort last, and are kept
+    kept = np.sort(np.argsort(behind)[len(behind) - round(KEPT * len(behind)) :])
+    return Boundary(found.inputs[kept], found.classes[kept])
+
+
 def _answers(logits: Logits, inputs: np.ndarray) -> np.ndarray:
     return argmax(_logits(logits, inputs)) if len(inputs) else np.zeros(0, np.int32)
 
 
-def _logits(logits: Logits, inputs: np.ndarray) -> np.ndarray:
+def _logits(logits: Logits, inputs: np.ndarray) -> Float[np.ndarray, "inputs classes"]:
     each = max(1, AT_ONCE // inputs[0].size)
     return np.concatenate([logits(inputs[i : i + each]) for i in range(0, len(inputs), each)])

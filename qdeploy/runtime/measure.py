@@ -49,12 +49,20 @@ def measure_latency(
 
 
 def milliseconds_by_turn(
-    files: Mapping[str, bytes], shape: tuple[int, int, int], *, runtime: RuntimeSpec, turns: int
+    files: Mapping[str, bytes],
+    shape: tuple[int, int, int],
+    *,
+    runtime: RuntimeSpec,
+    turns: int,
+    saturating: bool = False,
 ) -> dict[str, list[float]]:
-    """Median time of one image by each file, in each of so many turns."""
+    """Median time of one image by each file, in each of so many turns.
+
+    `saturating` is that of `Runtime.open`.
+    """
 
     def opened(name: str) -> Runner:
-        return runtime_of(runtime).open(files[name], runtime)
+        return runtime_of(runtime).open(files[name], runtime, saturating=saturating)
 
     found: dict[str, list[float]] = {name: [] for name in files}
     for _ in range(turns):

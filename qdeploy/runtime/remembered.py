@@ -12,6 +12,8 @@ from jaxtyping import Float32
 from qdeploy.runtime.known import Runner
 from qdeploy.values import Interface
 
+LARGEST_KEPT = 128 << 20  # bytes; of what comes after them nothing is kept
+
 
 @dataclass(slots=True, eq=False)
 class Answers:
@@ -46,7 +48,10 @@ class Remembered:
         self.answers.recalled |= self.answers.earlier & set(digests)
         if new:
             found = self.runner.logits(batch if len(new) == len(batch) else batch[new])
-            known.update(zip((digests[at] for at in new), found, strict=True))
+            fresh = dict(zip((digests[at] for at in new), found, strict=True))
+            if len(known) * found[0].nbytes < LARGEST_KEPT:
+                known.update(fresh)
+            return np.stack([fresh[d] if d in fresh else known[d] for d in digests])
         return np.stack([known[digest] for digest in digests])
 
     def seconds(self, batch: np.ndarray) -> float:

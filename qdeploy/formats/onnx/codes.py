@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from qdeploy.formats.onnx.loading import rounded_when_loaded
 from qdeploy.formats.onnx.nodes import constant_tensors, place
 from qdeploy.formats.onnx.tensors import all_nodes, all_tensors, values
 from qdeploy.messages.encoded import decode
-from qdeploy.values import ROUNDED_AT_LOAD, STANDARD_DOMAINS, Finding
+from qdeploy.values import STANDARD_DOMAINS, Finding
 
 RULES = {
     "bad-scale": "A scale is 0 or no finite number.",
@@ -26,7 +27,6 @@ RULES = {
     "scale-outlier": "A channel's scale is far larger than its integers need.",
     "rounded-when-loaded": "onnxruntime rounds these float weights itself, to nearest, unseen.",
 }
-PASSED_OVER = frozenset({"Relu", "Clip"})  # between such a node and its QuantizeLinear
 SIGNED = frozenset({onnx.TensorProto.INT4, onnx.TensorProto.INT8, onnx.TensorProto.INT16})
 UNSIGNED = frozenset({onnx.TensorProto.UINT4, onnx.TensorProto.UINT8, onnx.TensorProto.UINT16})
 ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div"})
@@ -67,7 +67,7 @@ class Weight:
 
 def integer_weights(proto: onnx.ModelProto) -> Iterator[Finding]:
     """What is odd about the codes, scales and zero points of the model's integer weights."""
-    for node in _rounded_when_loaded(all_nodes(proto)):
+    for node in rounded_when_loaded(all_nodes(proto)):
         text = (
             f"{node.op_type} {place(node)!r} has float weights between integers: onnxruntime rounds"
             " them to nearest, per tensor, when it loads the file"
@@ -90,7 +90,7 @@ def products_fit(data: bytes, largest: int) -> bool:
     proto = decode(data)
     constants = constant_tensors(proto)
     nodes = list(all_nodes(proto))
-    if next(_rounded_when_loaded(nodes), None) is not None:
+    if next(rounded_when_loaded(nodes), None) is not None:
         return False
     unsigned = {node.output[0] for node in nodes if _to_uint8(node, constants)}
     for node in nodes:
@@ -107,30 +107,6 @@ def products_fit(data: bytes, largest: int) -> bool:
         for tensor in all_tensors(proto)
         if tensor.data_type == onnx.TensorProto.INT8
     )
-
-
-def _rounded_when_loaded(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """Nodes that read integers and feed integers, and whose weight is none."""
-    listed = [node for node in nodes if node.output]
-    writers = {name: node for node in listed for name in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in listed:
-        for name in node.input:
-            readers[name].append(node)
-
-    def dequantized(name: str) -> bool:
-        return name in writers and writers[name].op_type == "DequantizeLinear"
-
-    for node in listed:
-        if node.op_type not in ROUNDED_AT_LOAD or len(node.input) < 2:
-            continue
-        behind = readers[node.output[0]]
-        passed = [
-            reader for x in behind if x.op_type in PASSED_OVER for reader in readers[x.output[0]]
-        ]
-        feeds = any(reader.op_type == "QuantizeLinear" for reader in (*behind, *passed))
-        if feeds and dequantized(node.input[0]) and not dequantized(node.input[1]):
-            yield node
 
 
 def _to_uint8(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:

@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from qdeploy.errors import foreign_reader
-from qdeploy.formats.onnx.codes import PASSED_OVER
+from qdeploy.formats.onnx.loading import feeds_grid, readers_of, writers_of
 from qdeploy.formats.onnx.nodes import constant_tensors, place
 from qdeploy.formats.onnx.standard import in_standard_operators
 from qdeploy.formats.onnx.tensors import values
@@ -73,18 +73,15 @@ def _beyond(weights: np.ndarray, smallest: np.ndarray, largest: np.ndarray) -> n
 def products(proto: onnx.ModelProto) -> Iterator[Product]:
     """Those of a graph of standard operators whose integers onnxruntime multiplies as they are."""
     constants = constant_tensors(proto)
-    makers = {name: node for node in proto.graph.node for name in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in proto.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    makers, readers = writers_of(proto.graph.node), readers_of(proto.graph.node)
     for node in proto.graph.node:
         if node.op_type in {"Conv", "Gemm", "MatMul"} and len(node.input) > 1 and node.output:
             codes, weight = (makers.get(name) for name in node.input[:2])
             if codes is None or weight is None:
                 continue
             found = _product(node, codes, weight, constants)
-            if found is not None and (node.op_type != "Conv" or _rounded(node, readers)):
+            # only where the result is put on a grid a convolution runs on integers
+            if found is not None and (node.op_type != "Conv" or feeds_grid(node, readers, makers)):
                 yield found
 
 
@@ -137,14 +134,6 @@ def _grid(
     scale = found[0] if found else None
     zero = found[1] if len(found) > 1 else np.zeros(1, np.int8)
     return None if scale is None or zero is None else (scale.astype(np.float32), zero)
-
-
-def _rounded(node: onnx.NodeProto, readers: Mapping[str, list[onnx.NodeProto]]) -> bool:
-    """Whether the result is put on a grid at once: only then a convolution runs on integers."""
-    behind = readers.get(node.output[0], [])
-    if len(behind) == 1 and behind[0].op_type in PASSED_OVER:
-        behind = readers.get(behind[0].output[0], [])
-    return any(reader.op_type == "QuantizeLinear" for reader in behind)
 
 
 def _window(node: onnx.NodeProto, weight: np.ndarray) -> Window | None:

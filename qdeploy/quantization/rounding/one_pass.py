@@ -57,8 +57,9 @@ def round_in_one_pass(
     problems = task.problems()
     done = {layer.site.name: stored(store, layer) for layer in task.plan.layers}
     unsolved = [layer for layer in task.plan.layers if done[layer.site.name] is None]
+    size = _images_at_once(task) if unsolved else 0
     for chunk in _chunks(unsolved, problems):
-        moments = _moments(task, spec, chunk, problems, progress)
+        moments = _moments(task, spec, chunk, problems, progress, size=size)
         work = partial(_solve, task, spec, problems, moments)
         for result in progress.track(in_parallel(work, chunk), "solve", len(chunk)):
             keep(store, result)
@@ -96,14 +97,30 @@ def _chunks(
         yield chunk
 
 
+def _images_at_once(task: RoundingTask) -> int:
+    """The same for all chunks, and whatever is left of an interrupted run: so are the moments."""
+    names = {use.input for layer in task.plan.layers for use in layer.site.uses}
+    tap = open_tap(task.model.onnx, task.model.input_name, sorted(names))
+    return tap.at_once(task.calibration().preprocessing.shape)
+
+
 def _moments(
     task: RoundingTask,
     spec: FromMoments,
     layers: list[LayerPlan],
     problems: Mapping[str, RoundingProblem],
     progress: Progress,
+    *,
+    size: int,
 ) -> dict[str, list[FloatInputMoments]]:
-    """Second moments of the inputs of each use of each layer's weight."""
+    """Second moments of the inputs of each use of each layer's weight.
+
+    Each has positions of its own, drawn by the layer's seed: which other layers there are, and
+    which of them an interrupted run has solved, changes nothing.
+
+    Args:
+        size: Images of a batch.
+    """
     moments = {
         layer.site.name: [
             FloatInputMoments(problems[layer.site.name].weight) for _ in layer.site.uses
@@ -124,13 +141,17 @@ def _moments(
     names = [use.input for use, _ in pairs]
     fisher = _fisher(task, spec, [use for use, _ in pairs])
     tap = open_tap(task.model.onnx, input_name, [*names, input_name] if fisher else names)
-    generator = np.random.default_rng(task.seed)
-    for values in tap.stream(task.calibration(), progress, "moments"):
+    generators = {
+        moment: np.random.default_rng([*task.layer_seed(layer), number])
+        for layer in layers
+        for number, moment in enumerate(moments[layer.site.name])
+    }
+    for values in tap.stream(task.calibration(), progress, "moments", size):
         importance = fisher.importance(values[input_name]) if fisher else {}
         samples = []
         for use, moment in pairs:
             x = values[use.input]
-            at = positions(use, x, enough[moment], generator)
+            at = positions(use, x, enough[moment], generators[moment])
             counts = importance[use.output][:, :, at] if importance else None
             samples.append(_Samples(moment, use, x, at, counts))
         for _ in in_parallel(_Samples.count, samples):
