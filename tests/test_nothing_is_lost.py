@@ -159,10 +159,13 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(work, monkeypatch, ca
         code = run(*SANITIZE)
         said = capsys.readouterr().err
         whole(work)
-        if code == 0:
-            break
         made = work / "model.onnx"  # of an earlier run, it is out of the way; of this one, whole
         assert not made.exists() or made.read_bytes() == before
+        if room >= 0:
+            break
+        if code == 0:  # what was to be kept for later runs is no loss
+            assert made.exists()
+            continue
         assert (work / "model.previous.onnx").read_bytes() == before
         failures += 1
         assert code == 2
@@ -171,7 +174,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(work, monkeypatch, ca
         assert "Traceback" not in said
     assert code == 0
     assert (work / "model.onnx").read_bytes() == before
-    assert failures >= 8
+    assert failures >= 8, failures
     assert sealed(run_folders(work)[0])
 
 
