@@ -12,7 +12,7 @@ import pytest
 from qdeploy.runs import answered
 from qdeploy.runs.answered import answers_to, keep_answers, note_on
 from qdeploy.runtime import remembered
-from qdeploy.runtime.remembered import Answers
+from qdeploy.runtime.remembered import KnownAnswers
 from qdeploy.settings.device import RuntimeSpec
 from qdeploy.values import Interface
 from tests.gate_lab import Lab, copied, run
@@ -52,7 +52,7 @@ def state(tmp_path, monkeypatch) -> Path:
 
 
 def test_an_input_is_asked_about_once_in_whatever_batch(images):
-    inner, answers = Counting(), Answers()
+    inner, answers = Counting(), KnownAnswers()
     runner = answers.of(inner)
     want = inner.logits(images)
     inner.asked = 0
@@ -66,7 +66,7 @@ def test_an_input_is_asked_about_once_in_whatever_batch(images):
 
 def test_beyond_a_limit_nothing_more_is_kept(images, monkeypatch):
     monkeypatch.setattr(remembered, "LARGEST_KEPT", 5 * 12)
-    inner, answers = Counting(), Answers()
+    inner, answers = Counting(), KnownAnswers()
     runner = answers.of(inner)
     want = inner.logits(images)
     inner.asked = 0
@@ -90,7 +90,7 @@ def test_inputs_that_differ_by_the_sign_of_a_zero_are_two_inputs(images):
     negative = images.copy()
     negative[0, 0, 0, 0] = -0.0
     inner = Counting()
-    runner = Answers().of(inner)
+    runner = KnownAnswers().of(inner)
     runner.logits(images[:1])
     runner.logits(negative[:1])
     assert inner.asked == 2
@@ -144,7 +144,7 @@ def test_answers_that_somebody_else_wrote_count_for_nothing(images, state):
 def test_too_many_answers_and_too_many_models_are_not_kept(images, state, monkeypatch):
     monkeypatch.setattr(answered, "KEPT_FILES", 3)
     for number in range(5):
-        answers = Answers()
+        answers = KnownAnswers()
         answers.of(Counting()).logits(images)
         keep_answers(answers, f"model {number}".encode(), CPU)
     assert len(list((state / "answered").iterdir())) == 3

@@ -35,7 +35,7 @@ from qdeploy.runtime.boundary import FEWER_PAIRS, PAIRS, boundary, one_of_two
 from qdeploy.runtime.known import Runner, runtime_of
 from qdeploy.runtime.measure import measure_latency, milliseconds
 from qdeploy.runtime.ort_format import on_phones
-from qdeploy.runtime.remembered import Answers
+from qdeploy.runtime.remembered import KnownAnswers
 from qdeploy.settings.device import (
     EMULATED,
     LARGEST_CODE_WITHOUT_SATURATION,
@@ -74,7 +74,7 @@ class Trial:
     seen: Mapping[str, Bool[np.ndarray, " images"]] = field(default_factory=dict)  # by trigger
     stated: Stated = NOTHING_STATED  # of the result's ends
     decided: Decided | None = None  # None: everything is asked of every arm
-    of_float: Answers | None = None  # what the float model is known to say
+    of_float: KnownAnswers | None = None  # what the float model is known to say
 
     def classifiers(self) -> Mapping[Variant, bytes]:
         """The files as they are run: the result, which may be a stranger's, between its ends."""

@@ -18,7 +18,7 @@ from qdeploy.disk.state import sealed, state_folder, unsealed
 from qdeploy.errors import OutputError
 from qdeploy.machine import installed_versions, processor_flags
 from qdeploy.runs.run_id import facts_digest
-from qdeploy.runtime.remembered import Answers
+from qdeploy.runtime.remembered import KnownAnswers
 from qdeploy.settings.device import RuntimeSpec
 
 ANSWERED, KEPT_FILES, LARGEST_BYTES = "answered", 32, 160 << 20
@@ -26,26 +26,26 @@ HERE = "cpu"  # the provider of which the same versions and processor give the s
 DIGEST_BYTES = 32
 
 
-def answers_to(model: bytes, runtime: RuntimeSpec) -> Answers:
+def answers_to(model: bytes, runtime: RuntimeSpec) -> KnownAnswers:
     """What a model has said in earlier runs; nothing, where something else may have changed."""
     name = _name(model, runtime)
     data = unsealed(state_folder() / ANSWERED / name, ANSWERED, name) if name else None
     if data is None:
-        return Answers()
+        return KnownAnswers()
     with np.load(io.BytesIO(data), allow_pickle=False) as kept:
         digests, logits = kept["digests"], kept["logits"]
     known = {bytes(digest): row for digest, row in zip(digests, logits, strict=True)}
-    return Answers(known, frozenset(known))
+    return KnownAnswers(known, frozenset(known))
 
 
-def note_on(answers: Answers) -> tuple[str, ...]:
+def note_on(answers: KnownAnswers) -> tuple[str, ...]:
     """A line for people, where an earlier run has spared work."""
     count = len(answers.recalled)
     what = "what the float model says to {:,} inputs was kept by an earlier run of this user"
     return (what.format(count),) if count else ()
 
 
-def keep_answers(answers: Answers, model: bytes, runtime: RuntimeSpec) -> None:
+def keep_answers(answers: KnownAnswers, model: bytes, runtime: RuntimeSpec) -> None:
     """Put them where a later run finds them, if they are not too large and a folder can be written.
 
     Of older models only the last few are kept.

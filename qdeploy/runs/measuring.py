@@ -18,7 +18,7 @@ from qdeploy.progress import Clock
 from qdeploy.runs.answered import answers_to, keep_answers
 from qdeploy.runs.rundir import RunDir
 from qdeploy.runtime.known import runtime_of
-from qdeploy.runtime.remembered import Answers as Known
+from qdeploy.runtime.remembered import KnownAnswers
 from qdeploy.settings.checks import ROWS
 from qdeploy.settings.device import EMULATED, RuntimeSpec
 from qdeploy.values import FloatModel, Interface, Variant
@@ -42,12 +42,12 @@ def form_of(model: FloatModel) -> str:
     return f"float32 (N, {shape}) to (N, {model.classes})"
 
 
-def said_before(model: FloatModel | None, request: Request) -> Known:
+def said_before(model: FloatModel | None, request: Request) -> KnownAnswers:
     """What the float model has said in earlier runs."""
-    return Known() if model is None else answers_to(model.onnx, request.device.runtimes[0])
+    return KnownAnswers() if model is None else answers_to(model.onnx, request.device.runtimes[0])
 
 
-def answers_of(model: FloatModel | None, request: Request, said: Known) -> Answers | None:
+def answers_of(model: FloatModel | None, request: Request, said: KnownAnswers) -> Answers | None:
     """What stands for labels, if the policy takes it from the float model, and there is one."""
     if model is None or request.policy.validation.labels == "data":
         return None
@@ -113,7 +113,7 @@ class Contestants:
 
     interface: Interface  # of all of them
     files: Mapping[Variant, bytes]  # as they lie in the run's folder
-    said: Known  # by the float model so far; more of it afterwards
+    said: KnownAnswers  # by the float model so far; more of it afterwards
 
 
 def measure(

@@ -16,7 +16,7 @@ LARGEST_KEPT = 128 << 20  # bytes; of what comes after them nothing is kept
 
 
 @dataclass(slots=True, eq=False)
-class Answers:
+class KnownAnswers:
     """What a file has said, by the digest of the input."""
 
     known: dict[bytes, Float32[np.ndarray, " classes"]] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Remembered:
     """A `Runner` whose answers are kept. Its times are those of the file itself."""
 
     runner: Runner
-    answers: Answers
+    answers: KnownAnswers
 
     @property
     def fixed_batch(self) -> int | None:
