@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from command import qdeploy
 
 from qdeploy.architectures import ResNet18
 
@@ -58,18 +55,8 @@ def make_model(folder: Path) -> Path:
 
 def run(command: list[str], report: Path) -> tuple[float, float, dict]:
     """Seconds, peak MB and the report of one whole command."""
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qdeploy", *command, "--report", str(report)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stderr is not None
-    errors = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    if not report.exists():
-        sys.exit(f"{' '.join(command)}\nended with {os.waitstatus_to_exitcode(status)}:\n{errors}")
-    return seconds, usage.ru_maxrss / 1024, json.loads(report.read_text())
+    took = qdeploy([*command, "--report", str(report)])
+    return took.seconds, took.megabytes, json.loads(report.read_text())
 
 
 def sanitize(

@@ -11,7 +11,6 @@ the 95 % interval of the rounds drawn anew. Leaves with 1 if some command is slo
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from command import qdeploy
 from cost import make_model
 
 ROOT = Path(__file__).parents[1]
@@ -47,18 +47,9 @@ def checked_out(commit: str) -> Iterator[Path]:
 def cpu_seconds(code: Path, folder: Path, words: Sequence[str]) -> float:
     """Of one command and all that it starts, with nothing kept of earlier ones."""
     shutil.rmtree(folder / "artifacts", ignore_errors=True)
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "qdeploy", *words, "--quiet"], cwd=folder,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(code)},
-    )  # fmt: skip
-    assert process.stderr is not None
-    said = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in {0, 3, 4}:
-        sys.exit(f"{' '.join(words)} of {code} ended with {process.returncode}:\n{said}")
-    return usage.ru_utime + usage.ru_stime
+    with tempfile.TemporaryDirectory() as state:
+        places = {"PYTHONPATH": str(code), "QDEPLOY_STATE": state}
+        return qdeploy([*words, "--quiet"], folder=folder, variables=places).cpu_seconds
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """Where the seconds of `sanitize` and `gate` go, beside what this machine needs at least.
 
     python benchmarks/stages.py
-    python benchmarks/stages.py MODEL --pictures FOLDER_OR_ARCHIVE [options of sanitize]
+    python benchmarks/stages.py MODEL --pictures FOLDER_OR_ARCHIVE [--arch ... as both commands]
 
 Both commands run once a round, in turn with the least that their work takes: pictures at the speed
 of the decoder, moments at that of a float pass and of one large product, and answers at
@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +24,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from command import qdeploy
 from cost import make_model
 from scaling import products, speed
 
@@ -68,23 +67,15 @@ class Case:
         """CPU seconds by stage of one command, and `whole`; outside of stages it imports."""
         report = self.folder / f"{command[0]}.json"
         state = self.folder / ("state" if self.kept else f"state-{command[0]}-{number}")
-        process = subprocess.Popen(
-            [
-                sys.executable, "-m", "qdeploy", *command, "--quiet", "--report", str(report),
-                "--policy", str(self.folder / "policy.toml"),
-                "--artifacts", str(self.folder / f"runs-{command[0]}-{number}"), *self.options,
-            ],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            env={**os.environ, "QDEPLOY_STATE": str(state)},
-        )  # fmt: skip
-        assert process.stderr is not None
-        said = process.stderr.read().decode()
-        _, status, usage = os.wait4(process.pid, 0)
-        if os.waitstatus_to_exitcode(status) not in {0, 3, 4}:
-            sys.exit(f"{command[0]}: {said}")
+        words = [
+            *command, "--quiet", "--report", str(report),
+            "--policy", str(self.folder / "policy.toml"),
+            "--artifacts", str(self.folder / f"runs-{command[0]}-{number}"), *self.options,
+        ]  # fmt: skip
+        took = qdeploy(words, variables={"QDEPLOY_STATE": str(state)})
         found = json.loads(report.read_text())
         stages = {stage["name"]: stage["cpu_seconds"] for stage in found["stages"]}
-        return stages | {"whole": usage.ru_utime + usage.ru_stime}
+        return stages | {"whole": took.cpu_seconds}
 
 
 def limits(case: Case) -> dict[str, float]:
@@ -104,7 +95,7 @@ def limits(case: Case) -> dict[str, float]:
         _answering(path, images) for path in (float_file, Path(result["output"]))
     )
     least["validate"] = (1 + triggers) * (float_seconds + result_seconds)
-    recipe = load_recipe("int4")
+    recipe = load_recipe("int4")  # of its layers: the moments are the same at 8 bits
     plan = plan_layers(model, recipe, load_device(recipe.device))
     few = images.sample(16, 0)
     task = RoundingTask(
@@ -157,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("--pictures", type=Path, help="test pictures, to be decoded")
+    parser.add_argument("--bits", choices=("4", "8"), default="4")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kept", action="store_true", help="as a user's second gate")
     given, options = parser.parse_known_args()
@@ -165,15 +157,13 @@ def main() -> None:
         model = (given.model or make_model(folder)).resolve()
         (folder / "policy.toml").write_text(POLICY)
         case = Case(folder, model, options, given.pictures, given.kept)
-        run_export = ["export", str(model), "--out", str(folder / "float.onnx")]
-        places = [o for o in options if o not in {"--bits", "4", "8"}]
-        subprocess.run(
-            [sys.executable, "-m", "qdeploy", *run_export, *places, "--quiet"], check=True
-        )
+        qdeploy(["export", str(model), "--out", str(folder / "float.onnx"), *options])
         sanitized, gated, least = [], [], []
         for number in range(given.rounds):
             out = str(folder / f"out-{number}.onnx")
-            sanitized.append(case.run(number, "sanitize", str(model), "--out", out))
+            sanitized.append(
+                case.run(number, "sanitize", str(model), "--bits", given.bits, "--out", out)
+            )
             written = json.loads((folder / "sanitize.json").read_text())["output"]
             gated.append(case.run(number, "gate", written, "--reference", str(model)))
             least.append(limits(case))

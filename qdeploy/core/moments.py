@@ -62,16 +62,10 @@ class Quadratic:
         return slope if self.missing is None else slope - self.missing
 
     def error(
-        self,
-        weight: Float64[np.ndarray, "groups rows fan_in"],
-        slope: Float64[np.ndarray, "groups rows fan_in"] | None = None,
+        self, weight: Float64[np.ndarray, "groups rows fan_in"]
     ) -> Float64[np.ndarray, "groups rows"]:
-        """Mean squared output error of every row when it holds `weight`.
-
-        Args:
-            slope: That of `weight`, if it is known: it makes this cheap.
-        """
-        pull = self.slope(weight) if slope is None else slope
+        """Mean squared output error of every row when it holds `weight`."""
+        pull = self.slope(weight)
         if self.missing is not None:
             pull = pull - self.missing
         error = ((weight - self.weight) * pull).sum(-1) + self.at_weight

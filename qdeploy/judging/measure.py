@@ -15,7 +15,6 @@ from qdeploy.data import Images
 from qdeploy.data.triggers import Trigger
 from qdeploy.disk.state import private_number
 from qdeploy.errors import InputError, NoAnswerError, ProviderError, first_line
-from qdeploy.formats.onnx.codes import products_fit
 from qdeploy.formats.onnx.saturation import Saturable, saturable
 from qdeploy.graph.ends import as_classifier_bytes
 from qdeploy.judging.rates import (
@@ -33,12 +32,11 @@ from qdeploy.runtime.answers import FORGETFUL, PredictionStore, Sampling, predic
 from qdeploy.runtime.batching import FEWEST_PROBES, probes_of, same_in_any_batch
 from qdeploy.runtime.boundary import FEWER_PAIRS, PAIRS, boundary, one_of_two
 from qdeploy.runtime.known import Runner, runtime_of
-from qdeploy.runtime.measure import measure_latency, milliseconds
+from qdeploy.runtime.measure import may_saturate, measure_latency, milliseconds
 from qdeploy.runtime.ort_format import on_phones
 from qdeploy.runtime.remembered import KnownAnswers
 from qdeploy.settings.device import (
     EMULATED,
-    LARGEST_CODE_WITHOUT_SATURATION,
     ORT_FORMAT,
     DeviceProfile,
     RuntimeSpec,
@@ -109,8 +107,7 @@ def validate(
     """
     pairs = _saturable(trial.files["result"])
     device = _as_it_computes(device, pairs, trial.interface)
-    fit = all(products_fit(d, LARGEST_CODE_WITHOUT_SATURATION) for d in trial.files.values())
-    saturating = device.saturates or fit  # if they fit, none does, and these kernels are faster
+    saturating = may_saturate(device, trial.files.values())
     first = device.runtimes[0]
     files = tuple(_file(variant, data, first) for variant, data in trial.files.items())
     run = trial.classifiers()

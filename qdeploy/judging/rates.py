@@ -199,7 +199,7 @@ def _sampled(
 ) -> ArmRates:
     """Of the result on a runtime that was asked about a part of the images."""
     kept = predictions.asked(arm)
-    sample = _Sample(
+    known = _PartlyAsked(
         _rates(filled(predictions, arm, first), arm, reference, classes, counted),
         _rates(predictions, first, reference, classes, counted),
         kept,
@@ -209,14 +209,14 @@ def _sampled(
     of_asked = {name: of[kept] for name, of in counted.items()}
     alone = _rates(part(predictions, kept), arm, reference, classes, of_asked)
     return replace(
-        sample.of_all(counted),
+        known.of_all(counted),
         class_accuracy=alone.class_accuracy,  # these two have no interval that holds all
         top5_accuracy=alone.top5_accuracy,
     )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Sample:
+class _PartlyAsked:
     """An arm that was asked about a part of the images.
 
     Its rates where the first runtime's answers stand for the others, and those of the first itself.

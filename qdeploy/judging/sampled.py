@@ -39,7 +39,10 @@ def part(predictions: Predictions, kept: Bool[np.ndarray, " images"]) -> Predict
 
 
 def filled(predictions: Predictions, arm: Arm, first: Arm) -> Predictions:
-    """The same where the first runtime's answers stand for those that `arm` was not asked for."""
+    """The same where the first runtime's answers stand for those that `arm` was not asked for.
+
+    Not so of ranks: where a class agrees, the five behind it need not.
+    """
     asked = predictions.asked(arm)
     return replace(
         predictions,
@@ -48,7 +51,7 @@ def filled(predictions: Predictions, arm: Arm, first: Arm) -> Predictions:
             name: _with(answered, arm, first, asked)
             for name, answered in predictions.triggered.items()
         },
-        ranks=_with(predictions.ranks, arm, first, asked) if predictions.ranks else {},
+        ranks={},
     )
 
 

@@ -16,13 +16,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qdeploy.formats.onnx.codes import products_fit
 from qdeploy.progress import Progress
 from qdeploy.quantization.emit import emit
 from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding.layers import RoundingTask, round_to_nearest
-from qdeploy.runtime.measure import milliseconds_by_turn
-from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION, DeviceProfile
+from qdeploy.runtime.measure import may_saturate, milliseconds_by_turn
+from qdeploy.settings.device import DeviceProfile
 from qdeploy.settings.recipe import Override, Recipe
 from qdeploy.values import Grids, WeightSite
 
@@ -88,22 +87,20 @@ def fastest(
     def file(left: frozenset[int]) -> bytes:
         return _nearest(task, _written_out(recipe, sites, left, parts), device)
 
-    def faster(left: frozenset[int], than: frozenset[int]) -> bool:
-        both = timed({"before": file(than), "after": file(left)})
-        return _saves(both["before"], both["after"])
-
-    chosen = frozenset[int]()
-    most = frozenset(range(len(parts) - 1))
-    if most and faster(most, chosen):
-        chosen = most
-    for number in progress.track(range(len(parts)), "integers or float", len(parts)):
-        changed = chosen ^ {number}
-        if len(changed) < len(parts) and faster(changed, chosen):
-            chosen = changed
-    files = {"float32": task.model.onnx, "integers": file(frozenset()), "chosen": file(chosen)}
-    took = timed(files)
+    none, most = frozenset[int](), frozenset(range(len(parts) - 1))
+    integers = file(none)
+    chosen, best = none, integers
+    changes = [most, *(frozenset({number}) for number in range(len(parts)))]
+    for change in progress.track(changes, "integers or float", len(changes)):
+        changed = chosen ^ change
+        if change and len(changed) < len(parts):
+            other = file(changed)
+            both = timed({"before": best, "after": other})
+            if _saves(both["before"], both["after"]):
+                chosen, best = changed, other
+    took = timed({"float32": task.model.onnx, "integers": integers, "chosen": best})
     if not chosen or not _saves(took["integers"], took["chosen"]):
-        chosen, took = frozenset(), {**took, "chosen": took["integers"]}
+        chosen, took = none, {**took, "chosen": took["integers"]}
     decided = _written_out(recipe, sites, chosen, parts)
     left = {layer.name for layer in plan_layers(task.model, decided, device).left_float}
     in_float = {site.name: site.name in left for site in sites}
@@ -124,12 +121,11 @@ def _written_out(
     recipe: Recipe, sites: list[WeightSite], left: frozenset[int], parts: list[list[int]]
 ) -> Recipe:
     """The recipe with an override for each layer; what it says itself still comes last."""
-    found = [
+    return recipe.with_decided(
         Override(layers=glob.escape(sites[at].name), bits="float")
         for number in sorted(left)
         for at in parts[number]
-    ]
-    return recipe.model_copy(update={"overrides": (*found, *recipe.overrides)})
+    )
 
 
 def _nearest(task: RoundingTask, recipe: Recipe, device: DeviceProfile) -> bytes:
@@ -146,10 +142,9 @@ def _on(device: DeviceProfile, shape: tuple[int, int, int]) -> Timer:
     """The files taking turns at batch 1, by the kernels that they are measured with later."""
 
     def timed(files: Mapping[str, bytes]) -> Mapping[str, Sequence[float]]:
-        fit = all(products_fit(data, LARGEST_CODE_WITHOUT_SATURATION) for data in files.values())
+        saturating = may_saturate(device, files.values())
         return milliseconds_by_turn(
-            files, shape, runtime=device.runtimes[0], turns=TURNS,
-            saturating=device.saturates or fit,
-        )  # fmt: skip
+            files, shape, runtime=device.runtimes[0], turns=TURNS, saturating=saturating
+        )
 
     return timed

@@ -155,7 +155,7 @@ def _written_out(recipe: Recipe, chosen: Sequence[_Move]) -> Recipe:
         else Override(layers=glob.escape(m.layer), activations="none")
         for m in chosen
     )
-    return recipe.model_copy(update={"bits": 4, "overrides": (*found, *recipe.overrides)})
+    return recipe.model_copy(update={"bits": 4}).with_decided(found)
 
 
 def _moves(layers: Sequence[Sensitivity], lab: _Lab) -> list[_Move]:

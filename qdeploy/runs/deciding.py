@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from qdeploy.data import Images
 from qdeploy.errors import UsageError
 from qdeploy.inputs.opened import Calibration
 from qdeploy.inputs.requests import QuantizeRequest
@@ -14,13 +15,14 @@ from qdeploy.quantization.latency import Faster, fastest
 from qdeploy.quantization.plan import plan_layers
 from qdeploy.quantization.rounding.layers import RoundingTask
 from qdeploy.quantization.search import Searched, search
+from qdeploy.settings.recipe import Recipe
 from qdeploy.values import BitSearch, FloatModel, QuantPlan
 
 FEW = 32  # images for grids of files that are only timed
 
 
 @dataclass(frozen=True, slots=True)
-class Decided:
+class Decisions:
     """The request with nothing left open, and what it was decided by."""
 
     request: QuantizeRequest
@@ -58,13 +60,13 @@ def decide(
     plan: QuantPlan,
     calibration: Calibration,
     clock: Clock,
-) -> Decided:
+) -> Decisions:
     """Time first, since what runs in float has no bits to be looked for.
 
     Raises:
         UsageError: bits cannot be looked for without images.
     """
-    found = Decided(request, plan)
+    found = Decisions(request, plan)
     if request.recipe.optimize == "latency" and plan.activations:
         found = _by_latency(found, model, calibration, clock)
     if request.recipe.bits == "auto":
@@ -73,25 +75,20 @@ def decide(
 
 
 def _by_latency(
-    known: Decided, model: FloatModel, calibration: Calibration, clock: Clock
-) -> Decided:
+    known: Decisions, model: FloatModel, calibration: Calibration, clock: Clock
+) -> Decisions:
     request, images = known.request, calibration.images
     with clock.stage("time"):
         few = images.sample(FEW, request.recipe.seed) if images is not None else None
-        grids = calibrate(model, known.plan, few, request.recipe.activations, clock.progress)
-        task = RoundingTask(model, known.plan, grids, few, request.recipe.seed)
+        task = _task(known, model, few, clock)
         found = fastest(task, request.recipe, request.device, clock.progress)
         clock.progress.note(found.summary)
-    decided = replace(request, recipe=found.recipe)
-    return replace(
-        known,
-        request=decided,
-        plan=plan_layers(model, found.recipe, request.device),
-        faster=found,
-    )
+    return replace(_with(known, model, found.recipe), faster=found)
 
 
-def _by_bits(known: Decided, model: FloatModel, calibration: Calibration, clock: Clock) -> Decided:
+def _by_bits(
+    known: Decisions, model: FloatModel, calibration: Calibration, clock: Clock
+) -> Decisions:
     request, images = known.request, calibration.images
     if images is None:
         raise UsageError(
@@ -99,14 +96,20 @@ def _by_bits(known: Decided, model: FloatModel, calibration: Calibration, clock:
             hint="--calibration FOLDER, or synthetic ones by --synthetic-calibration",
         )
     with clock.stage("search"):
-        grids = calibrate(model, known.plan, images, request.recipe.activations, clock.progress)
-        task = RoundingTask(model, known.plan, grids, images, request.recipe.seed)
+        task = _task(known, model, images, clock)
         found = search(task, request.recipe, request.device, clock.progress)
         clock.progress.note(found.summary)
-    decided = replace(request, recipe=found.recipe)
-    return replace(
-        known,
-        request=decided,
-        plan=plan_layers(model, found.recipe, request.device),
-        searched=found,
-    )
+    return replace(_with(known, model, found.recipe), searched=found)
+
+
+def _task(known: Decisions, model: FloatModel, images: Images | None, clock: Clock) -> RoundingTask:
+    """The model as it is planned so far, on grids of these images."""
+    recipe = known.request.recipe
+    grids = calibrate(model, known.plan, images, recipe.activations, clock.progress)
+    return RoundingTask(model, known.plan, grids, images, recipe.seed)
+
+
+def _with(known: Decisions, model: FloatModel, recipe: Recipe) -> Decisions:
+    """The same with a recipe that leaves less open."""
+    request = replace(known.request, recipe=recipe)
+    return replace(known, request=request, plan=plan_layers(model, recipe, request.device))

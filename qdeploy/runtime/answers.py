@@ -22,14 +22,7 @@ SAVE_EVERY_SECONDS = 10.0
 CLEAN, RANKS = "", "|rank"  # of answers to clean images, and of where their own class comes
 SAME, DIFFERENCE, SPAN = "|same", "|difference", "|span"  # of logits, beside the first runtime's
 LARGEST_KEPT = 64 << 20  # bytes of the first runtime's logits; beyond it is asked again
-LOOKS = (
-    600,
-    1200,
-    2400,
-    3600,
-    4800,
-    7200,
-)  # images after which somebody looks whether that is enough
+LOOKS = (600, 1200, 2400, 3600, 4800, 7200)  # images after which it may be enough
 
 Enough = Callable[[Arm, Predictions], bool]
 

@@ -74,11 +74,26 @@ def timed(logits: Callable[[np.ndarray], np.ndarray], batch: np.ndarray) -> floa
 def in_batches_of(
     size: int | None, run: Callable[[np.ndarray], np.ndarray], batch: np.ndarray
 ) -> np.ndarray:
-    """The answers to a batch of any size from a file that may take but one: piece by piece."""
+    """The answers to a batch of any size from a file that may take but one: piece by piece.
+
+    Raises:
+        InputError: it does not answer each image.
+    """
     if size is None or size == len(batch):
-        return run(batch)
+        return _one_each(run(batch), batch)
     parts = [batch[at : at + size] for at in range(0, len(batch), size)]
-    full = (np.resize(part, (size, *part.shape[1:])) for part in parts)
+    full = [np.resize(part, (size, *part.shape[1:])) for part in parts]
     return np.concatenate(
-        [run(padded)[: len(part)] for part, padded in zip(parts, full, strict=True)]
+        [
+            _one_each(run(padded), padded)[: len(part)]
+            for part, padded in zip(parts, full, strict=True)
+        ]
     )
+
+
+def _one_each(answers: np.ndarray, batch: np.ndarray) -> np.ndarray:
+    if answers.ndim and len(answers) != len(batch):
+        raise InputError(
+            f"the model gives {len(answers)} answers to a batch of {len(batch)} images"
+        )
+    return answers

@@ -8,8 +8,9 @@ from statistics import median
 
 import numpy as np
 
+from qdeploy.formats.onnx.codes import products_fit
 from qdeploy.runtime.known import Runner, runtime_of
-from qdeploy.settings.device import RuntimeSpec
+from qdeploy.settings.device import LARGEST_CODE_WITHOUT_SATURATION, DeviceProfile, RuntimeSpec
 from qdeploy.values import Latency, Variant
 
 LATENCY_BATCHES = (1, 32)
@@ -17,6 +18,16 @@ LATENCY_TURNS, RUNS_OF_A_TURN = 3, 15
 LONGEST_TURN_SECONDS = 1.0  # of a large model fewer runs say as much
 FEWEST_RUNS = {1: 3, 32: 1}  # of a turn, by batch
 LONGEST_BATCH_SECONDS = 2.0  # a batch that takes longer says nothing that one image does not
+
+
+def may_saturate(device: DeviceProfile, files: Iterable[bytes]) -> bool:
+    """Whether files are opened with kernels whose pairs of products can saturate.
+
+    That is as the device computes; or where no product of any of them can, and these are faster.
+    """
+    return device.saturates or all(
+        products_fit(data, LARGEST_CODE_WITHOUT_SATURATION) for data in files
+    )
 
 
 def measure_latency(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -117,6 +118,10 @@ class Recipe(Spec):
         if self.rounding.hardened and self.hardening.when == "never":
             raise ValueError(f'hardening.when is "never", and {self.rounding.name} hardens')
         return self
+
+    def with_decided(self, found: Iterable[Override]) -> Recipe:
+        """With overrides that were measured; its own come after them and have the last word."""
+        return self.model_copy(update={"overrides": (*found, *self.overrides)})
 
     @property
     def hardens(self) -> bool:
